@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterable
@@ -113,6 +114,11 @@ class Checkpoint:
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._files[name].get_slice(name).get_shape())
+
+    def nbytes(self) -> int:
+        """Bytes of all tensors as they are stored."""
+        bits = {name: re.search(r"\d+", self._files[name].get_slice(name).get_dtype()) for name in self._files}
+        return sum(math.prod(self.shape(name)) * int(found[0]) // 8 for name, found in bits.items() if found)
 
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU, mapped to the file."""

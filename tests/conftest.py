@@ -1,0 +1,38 @@
+"""Hypothesis profiles, and the devices the numerical tests run on."""
+
+import os
+import warnings
+
+import hypothesis
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in the tests may reach the network
+warnings.filterwarnings("error", message="config.json")
+
+# `pytest` draws few examples; CI draws more: `pytest --hypothesis-profile=ci`.
+for name, examples in (("default", 25), ("ci", 100)):
+    hypothesis.settings.register_profile(
+        name,
+        max_examples=examples,
+        deadline=None,
+        suppress_health_check=list(hypothesis.HealthCheck),
+        print_blob=True,
+    )
+hypothesis.settings.load_profile("default")
+
+torch.set_num_threads(2)
+
+CUDA = pytest.param(
+    "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+)
+
+
+@pytest.fixture(params=["cpu", CUDA])
+def device(request: pytest.FixtureRequest) -> str:
+    """Every numerical test that takes this runs on the CPU, and on CUDA where there is one, without TF32."""
+    if request.param == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = False
+        assert torch.get_float32_matmul_precision() == "highest"
+    return str(request.param)
