@@ -18,6 +18,11 @@ def assert_same(ours, theirs, real=None):
     assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
     if real is not None:
         ours, theirs = ours[real], theirs[real]
+    if ours.dtype == torch.float16 and real is not None and theirs.isnan().any():
+        # In float16 Transformers' eager path overflows in rows that are all padding (score + lowest number = -inf),
+        # and their NaN spreads to real tokens. There is nothing to equal then; ours stays finite.
+        assert not real.all() and not ours.isnan().any()
+        return
     assert torch.equal(ours, theirs), f"largest difference {(ours.double() - theirs.double()).abs().max():.3g}"
 
 
@@ -44,7 +49,7 @@ def check_case(rng, device, dtype=None, **fixed):
         for x, y in zip(a.attentions, b.attentions):
             assert_same(x.transpose(1, 2), y.transpose(1, 2), case.real)
     if (labels[:, 1:] != -100).any():
-        assert_same(a.loss, b.loss)
+        assert b.logits.isnan().any() or torch.equal(a.loss, b.loss)
     assert not any(x.isnan().any() for x in (*a.hidden_states, a.logits, *(a.attentions or ())))
 
 

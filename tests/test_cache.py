@@ -1,0 +1,256 @@
+"""Decoding through the cache, padding, and true float64."""
+
+import math
+import random
+import re
+import statistics
+
+import pytest
+import torch
+from hypothesis import given, strategies as st
+
+from ministral import KVCache, LayerCache, MinistralConfig, MinistralForCausalLM, make_attention_mask
+from tests.cases import DTYPES, draw_case, draw_chunks, run_chunked
+from tests.test_parity import assert_same
+
+rngs = st.randoms(use_true_random=False)
+
+
+def float64_case(rng, device="cpu", **fixed):
+    """A case whose model is in float64 (Transformers' side is not used)."""
+    case = draw_case(rng, device, torch.float32, **fixed)
+    case.ours = case.truth()
+    case.ours.config.attn_implementation = rng.choice(["eager", "sdpa"])
+    return case
+
+
+# ---------------------------------------------------------------------------------------------------- float64
+
+
+@torch.no_grad()
+@given(rngs)
+def test_any_chunks_equal_one_shot_in_float64(device, rng):
+    """Windows, rings, padding, chunks longer than the window: the same function, to 1e-12."""
+    case = float64_case(rng, device)
+    whole = case.ours(case.ids, case.mask, use_cache=False).logits
+    torch.testing.assert_close(run_chunked(case.ours, case)[case.real], whole[case.real], rtol=1e-12, atol=1e-12)
+
+
+@torch.no_grad()
+@given(rngs)
+def test_padding_and_company_change_nothing_in_float64(device, rng):
+    """A text alone equals the same text padded on either side in a batch, whatever the other rows hold."""
+    case = float64_case(rng, device)
+    for row in range(len(case.ids)):
+        real = case.real[row]
+        positions = (real.cumsum(0) - 1).clamp(min=0)[None]
+        alone = case.ours(case.ids[row][real][None]).logits[0]
+        batch = case.ours(case.ids, case.mask, position_ids=positions).logits[row][real]
+        torch.testing.assert_close(batch, alone, rtol=1e-12, atol=1e-12)
+
+
+@torch.no_grad()
+def test_transformers_is_not_float64():
+    """Transformers keeps norms, rotary tables and softmax in float32, so its float64 run is off by about 1e-5. Ours
+    is not: the two differ by what float32 costs. (A statement, not a goal.)"""
+    distances = []
+    for seed in range(20):
+        case = draw_case(random.Random(seed), dtype=torch.float32, attn_implementation="eager")
+        theirs = case.theirs.double()(case.ids, attention_mask=case.mask).logits
+        ours = case.truth()(case.ids, case.mask).logits
+        distances.append((ours - theirs)[case.real].abs().max().item())
+    assert 1e-8 < statistics.median(distances) < 1e-4, distances
+
+
+# ------------------------------------------------------------------------------ bit-identical until a wrap
+
+
+@torch.no_grad()
+@given(rngs)
+def test_eager_decoding_is_bit_identical_until_a_window_wraps(device, rng):
+    """Chunk by chunk through both caches. (Window 1 is left out: Transformers' cache is wrong there, see below.)"""
+    case = draw_case(rng, device, attn_implementation="eager", sliding_window=rng.choice([2, 5, 64]))
+    ours, theirs = run_chunked(case.ours, case), run_chunked(case.theirs, case)
+    assert case.ours.config.sliding_window is not None
+    same = slice(0, case.ours.config.sliding_window)
+    assert_same(ours[:, same], theirs[:, same], case.real[:, same])
+
+
+@torch.no_grad()
+@given(rngs)
+def test_a_window_of_one_is_right(rng):
+    """Each token sees itself alone. Transformers' cached decoding is wrong here (its cache keeps all keys through a
+    slice from -0), so the uncached forward, where it is right, is the measure."""
+    case = draw_case(rng, family="ministral", sliding_window=1, layer_types=None, dtype=torch.float32)
+    whole = case.theirs(case.ids, attention_mask=case.mask, use_cache=False).logits
+    torch.testing.assert_close(run_chunked(case.ours, case)[case.real], whole[case.real], rtol=1e-4, atol=1e-4)
+
+
+# -------------------------------------------------------------------- elsewhere: no further from float64
+
+
+def distances_from_float64(device, dtype, cases, **fixed):
+    """For many drawn cases: the largest error of the logits, ours and Transformers', both through their caches. NaN
+    counts as infinite: in float16, Transformers adds its mask to the scores of padding rows, overflows, and NaN
+    spreads to real tokens."""
+    ours, theirs = [], []
+    for seed in range(cases):
+        rng = random.Random(seed)
+        case = draw_case(rng, device, dtype, **fixed)
+        if case.ours.config.sliding_window == 1:
+            continue
+        truth = case.truth()(case.ids, case.mask).logits[case.real]
+        for model, errors in ((case.ours, ours), (case.theirs, theirs)):
+            error = (run_chunked(model, case)[case.real] - truth).abs().max().item()
+            errors.append(math.inf if math.isnan(error) else error)
+    return ours, theirs
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
+def test_cached_decoding_is_no_further_from_float64(device, dtype, attn_implementation, capsys):
+    ours, theirs = distances_from_float64(device, dtype, 250, attn_implementation=attn_implementation)
+    with capsys.disabled():
+        print(
+            f"\n{device} {attn_implementation:5} {str(dtype):15} {len(ours)} cases, error against float64:"
+            f" median {statistics.median(ours):.3e} (Transformers {statistics.median(theirs):.3e}),"
+            f" maximum {max(ours):.3e} ({max(theirs):.3e})"
+        )
+    assert len(ours) >= 200
+    assert statistics.median(ours) <= statistics.median(theirs)
+    assert max(ours) <= max(theirs)
+
+
+# -------------------------------------------------------------------------------------------- cache, in itself
+
+
+class RecordingCache(KVCache):
+    """A cache that fills every slot it has reserved but not used with NaN, before every step."""
+
+    def poison(self) -> None:
+        for layer in self.layers:
+            if layer.keys is not None:
+                layer.keys[:, :, layer.length :], layer.values[:, :, layer.length :] = math.nan, math.nan
+
+
+@torch.no_grad()
+@given(rngs)
+def test_unused_slots_are_never_read(rng):
+    case = draw_case(rng)
+    expected = run_chunked(case.ours, case)
+    cache = RecordingCache(case.ours.config)
+    for layer in cache.layers:  # reserve more than the text needs, so that there are slots to poison at every step
+        like = torch.empty(len(case.ids), case.ours.config.num_key_value_heads, 1, case.ours.config.head_dim)
+        layer._reserve(like.to(case.ours.dtype), 128)
+    start, logits = 0, []
+    for length in case.chunks:
+        cache.poison()
+        mask = None if case.mask is None else case.mask[:, : start + length]
+        logits.append(case.ours(case.ids[:, start : start + length], mask, past_key_values=cache).logits)
+        start += length
+    assert_same(torch.cat(logits, dim=1), expected)
+
+
+@given(st.integers(1, 9), st.lists(st.integers(1, 12), min_size=1, max_size=12))
+def test_a_ring_hands_out_exactly_the_window(window, chunks):
+    """Keys that carry their own position: what `update` returns is what `key_positions` announced, holds every
+    key that a query of the chunk may see, and takes no more room than window + chunk - 1."""
+    layer, start = LayerCache(window), 0
+    for new in chunks:
+        positions = torch.arange(start, start + new)
+        announced = layer.key_positions(new)
+        keys, values = layer.update(positions.view(1, 1, -1, 1).double(), -positions.view(1, 1, -1, 1).double())
+        held = keys[0, 0, :, 0].long()
+        assert torch.equal(held, announced) and torch.equal(-values[0, 0, :, 0].long(), announced)
+        needed = set(range(max(0, start - window + 1), start + new))
+        assert needed <= set(held.tolist()) and len(held) <= window + new - 1
+        assert layer.keys.shape[2] <= window
+        start += new
+
+
+def test_the_docstring_of_the_cache_is_true():
+    """The worked example, step by step: what is returned, and the slots afterwards."""
+    layer = LayerCache(4)
+    rows = [line.split() for line in KVCache.__doc__.splitlines() if line.strip()[:1].isdigit()]
+    assert len(rows) == 5
+
+    def feed(*positions):
+        keys, _ = layer.update(*[torch.tensor(positions).view(1, 1, -1, 1).double()] * 2)
+        return [int(k) for k in keys[0, 0, :, 0]], [int(k) for k in layer.keys[0, 0, :, 0]]
+
+    assert feed(0, 1, 2, 3, 4, 5) == ([0, 1, 2, 3, 4, 5], [4, 5, 2, 3])
+    assert feed(6) == ([4, 5, 6, 3], [4, 5, 6, 3])
+    assert feed(7) == ([4, 5, 6, 7], [4, 5, 6, 7])
+    assert feed(8) == ([8, 5, 6, 7], [8, 5, 6, 7])
+    assert feed(9, 10, 11) == ([6, 7, 8, 9, 10, 11], [8, 9, 10, 11])
+
+
+@given(rngs)
+def test_the_memory_of_sliding_layers_does_not_grow(rng):
+    config = MinistralConfig(hidden_size=8, num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=2,
+                             intermediate_size=8, vocab_size=9, sliding_window=rng.randint(1, 9))
+    model, cache, sizes = MinistralForCausalLM(config), KVCache(config), []
+    for length in draw_chunks(rng, 200):
+        with torch.no_grad():
+            model(torch.ones(1, length, dtype=torch.long), past_key_values=cache)
+        sizes.append(cache.nbytes())
+    assert max(sizes) <= 2 * 2 * config.sliding_window * config.head_dim * 4  # k and v, two layers, float32
+
+
+# ------------------------------------------------------------------------------------------------------- masks
+
+
+@given(rngs)
+def test_masks_equal_their_definition(rng):
+    queries, keys = [sorted(rng.sample(range(20), rng.randint(1, 9))) for _ in range(2)]
+    rng.shuffle(keys)  # a ring hands keys out in any order
+    window = rng.choice([None, 1, 2, 3, 7, 30])
+    allowed = torch.tensor([[rng.random() < 0.7 for _ in keys] for _ in range(2)])
+    mask = make_attention_mask(torch.tensor(queries), torch.tensor(keys), window, allowed[:, None])
+    for b in range(2):
+        for i, q in enumerate(queries):
+            for j, k in enumerate(keys):
+                visible = k <= q and (window is None or k in range(q - window + 1, q + 1)) and bool(allowed[b, j])
+                assert mask[b, 0, i, j] == visible
+
+
+def test_the_grids_in_the_docstring_are_true():
+    """The three drawings: full, sliding with W = 3, and a chunk of two queries behind a ring."""
+    drawn = re.findall(r"[#.](?: [#.])+", make_attention_mask.__doc__)
+    chunk = [row for row in drawn if len(row) == 7]
+    full, sliding = [[row for row in drawn if len(row) == 13][side::2] for side in (0, 1)]
+    everything, last = torch.arange(7), torch.arange(5, 7)
+    for rows, mask in (
+        (full, make_attention_mask(everything, everything)),
+        (sliding, make_attention_mask(everything, everything, 3)),
+        (chunk, make_attention_mask(last, torch.arange(3, 7), 3)),
+    ):
+        assert [" ".join(".#"[visible] for visible in row) for row in mask[0, 0].tolist()] == rows
+
+
+@torch.no_grad()
+@given(rngs)
+def test_a_row_of_nothing_but_padding_is_not_nan(device, rng):
+    case = draw_case(rng, device)
+    mask = torch.ones_like(case.ids)
+    mask[rng.randrange(len(mask))] = 0
+    case.mask = mask
+    out = case.ours(case.ids, mask, output_hidden_states=True)
+    assert not any(x.isnan().any() for x in (out.logits, *out.hidden_states))
+    assert not run_chunked(case.ours, case).isnan().any()
+
+
+@torch.no_grad()
+@given(rngs)
+def test_attentions_are_in_order_of_position(rng):
+    """Also when the keys come out of a ring: each query's probabilities end with its own key."""
+    case = draw_case(rng, attn_implementation="eager", dtype=torch.float32)
+    case.mask, cache, start = None, KVCache(case.ours.config), 0
+    whole = case.ours(case.ids, output_attentions=True, use_cache=False).attentions
+    for length in case.chunks:
+        end = start + length
+        out = case.ours(case.ids[:, start:end], past_key_values=cache, output_attentions=True)
+        for part, full in zip(out.attentions, whole):
+            torch.testing.assert_close(part, full[:, :, start:end, end - part.shape[-1] : end], rtol=1e-4, atol=1e-5)
+        start = end
