@@ -6,13 +6,15 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable
+import warnings
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 # What is fetched from the Hub: Transformers' layout and the tokenizer. Mistral's own consolidated*.safetensors would
@@ -41,7 +43,7 @@ def find(path_or_hub_id: str | Path) -> Path:
     except Exception as error:  # many kinds: no network, no such repository, a login needed, a full disk
         reason = str(error).strip().partition("\n")[0]
         raise FileNotFoundError(
-            f"{path_or_hub_id} is no directory here and could not be fetched from the Hub: {type(error).__name__}: {reason}"
+            f"{path_or_hub_id} is no directory here and could not be fetched from the Hub ({reason})"
         ) from error
 
 
@@ -68,6 +70,50 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
+# Keys of a config.json that do not change what a text model computes.
+HARMLESS_KEYS = {
+    *("architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "_name_or_path", "auto_map"),
+    *("return_dict", "output_attentions", "output_hidden_states", "is_encoder_decoder", "chunk_size_feed_forward"),
+    *("id2label", "label2id", "problem_type", "num_labels", "pretraining_tp", "_attn_implementation_autoset"),
+}
+
+
+def config_fields(d: Any, known: set[str], model_types: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The fields of a text model's config.json, whichever Transformers generation wrote it.
+
+    4.x has `rope_theta` and `rope_scaling` (or null), 5.x has `rope_parameters`; what they hold is merged. Keys of no
+    known meaning are left out with a warning.
+
+    Args:
+        d: the content of the file.
+        known: names of the fields that are wanted.
+        model_types: the model types that are taken, each with its defaults for fields that the file leaves out.
+
+    Raises:
+        ValueError: another model type, biases, or quantised weights: these compute something else.
+    """
+    if not isinstance(d, dict):
+        raise ValueError(f"{CONFIG} must hold a JSON object; found {type(d).__name__}")
+    model_type = d.get("model_type", next(iter(model_types)))
+    if model_type not in model_types:
+        raise ValueError(f"model_type {model_type!r} computes another function; allowed: {', '.join(model_types)}")
+    for key in ("attention_bias", "mlp_bias"):
+        if d.get(key):
+            raise ValueError(f"{key}={d[key]!r}: biases make it another function; allowed: false, or none")
+    if d.get("quantization_config"):
+        method = d["quantization_config"].get("quant_method", "of unknown kind")
+        raise ValueError(f"quantized weights ({method}) are not supported; use a BF16 version of the model")
+    read = {"rope_scaling", "attention_bias", "mlp_bias", "quantization_config"}
+    if unknown := sorted(d.keys() - known - read - HARMLESS_KEYS):
+        warnings.warn(f"{CONFIG}: ignored unknown keys {', '.join(unknown)}", stacklevel=3)
+    values = model_types[model_type] | {key: value for key, value in d.items() if key in known}
+    if model_type == "llama":
+        values["sliding_window"] = None  # its attention has none, whatever the file says
+    if rope := {**(d.get("rope_scaling") or {}), **(d.get("rope_parameters") or {})}:
+        values["rope_parameters"] = rope
+    return values
+
+
 class Checkpoint:
     """The tensors of a model directory, in one file or in shards with an index. Opening reads the headers only;
     `read` maps one tensor at a time into memory.
@@ -82,7 +128,7 @@ class Checkpoint:
         self._files: dict[str, Any] = {}  # tensor name -> open file
         if (directory / WEIGHTS).is_file():
             shard = self._open(directory / WEIGHTS)
-            self._files = {name: shard for name in shard.keys()}
+            self._files = dict.fromkeys(shard.keys(), shard)
         elif (directory / INDEX).is_file():
             self._open_shards(read_json(directory / INDEX))
         else:
@@ -110,9 +156,11 @@ class Checkpoint:
             self._files[tensor] = shards[file]
 
     def names(self) -> list[str]:
+        """The stored names."""
         return list(self._files)
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of one tensor, from the header."""
         return tuple(self._files[name].get_slice(name).get_shape())
 
     def nbytes(self) -> int:
@@ -124,6 +172,58 @@ class Checkpoint:
         """One tensor, on the CPU, mapped to the file."""
         tensor: Tensor = self._files[name].get_tensor(name)
         return tensor
+
+
+def fill(
+    module: nn.Module,
+    files: Checkpoint,
+    own_name: Callable[[str], str | None],
+    tied: dict[str, str],
+    dtype: torch.dtype | None,
+    device: torch.device,
+) -> bool:
+    """Replace the parameters of a module, which may be on the meta device, one by one by those in the files.
+
+    Args:
+        own_name: from a stored name to the parameter's, or None for a tensor that is to be left out.
+        tied: parameters that share another's tensor and need not be stored: {name: the other's name}.
+        dtype, device: what each tensor is cast and moved to; dtype None keeps the stored one.
+
+    Returns:
+        False if a tied parameter is stored with values of its own: then it was filled, and is not to be tied.
+
+    Raises:
+        ValueError: tensors are missing, unexpected or misshapen; the message names them.
+    """
+    wanted = dict(module.named_parameters(remove_duplicate=False))
+    stored = {own: name for name in files.names() if (own := own_name(name)) is not None}
+    kept_tied = True
+    for name, other in tied.items():
+        if name in stored and other in stored:
+            if torch.equal(files.read(stored[name]), files.read(stored[other])):
+                del stored[name]  # stored twice, one tensor in memory
+            else:
+                warnings.warn(f"{name} is stored with values of its own, so it is not tied to {other}", stacklevel=3)
+                kept_tied = False
+    shapes = {name: files.shape(stored[name]) for name in wanted if name in stored}
+    problems = {
+        "missing": sorted(wanted.keys() - stored.keys() - tied.keys()),
+        "unexpected": sorted(stored.keys() - wanted.keys()),
+        "misshapen": [
+            f"{name} is {list(shape)}, {CONFIG} asks for {list(wanted[name].shape)}"
+            for name, shape in sorted(shapes.items())
+            if shape != wanted[name].shape
+        ],
+    }
+    for what, found in problems.items():
+        if found:
+            more = f" and {len(found) - 6} more" if len(found) > 6 else ""
+            raise ValueError(f"{files.directory}: {len(found)} tensors {what}: {', '.join(found[:6])}{more}")
+    for name in shapes:
+        owner, _, attribute = name.rpartition(".")
+        tensor = files.read(stored[name]).to(device=device, dtype=dtype)
+        setattr(module.get_submodule(owner), attribute, nn.Parameter(tensor))
+    return kept_tied
 
 
 def write(

@@ -257,12 +257,15 @@ def _generators(seed: int | Sequence[int] | None, rows: int, device: torch.devic
 
 
 class Parser(argparse.ArgumentParser):
+    """Reports wrong use in one line."""
+
     def error(self, message: str) -> NoReturn:
         print(f"error: {message} (--help lists the options)", file=sys.stderr)
         sys.exit(2)
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options of the command line (None: of this process)."""
     parser = Parser(description="Continue a text with a Ministral model.")
     parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="the text to continue")
     parser.add_argument("--prompt-file", metavar="FILE", help="read the prompt from a file, - for standard input")
@@ -332,7 +335,6 @@ def choose_device(name: str) -> torch.device:
 
 def kv_cache_bytes(config: MinistralConfig, tokens: int, bytes_per_number: int) -> int:
     """Bytes that the keys and values of a text of `tokens` tokens take; sliding layers keep a window of it."""
-    assert config.head_dim is not None and config.layer_types is not None
     window = config.sliding_window or tokens
     kept = sum(min(tokens, window) if kind == "sliding_attention" else tokens for kind in config.layer_types)
     return 2 * kept * config.num_key_value_heads * config.head_dim * bytes_per_number
@@ -443,11 +445,12 @@ def run(options: argparse.Namespace) -> int:
     rate = len(writer.ids) / seconds if writer.ids else 0.0
     dtype_name = str(model.dtype).removeprefix("torch.")
     if options.json:
-        settings = {"model": str(directory), "device": str(device), "dtype": dtype_name, "attn": options.attn}
+        settings: dict[str, object] = {"model": str(directory), "device": str(device), "dtype": dtype_name}
+        settings |= {"attn": options.attn}
         settings |= asdict(sampling) | {"max_new_tokens": options.max_new_tokens, "seed": seed, "stop": options.stop}
         first = writer.times[0] - start if writer.times else None
         timing = {"first_token_seconds": first, "seconds": seconds, "tokens_per_second": rate}
-        result = {"prompt": prompt, "text": writer.text, "prompt_ids": ids, "ids": writer.ids}
+        result: dict[str, object] = {"prompt": prompt, "text": writer.text, "prompt_ids": ids, "ids": writer.ids}
         result |= {"settings": settings, "timing": timing, "interrupted": interrupted}
         print(json.dumps(result, ensure_ascii=False))
     else:
@@ -489,7 +492,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, run, and turn what goes wrong into one line on standard error. Returns the exit code."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(encoding="utf-8")
-    warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)  # type: ignore[assignment]
+    warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)
     try:
         return run(parse_arguments(arguments))
     except BrokenPipeError:  # the reader of a pipe has gone: nobody is left to be told

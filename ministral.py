@@ -20,7 +20,6 @@ Normalisation, rotary tables and softmax are computed in float32, or in float64 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -33,13 +32,13 @@ from torch import Tensor, nn
 import checkpoint
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
+    "silu": F.silu, "gelu": F.gelu, "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu,
 }
 LAYER_TYPES = ("full_attention", "sliding_attention")
 RopeTables = tuple[Tensor, ...]
+Config = TypeVar("Config", bound="MinistralConfig")
+Model = TypeVar("Model", bound="PreTrainedModel")
+
 
 # ---------------------------------------------------------------------------------------------- configuration
 
@@ -66,7 +65,7 @@ class MinistralConfig:
     num_hidden_layers: int = 32
     num_attention_heads: int = 32
     num_key_value_heads: int = 8
-    head_dim: int | None = None
+    head_dim: int = None  # type: ignore[assignment]  # None here and below is replaced on construction
     hidden_act: str = "silu"
     max_position_embeddings: int = 131072
     initializer_range: float = 0.02
@@ -76,148 +75,95 @@ class MinistralConfig:
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
     tie_word_embeddings: bool = False
-    rope_theta: float | None = None
-    rope_parameters: dict[str, Any] | None = None
+    rope_theta: float = None  # type: ignore[assignment]
+    rope_parameters: dict[str, Any] = None  # type: ignore[assignment]
     sliding_window: int | None = 4096  # a query sees this many keys, its own included
     attention_dropout: float = 0.0
-    layer_types: list[str] | None = None
+    layer_types: list[str] = None  # type: ignore[assignment]
     attn_implementation: str = "sdpa"
 
     model_type: ClassVar[str] = "ministral"
     rope_types: ClassVar[tuple[str, ...]] = ("default",)
-    # Other architectures that compute the same function, with the defaults in which they differ.
+    # Other model types that compute the same function, with the defaults in which they differ.
     same_function: ClassVar[dict[str, dict[str, Any]]] = {
         "mistral": {},
-        "llama": {
-            "intermediate_size": 11008,
-            "num_key_value_heads": None,
-            "max_position_embeddings": 2048,
-            "sliding_window": None,
-        },
+        "llama": {"intermediate_size": 11008, "num_key_value_heads": None, "max_position_embeddings": 2048},
     }
 
     def __post_init__(self) -> None:
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
-        for name in (
-            *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-            *("num_key_value_heads", "max_position_embeddings"),
-        ):
-            self._require_int(name, 1)
-        if self.num_attention_heads % self.num_key_value_heads:
-            self._refuse("num_key_value_heads", f"a divisor of num_attention_heads={self.num_attention_heads}")
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                     "num_key_value_heads", "max_position_embeddings"):  # fmt: skip
+            self._check(name, is_number(getattr(self, name), int, 1), "a whole number not below 1")
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
-        self._require_int("head_dim", 2)
-        if self.head_dim % 2:
-            self._refuse("head_dim", "an even number (RoPE rotates pairs)")
-        if self.hidden_act not in ACTIVATIONS:
-            self._refuse("hidden_act", f"one of {', '.join(ACTIVATIONS)}")
-        if not self.rms_norm_eps > 0:
-            self._refuse("rms_norm_eps", "a number above 0")
-        if not self.initializer_range >= 0:
-            self._refuse("initializer_range", "a number not below 0")
-        if not 0 <= self.attention_dropout < 1:
-            self._refuse("attention_dropout", "a number from 0 to below 1")
-        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
-            self._refuse("pad_token_id", f"None, or an id below vocab_size={self.vocab_size}")
-        if self.attn_implementation not in ATTENTION:
-            self._refuse("attn_implementation", f"one of {', '.join(ATTENTION)}")
-        if self.sliding_window is not None:
-            self._require_int("sliding_window", 1)
-        self._set_layer_types()
-        self._set_rope_parameters()
-
-    def _set_layer_types(self) -> None:
         if self.layer_types is None:
             kind = "full_attention" if self.sliding_window is None else "sliding_attention"
             self.layer_types = [kind] * self.num_hidden_layers
-        if len(self.layer_types) != self.num_hidden_layers:
-            self._refuse("layer_types", f"a list of num_hidden_layers={self.num_hidden_layers} names")
-        if any(kind not in LAYER_TYPES for kind in self.layer_types):
-            self._refuse("layer_types", f"a list of the names {', '.join(LAYER_TYPES)}")
-        if self.sliding_window is None and "sliding_attention" in self.layer_types:
-            self._refuse("sliding_window", "a number, because layer_types has sliding_attention")
+        self._set_rope_parameters()
+        heads, layers, kinds = self.num_attention_heads, self.num_hidden_layers, ", ".join(LAYER_TYPES)
+        window, pad = self.sliding_window, self.pad_token_id
+        for name, valid, allowed in (
+            ("num_key_value_heads", heads % self.num_key_value_heads == 0, f"a divisor of {heads} attention heads"),
+            ("head_dim", is_number(self.head_dim, int, 2) and self.head_dim % 2 == 0, "an even number above 0"),
+            ("hidden_act", self.hidden_act in ACTIVATIONS, ", ".join(ACTIVATIONS)),
+            ("rms_norm_eps", is_number(self.rms_norm_eps, float, 1e-30), "a number above 0"),
+            ("initializer_range", is_number(self.initializer_range, float, 0), "a number not below 0"),
+            ("attention_dropout", 0 <= self.attention_dropout < 1, "a number from 0 to below 1"),
+            ("pad_token_id", pad is None or 0 <= pad < self.vocab_size, f"None or an id below {self.vocab_size}"),
+            ("sliding_window", window is None or is_number(window, int, 1), "None or a whole number not below 1"),
+            ("layer_types", len(self.layer_types) == layers, f"num_hidden_layers={layers} names"),
+            ("layer_types", set(self.layer_types) <= set(LAYER_TYPES), f"a list of the names {kinds}"),
+            ("sliding_window", window or LAYER_TYPES[1] not in self.layer_types, "a number for sliding layers"),
+            ("attn_implementation", self.attn_implementation in ATTENTION, ", ".join(ATTENTION)),
+        ):
+            self._check(name, valid, allowed)
 
     def _set_rope_parameters(self) -> None:
         rope = dict(self.rope_parameters or {})
-        kind = rope.pop("type", None)
-        rope.setdefault("rope_type", kind or "default")
-        if kind is not None and rope["rope_type"] != kind:
-            self._refuse("rope_parameters", "one rope type, not two ('type' and 'rope_type' differ)")
+        older_name = rope.pop("type", None)
+        kind = rope.setdefault("rope_type", older_name or "default")
         theta = rope.setdefault("rope_theta", 10000.0 if self.rope_theta is None else self.rope_theta)
-        if self.rope_theta is not None and self.rope_theta != theta:
-            self._refuse("rope_theta", f"left out, or equal to rope_parameters['rope_theta']={theta}")
-        if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not theta > 0:
-            raise ValueError(f"rope_theta={theta!r} is impossible; allowed: a number above 0")
+        self._check("rope_theta", self.rope_theta in (None, theta), f"None, or rope_parameters' own, {theta}")
         self.rope_theta, self.rope_parameters = theta, rope
-        if rope["rope_type"] not in self.rope_types:
-            self._refuse("rope_parameters", f"rope_type {' or '.join(self.rope_types)} for {type(self).__name__}")
-        if rope.get("partial_rotary_factor", 1.0) != 1.0:
-            self._refuse("rope_parameters", "no partial_rotary_factor (every pair of a head is rotated)")
+        self._check("rope_theta", is_number(theta, float, 1e-30), "a number above 0")
+        self._check("rope_parameters", older_name in (None, kind), "'type' and 'rope_type' that agree")
+        self._check("rope_parameters", kind in self.rope_types, f"rope_type {' or '.join(self.rope_types)}")
+        whole = rope.get("partial_rotary_factor", 1.0) == 1.0
+        self._check("rope_parameters", whole, "no partial_rotary_factor: every pair of a head is rotated")
 
-    def _require_int(self, name: str, least: int) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            self._refuse(name, f"a whole number not below {least}")
-
-    def _refuse(self, name: str, allowed: str) -> None:
-        raise ValueError(f"{name}={getattr(self, name)!r} is impossible; allowed: {allowed}")
+    def _check(self, name: str, valid: object, allowed: str) -> None:
+        if not valid:
+            raise ValueError(f"{name}={getattr(self, name)!r} is impossible; allowed: {allowed}")
 
     @staticmethod
     def published_layer_types(num_hidden_layers: int) -> list[str]:
         """The layers of Ministral-8B-Instruct-2410: one full, three sliding, repeated (in its params.json the
         window is the list [null, 32768, 32768, 32768])."""
-        return ["sliding_attention" if layer % 4 else "full_attention" for layer in range(num_hidden_layers)]
+        return [LAYER_TYPES[layer % 4 > 0] for layer in range(num_hidden_layers)]
 
     @classmethod
     def from_dict(cls: type[Config], d: dict[str, Any]) -> Config:
-        """Build a configuration from a published config.json of either Transformers generation.
-
-        `rope_theta` + `rope_scaling` (4.x) and `rope_parameters` (5.x) are both read. A foreign `model_type` is
-        taken when it computes the same function, and refused with the reason when it does not.
+        """Build a configuration from a published config.json of either Transformers generation (`rope_theta` and
+        `rope_scaling`, or `rope_parameters`). A foreign `model_type` is taken when it computes the same function.
 
         Raises:
-            ValueError: another architecture, biases, a quantised checkpoint, or an impossible value.
+            ValueError: another architecture, biases, quantised weights, or an impossible value.
         """
-        if not isinstance(d, dict):
-            raise ValueError(f"config.json must hold one JSON object; found {type(d).__name__}")
-        model_type = d.get("model_type", cls.model_type)
-        if model_type != cls.model_type and model_type not in cls.same_function:
-            allowed = ", ".join([cls.model_type, *cls.same_function])
-            raise ValueError(f"model_type {model_type!r} is not what {cls.__name__} computes; allowed: {allowed}")
-        for key in ("attention_bias", "mlp_bias"):
-            if d.get(key):
-                raise ValueError(f"{key}={d[key]!r}: {cls.__name__} has no biases, so this is another function")
-        if d.get("quantization_config"):
-            method = d["quantization_config"].get("quant_method", "unknown")
-            raise ValueError(f"quantized weights ({method}) are not supported; use the BF16 variant of the model")
-
         known = {field.name for field in fields(cls)} - {"attn_implementation"}
-        values = {**cls.same_function.get(model_type, {}), **{k: v for k, v in d.items() if k in known}}
-        if model_type == "llama":
-            values["sliding_window"] = None  # LlamaConfig carries the key through, its attention never reads it
-        rope = {**(d.get("rope_scaling") or {}), **(d.get("rope_parameters") or {})}
-        if rope:
-            values["rope_parameters"] = rope
-        ignored = sorted(set(d) - known - HARMLESS_KEYS)
-        if ignored:
-            warnings.warn(f"config.json: ignored unknown keys {', '.join(ignored)}", stacklevel=2)
-        return cls(**values)
+        return cls(**checkpoint.config_fields(d, known, {cls.model_type: {}} | cls.same_function))
 
     def to_dict(self) -> dict[str, Any]:
         """The content of a config.json that Transformers 5 loads."""
-        values = {key: value for key, value in asdict(self).items() if key not in ("attn_implementation", "rope_theta")}
-        return {"model_type": self.model_type, **values}
+        hidden = ("attn_implementation", "rope_theta")
+        return {"model_type": self.model_type} | {k: v for k, v in asdict(self).items() if k not in hidden}
 
 
-Config = TypeVar("Config", bound=MinistralConfig)
-# Keys of a config.json that do not change what the text model computes.
-HARMLESS_KEYS = set(
-    "architectures model_type torch_dtype dtype transformers_version _name_or_path auto_map rope_scaling attention_bias"
-    " mlp_bias pretraining_tp quantization_config output_attentions output_hidden_states return_dict id2label label2id"
-    " problem_type chunk_size_feed_forward is_encoder_decoder _attn_implementation_autoset num_labels".split()
-)
+def is_number(value: object, kind: type, least: float) -> bool:
+    """Whether `value` is a finite number (a whole one for int) that is not below `least`."""
+    kinds = (int,) if kind is int else (int, float)
+    return isinstance(value, kinds) and not isinstance(value, bool) and least <= value < float("inf")
 
 
 # ---------------------------------------------------------------------------------------------------- results
@@ -303,7 +249,6 @@ class RotaryEmbedding(nn.Module):
 
     def inverse_frequencies(self, dtype: torch.dtype) -> Tensor:
         """The angle per position of each of the D/2 pairs, in radians, on the CPU."""
-        assert self.config.head_dim is not None and self.config.rope_theta is not None
         exponents = torch.arange(0, self.config.head_dim, 2, dtype=dtype, device="cpu") / self.config.head_dim
         return 1.0 / (self.config.rope_theta**exponents)
 
@@ -450,10 +395,8 @@ class KVCache:
     """
 
     def __init__(self, config: MinistralConfig) -> None:
-        assert config.layer_types is not None
-        self.layers = [
-            LayerCache(config.sliding_window if kind == "sliding_attention" else None) for kind in config.layer_types
-        ]
+        windows = {"full_attention": None, "sliding_attention": config.sliding_window}
+        self.layers = [LayerCache(windows[kind]) for kind in config.layer_types]
 
     def get_seq_length(self) -> int:
         """Tokens seen so far, padding included."""
@@ -515,7 +458,6 @@ class MinistralAttention(nn.Module):
 
     def __init__(self, config: MinistralConfig, layer_idx: int) -> None:
         super().__init__()
-        assert config.head_dim is not None
         self.config, self.layer_idx, self.head_dim = config, layer_idx, config.head_dim
         q_size, kv_size = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
         self.q_proj = Linear(config.hidden_size, q_size)
@@ -555,8 +497,7 @@ class MinistralMLP(nn.Module):
         self.act = ACTIVATIONS[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
-        return out
+        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
 
 
 class MinistralDecoderLayer(nn.Module):
@@ -581,8 +522,6 @@ class MinistralDecoderLayer(nn.Module):
 
 # ------------------------------------------------------------------------------------------------------ models
 
-Model = TypeVar("Model", bound="PreTrainedModel")
-
 
 @torch.no_grad()
 def init_weights(module: nn.Module, std: float) -> None:
@@ -596,10 +535,10 @@ def init_weights(module: nn.Module, std: float) -> None:
 
 
 class PreTrainedModel(nn.Module):
-    """What every model here can do besides computing: be initialised, read from a directory, written to one."""
+    """What every model here can do besides computing: be read from a directory and written to one."""
 
     config_class: ClassVar[type[MinistralConfig]] = MinistralConfig
-    base_model_prefix: ClassVar[str] = ""  # under which attribute the backbone sits; "" for the backbone itself
+    base_model_prefix: ClassVar[str] = "model"  # under which attribute the backbone sits
 
     def __init__(self, config: MinistralConfig) -> None:
         super().__init__()
@@ -607,23 +546,29 @@ class PreTrainedModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Where the weights are."""
         return next(self.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
+        """The type of the weights."""
         return next(self.parameters()).dtype
 
+    def tied(self) -> dict[str, str]:
+        """Names of parameters that are another parameter's tensor: {name: the other's name}."""
+        return {}
+
     def tie_weights(self) -> None:
-        """Make tied parameters one tensor again, after they were replaced."""
+        """Make each tied parameter one tensor with the other, again, after tensors were replaced."""
+        for name, other in self.tied().items():
+            module, _, attribute = name.rpartition(".")
+            setattr(self.get_submodule(module), attribute, self.get_parameter(other))
 
     @classmethod
     def from_pretrained(
-        cls: type[Model],
-        path_or_hub_id: str | Path,
-        dtype: torch.dtype | None = None,
-        device: str | torch.device | None = None,
-        attn_implementation: str | None = None,
-    ) -> Model:
+        cls: type[Model], path_or_hub_id: str | Path, dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None, attn_implementation: str | None = None,
+    ) -> Model:  # fmt: skip
         """Load a directory that holds config.json and safetensors weights, or a Hub id ("owner/name").
 
         Args:
@@ -632,7 +577,8 @@ class PreTrainedModel(nn.Module):
             attn_implementation: "sdpa" or "eager"; None takes the configuration's.
 
         Returns:
-            The model in eval mode. The head is tied to the embeddings when the file holds no separate head.
+            The model in eval mode. Embeddings that config.json ties to the head, though the file holds another
+            tensor for the head, are not tied, with a warning.
 
         Raises:
             FileNotFoundError: no such directory or repository, or a file is missing in it.
@@ -644,56 +590,29 @@ class PreTrainedModel(nn.Module):
             config = replace(config, attn_implementation=attn_implementation)
         with torch.device("meta"):
             model = cls(config)
-        model._adopt(checkpoint.Checkpoint(directory), dtype, torch.device(device or "cpu"))
+        files = checkpoint.Checkpoint(directory)
+        if not checkpoint.fill(model, files, model.own_name, model.tied(), dtype, torch.device(device or "cpu")):
+            config.tie_word_embeddings = False
+        model.tie_weights()
         return model.eval()
 
-    def _adopt(self, files: checkpoint.Checkpoint, dtype: torch.dtype | None, device: torch.device) -> None:
-        """Replace the parameters, which are on the meta device, one by one by those in the files."""
-        head, table = "lm_head.weight", "model.embed_tokens.weight"
-        wanted = dict(self.named_parameters(remove_duplicate=False))
-        names = {self._own_name(name): name for name in files.names() if self.base_model_prefix or name != head}
-        if head in wanted and self.config.tie_word_embeddings and head in names and table in names:
-            if torch.equal(files.read(names[head]), files.read(names[table])):
-                del names[head]  # stored twice, one tensor in memory
-            else:
-                warnings.warn(f"{head} differs from the embeddings although config.json ties them: not tied", stacklevel=3)
-                self.config.tie_word_embeddings = False
-        missing = wanted.keys() - names.keys() - ({head} if self.config.tie_word_embeddings else set())
-        unexpected = names.keys() - wanted.keys()
-        shapes = {name: files.shape(names[name]) for name in wanted.keys() & names.keys()}
-        wrong = sorted(
-            f"{name} is {list(shape)}, config.json asks for {list(wanted[name].shape)}"
-            for name, shape in shapes.items()
-            if shape != wanted[name].shape
-        )
-        for what, found in (("missing", sorted(missing)), ("unexpected", sorted(unexpected)), ("misshapen", wrong)):
-            if found:
-                more = f" and {len(found) - 8} more" if len(found) > 8 else ""
-                raise ValueError(f"{files.directory}: {len(found)} tensors {what}: {', '.join(found[:8])}{more}")
-        for name in shapes:
-            tensor = files.read(names[name]).to(device=device, dtype=dtype)
-            module = self.get_submodule(name.rpartition(".")[0])
-            setattr(module, name.rpartition(".")[2], nn.Parameter(tensor))
-        self.tie_weights()
+    def own_name(self, stored: str) -> str | None:
+        """The name in this model of a stored tensor, None if it is not for this model. The files of a backbone lack
+        the prefix that those of a model with a head have."""
+        prefix = self.base_model_prefix + "."
+        return stored if stored.startswith((prefix, "lm_head.")) else prefix + stored
 
-    def _own_name(self, name: str) -> str:
-        """The name that a stored tensor has in this class: backbone files lack the prefix, causal ones have it."""
-        prefix = self.base_model_prefix and self.base_model_prefix + "."
-        if not prefix:
-            return name.removeprefix("model.")
-        return name if name.startswith((prefix, "lm_head.")) else prefix + name
-
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Write config.json and model.safetensors, readable here and by Transformers. A tied head is not written
-        twice. Each file appears complete or not at all.
+    def save_pretrained(self, directory: str | Path, max_shard_bytes: int = 5 * 10**9) -> None:
+        """Write config.json and weights, readable here and by Transformers; larger models in shards. A tied tensor is
+        written once. Each file appears complete or not at all.
 
         Raises:
             NotADirectoryError: `directory` exists and is a file.
         """
         config = {"architectures": [type(self).__name__], **self.config.to_dict()}
         config["dtype"] = str(self.dtype).removeprefix("torch.")
-        tensors = dict(self.named_parameters())  # leaves out the second name of a tied tensor
-        checkpoint.write(directory, config, {name: tensor.detach() for name, tensor in tensors.items()})
+        tensors = {name: tensor.detach() for name, tensor in self.named_parameters()}  # each tensor by its first name
+        checkpoint.write(directory, config, tensors, max_shard_bytes)
 
 
 class MinistralModel(PreTrainedModel):
@@ -710,27 +629,24 @@ class MinistralModel(PreTrainedModel):
         self.rotary_emb = self.rotary_class(config)
         init_weights(self, config.initializer_range)
 
+    def own_name(self, stored: str) -> str | None:
+        return None if stored.startswith("lm_head.") else stored.removeprefix(self.base_model_prefix + ".")
+
     def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: KVCache | None = None,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        cache_position: Tensor | None = None,
-        output_hidden_states: bool = False,
-        output_attentions: bool = False,
-    ) -> BaseModelOutputWithPast:
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None, past_key_values: KVCache | None = None,
+        inputs_embeds: Tensor | None = None, use_cache: bool | None = None, cache_position: Tensor | None = None,
+        output_hidden_states: bool = False, output_attentions: bool = False,
+    ) -> BaseModelOutputWithPast:  # fmt: skip
         """Run S new tokens through all layers.
 
         Args:
             input_ids: (B, S) token ids; or give `inputs_embeds` (B, S, E) instead.
             attention_mask: (B, past + S), nonzero for real tokens and 0 for padding. None: all are real.
             position_ids: (B or 1, S) rotary positions. None: past, past + 1, ... (padding counts; `generate` passes
-                positions that skip it). Masks never depend on these, with one exception, Transformers' own:
-                without mask and without cache, every jump in a row starts a new text that cannot see the
-                ones before it (packed training sequences).
+                positions that skip it). Masks do not depend on these, with one exception, which is Transformers':
+                without mask and without cache, every jump in a row starts a new text that cannot see the ones
+                before it (packed training sequences).
             past_key_values: the cache of the tokens before; it is extended in place.
             use_cache: return a cache for the next call; None takes the configuration's word.
             cache_position: (S,) if given, must be past, past + 1, ...: a cache has no gaps.
@@ -740,110 +656,86 @@ class MinistralModel(PreTrainedModel):
             ValueError: both or neither of ids and embeddings, a wrong shape or dtype, an id outside the vocabulary,
                 or `output_attentions` on the sdpa path, which never holds the probabilities.
         """
+        x = self._embed(input_ids, inputs_embeds)
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if input_ids is not None:
-            self._check_ids(input_ids)
-            inputs_embeds = self.embed_tokens(input_ids)
-        assert inputs_embeds is not None
-        if inputs_embeds.ndim != 3 or inputs_embeds.shape[1] == 0 or inputs_embeds.shape[2] != self.config.hidden_size:
-            raise ValueError(
-                f"inputs_embeds must be (batch, tokens, {self.config.hidden_size}) with at least one token;"
-                f" found {tuple(inputs_embeds.shape)}"
-            )
+        B, S, _ = x.shape
+        positions = torch.arange(past, past + S, device=x.device)  # (S,) places in the sequence, padding counted
         if output_attentions and self.config.attn_implementation != "eager":
             raise ValueError("output_attentions needs attn_implementation='eager'; the fused kernel keeps none")
+        if cache_position is not None and cache_position.tolist() != positions.tolist():
+            raise ValueError(f"cache_position must be {past}..{past + S - 1} after {past} cached tokens")
         if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
             past_key_values = KVCache(self.config)
 
-        B, S, _ = inputs_embeds.shape
-        query_positions = torch.arange(past, past + S, device=inputs_embeds.device)
-        if cache_position is not None and cache_position.tolist() != list(range(past, past + S)):
-            raise ValueError(f"cache_position must be {past}..{past + S - 1} after {past} cached tokens")
+        real = packed = None
         if attention_mask is not None:
-            if attention_mask.shape != (B, past + S):
-                raise ValueError(
-                    f"attention_mask must be {(B, past + S)}, one entry per cached and new token;"
-                    f" found {tuple(attention_mask.shape)}"
-                )
-            attention_mask = attention_mask.to(inputs_embeds.device).bool()
-            attention_mask = None if attention_mask.all() else attention_mask
-        packed = None
-        if position_ids is None:
-            position_ids = query_positions[None]
-        else:
-            if position_ids.shape not in ((B, S), (1, S)):
-                raise ValueError(f"position_ids must be {(B, S)} or {(1, S)}; found {tuple(position_ids.shape)}")
+            expect("attention_mask", attention_mask, (B, past + S))
+            real = attention_mask.to(x.device).bool()
+            real = None if real.all() else real
+        if position_ids is not None:
+            expect("position_ids", position_ids, (B, S), (1, S))
             if attention_mask is None and past_key_values is None:
                 packed = same_text(position_ids)
+        tables = self.rotary_emb(x, positions[None] if position_ids is None else position_ids)
+        keys = {kind: positions for kind in self.config.layer_types}  # kind of layer -> (K,) places of its keys
+        if past_key_values is not None:
+            keys = {kind: layer.key_positions(S, x.device)
+                    for kind, layer in zip(self.config.layer_types, past_key_values.layers)}  # fmt: skip
+        masks = {kind: self._mask(kind, positions, keys[kind], real, packed) for kind in keys}
 
-        masks = {
-            kind: self._mask(kind, query_positions, past_key_values, attention_mask, packed)
-            for kind in sorted(set(self.config.layer_types or ()))
-        }
-        tables = self.rotary_emb(inputs_embeds, position_ids)
-        orders = self._key_orders(S, past_key_values) if output_attentions else {}
-
-        x = inputs_embeds
-        hidden_states, attentions = (x,), ()
-        for kind, layer in zip(self.config.layer_types or (), self.layers):
+        hidden_states, attentions = [x], []
+        for kind, layer in zip(self.config.layer_types, self.layers):
             x, probs = layer(x, tables, masks[kind], past_key_values)
             if output_hidden_states:
-                hidden_states += (x,)
+                hidden_states.append(x)
             if output_attentions:
-                attentions += (probs if kind not in orders else probs[..., orders[kind]],)
+                attentions.append(probs[..., keys[kind].argsort()])  # a ring hands its keys out rotated
         x = self.norm(x)
         return BaseModelOutputWithPast(
             last_hidden_state=x,
             past_key_values=past_key_values,
             hidden_states=(*hidden_states[:-1], x) if output_hidden_states else None,
-            attentions=attentions if output_attentions else None,
+            attentions=tuple(attentions) if output_attentions else None,
         )
 
-    def _check_ids(self, input_ids: Tensor) -> None:
-        if input_ids.ndim != 2 or input_ids.shape[1] == 0 or input_ids.dtype not in (torch.int64, torch.int32):
-            raise ValueError(
-                "input_ids must be (batch, tokens) of whole numbers with at least one token;"
-                f" found {tuple(input_ids.shape)} of {input_ids.dtype}"
-            )
-        if input_ids.device.type == "cpu":  # elsewhere the check would wait for the device
-            low, high = input_ids.aminmax()
-            if low < 0 or high >= self.config.vocab_size:
-                raise ValueError(f"input_ids from {low} to {high}; allowed: 0 to vocab_size-1={self.config.vocab_size - 1}")
+    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """(B, S, E) embeddings of either input, checked."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            assert input_ids is not None
+            last = self.config.vocab_size - 1
+            if input_ids.ndim != 2 or input_ids.numel() == 0 or input_ids.dtype not in (torch.int64, torch.int32):
+                found = f"{tuple(input_ids.shape)} of {input_ids.dtype}"
+                raise ValueError(f"input_ids must be (batch, tokens) of whole numbers, not empty; found {found}")
+            if input_ids.device.type == "cpu" and not 0 <= input_ids.min() <= input_ids.max() <= last:
+                # (On another device the check would wait for it.)
+                raise ValueError(f"input_ids from {input_ids.min()} to {input_ids.max()}; allowed: 0 to {last}")
+            inputs_embeds = self.embed_tokens(input_ids)
+        if inputs_embeds.ndim != 3 or inputs_embeds.numel() == 0 or inputs_embeds.shape[2] != self.config.hidden_size:
+            allowed = f"(batch, tokens, {self.config.hidden_size}), not empty"
+            raise ValueError(f"inputs_embeds must be {allowed}; found {tuple(inputs_embeds.shape)}")
+        return inputs_embeds
 
     def _mask(
-        self,
-        kind: str,
-        query_positions: Tensor,
-        cache: KVCache | None,
-        attention_mask: Tensor | None,
-        packed: Tensor | None,
+        self, kind: str, queries: Tensor, keys: Tensor, real: Tensor | None, packed: Tensor | None
     ) -> Tensor | None:
-        """The mask of all layers of one kind, or None where the fused kernel needs none."""
+        """The mask for layers of one kind, or None where the fused kernel needs none."""
         window = self.config.sliding_window if kind == "sliding_attention" else None
-        S, key_positions = len(query_positions), query_positions
-        if cache is not None:
-            key_positions = self._cached_layer(kind, cache).key_positions(S, query_positions.device)
-        K = len(key_positions)
-        allowed = packed if attention_mask is None else attention_mask[:, None, key_positions]  # (B, 1 or S, K)
-        if self.config.attn_implementation == "sdpa" and allowed is None:
-            # One query sees all the cache hands out; a first chunk that the window spares is causal. (At K = W no
-            # key is hidden either, but Transformers builds a mask there, and that takes another kernel.)
-            if S == 1 or (K == S and (window is None or K < window)):
-                return None
-        return make_attention_mask(query_positions, key_positions, window, allowed)
+        S, K = len(queries), len(keys)
+        allowed = packed if real is None else real[:, None, keys]  # (B, 1 or S, K)
+        # One query sees all keys that a cache hands out; a first chunk that the window spares is causal. (At K = W no
+        # key is hidden either, but Transformers builds a mask there, and that takes another kernel.)
+        needless = S == 1 or (S == K and (window is None or window > K))
+        if needless and allowed is None and self.config.attn_implementation == "sdpa":
+            return None
+        return make_attention_mask(queries, keys, window, allowed)
 
-    def _cached_layer(self, kind: str, cache: KVCache) -> LayerCache:
-        assert self.config.layer_types is not None
-        return cache.layers[self.config.layer_types.index(kind)]
 
-    def _key_orders(self, new: int, cache: KVCache | None) -> dict[str, Tensor]:
-        """For each kind of layer, the order that sorts its keys by position (a ring hands them out rotated)."""
-        if cache is None:
-            return {}
-        kinds = set(self.config.layer_types or ())
-        return {kind: self._cached_layer(kind, cache).key_positions(new).argsort().to(self.device) for kind in kinds}
+def expect(name: str, tensor: Tensor, *shapes: tuple[int, ...]) -> None:
+    """Raise ValueError unless the tensor has one of the shapes."""
+    if tensor.shape not in shapes:
+        raise ValueError(f"{name} must be {' or '.join(map(str, shapes))}; found {tuple(tensor.shape)}")
 
 
 def same_text(position_ids: Tensor) -> Tensor | None:
@@ -859,18 +751,15 @@ def same_text(position_ids: Tensor) -> Tensor | None:
 def causal_lm_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy in nats of each token given those before it. logits (B, S, V); labels (B, S) are the input
     ids, -100 where a token does not count; the shift by one happens here."""
-    if labels.shape != logits.shape[:-1]:
-        raise ValueError(
-            f"labels must be {tuple(logits.shape[:-1])}, one for each position with logits; found {tuple(labels.shape)}"
-        )
+    expect("labels", labels, logits.shape[:-1])
     targets = F.pad(labels, (0, 1), value=-100)[:, 1:]
-    return F.cross_entropy(logits.to(at_least_float32(logits.dtype)).flatten(0, 1), targets.flatten(), ignore_index=-100)
+    logits = logits.to(at_least_float32(logits.dtype))
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
 
 
 class MinistralForCausalLM(PreTrainedModel):
     """The backbone and the head that turns hidden states into logits over the vocabulary."""
 
-    base_model_prefix = "model"
     model_class: ClassVar[type[MinistralModel]] = MinistralModel
 
     def __init__(self, config: MinistralConfig) -> None:
@@ -882,24 +771,16 @@ class MinistralForCausalLM(PreTrainedModel):
         else:
             init_weights(self.lm_head, config.initializer_range)
 
-    def tie_weights(self) -> None:
-        if self.config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
+    def tied(self) -> dict[str, str]:
+        return {"lm_head.weight": "model.embed_tokens.weight"} if self.config.tie_word_embeddings else {}
 
     def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: KVCache | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        cache_position: Tensor | None = None,
-        logits_to_keep: int | Tensor = 0,
-        output_hidden_states: bool = False,
-        output_attentions: bool = False,
-    ) -> CausalLMOutputWithPast:
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None, past_key_values: KVCache | None = None,
+        inputs_embeds: Tensor | None = None, labels: Tensor | None = None, use_cache: bool | None = None,
+        cache_position: Tensor | None = None, logits_to_keep: int | Tensor = 0,
+        output_hidden_states: bool = False, output_attentions: bool = False,
+    ) -> CausalLMOutputWithPast:  # fmt: skip
         """The arguments of `MinistralModel.forward`, and:
 
         Args:
@@ -910,23 +791,11 @@ class MinistralForCausalLM(PreTrainedModel):
         Raises:
             ValueError: as `MinistralModel.forward`, or labels that do not match the logits.
         """
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            cache_position=cache_position,
-            output_hidden_states=output_hidden_states,
-            output_attentions=output_attentions,
-        )
+        out = self.model(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, cache_position,
+            output_hidden_states, output_attentions,
+        )  # fmt: skip
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, keep])  # (B, S or fewer, V)
-        return CausalLMOutputWithPast(
-            loss=None if labels is None else causal_lm_loss(logits, labels),
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        logits = self.lm_head(out.last_hidden_state[:, keep])  # (B, S or fewer, V)
+        loss = None if labels is None else causal_lm_loss(logits, labels)
+        return CausalLMOutputWithPast(loss, logits, out.past_key_values, out.hidden_states, out.attentions)

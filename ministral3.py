@@ -30,6 +30,7 @@ from ministral import (
     RopeTables,
     RotaryEmbedding,
     at_least_float32,
+    is_number,
 )
 
 
@@ -50,7 +51,7 @@ class Ministral3Config(MinistralConfig):
 
     vocab_size: int = 131072
     num_hidden_layers: int = 34
-    head_dim: int | None = 128
+    head_dim: int = 128
     max_position_embeddings: int = 262144
     rms_norm_eps: float = 1e-5
     pad_token_id: int | None = 11
@@ -75,26 +76,21 @@ class Ministral3Config(MinistralConfig):
                 "llama_4_scaling_beta": 0.1,
             }
         super().__post_init__()
-        assert self.rope_parameters is not None and self.layer_types is not None
-        if len(set(self.layer_types)) > 1 or ("full_attention" in self.layer_types) != (self.sliding_window is None):
-            self._refuse("layer_types", "one type for all layers (sliding_attention if sliding_window is set)")
+        kind = "full_attention" if self.sliding_window is None else "sliding_attention"
+        self._check("layer_types", set(self.layer_types) == {kind}, f"{kind} for every layer (see sliding_window)")
         rope = self.rope_parameters
-        if rope["rope_type"] == "yarn":
-            self._require_number(rope, "factor", 1.0)
-            self._require_number(rope, "original_max_position_embeddings", 1)
-        # Transformers reads both keys without asking whether they exist.
+        # Transformers reads these two keys without asking whether they exist.
         if rope.get("llama_4_scaling_beta") is None:
             rope["llama_4_scaling_beta"] = 0.0
-        if rope["llama_4_scaling_beta"] == 0.0:
+        if rope["rope_type"] == "default" and rope["llama_4_scaling_beta"] == 0.0:
             rope.setdefault("original_max_position_embeddings", self.max_position_embeddings)
-        self._require_number(rope, "original_max_position_embeddings", 1)
-        self._require_number(rope, "llama_4_scaling_beta", 0.0)
-
-    @staticmethod
-    def _require_number(rope: dict[str, Any], key: str, least: float) -> None:
-        value = rope.get(key)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value < math.inf:
-            raise ValueError(f"rope_parameters[{key!r}]={value!r} is impossible; allowed: a number not below {least}")
+        least = {"original_max_position_embeddings": 1, "llama_4_scaling_beta": 0}
+        if rope["rope_type"] == "yarn":
+            least["factor"] = 1
+        for key, limit in least.items():
+            if not is_number(rope.get(key), float, limit):
+                allowed = f"a number not below {limit}"
+                raise ValueError(f"rope_parameters[{key!r}]={rope.get(key)!r} is impossible; allowed: {allowed}")
 
 
 class YarnRotaryEmbedding(RotaryEmbedding):
@@ -102,7 +98,6 @@ class YarnRotaryEmbedding(RotaryEmbedding):
 
     def __init__(self, config: MinistralConfig) -> None:
         super().__init__(config)
-        assert config.rope_parameters is not None
         self.rope = config.rope_parameters
 
     def inverse_frequencies(self, dtype: torch.dtype) -> Tensor:
@@ -114,15 +109,13 @@ class YarnRotaryEmbedding(RotaryEmbedding):
         plain = super().inverse_frequencies(dtype)
         if self.rope["rope_type"] == "default":
             return plain
-        D, theta = self.config.head_dim, self.rope["rope_theta"]
-        assert D is not None
+        D, theta = self.config.head_dim, self.config.rope_theta
+        original = self.rope["original_max_position_embeddings"]
 
         def pair_that_turns(times: float) -> float:
-            return D * math.log(self.rope["original_max_position_embeddings"] / (times * 2 * math.pi)) / (
-                2 * math.log(theta)
-            )
+            return D * math.log(original / (times * 2 * math.pi)) / (2 * math.log(theta))
 
-        low = pair_that_turns(self.rope.get("beta_fast") or 32)
+        low: float = pair_that_turns(self.rope.get("beta_fast") or 32)
         high = pair_that_turns(self.rope.get("beta_slow") or 1)
         if self.rope.get("truncate", True):
             low, high = math.floor(low), math.ceil(high)
@@ -170,6 +163,8 @@ class Ministral3Attention(MinistralAttention):
 
 
 class Ministral3DecoderLayer(MinistralDecoderLayer):
+    """The same layer around the new attention."""
+
     attention_class = Ministral3Attention
 
 

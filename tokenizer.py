@@ -123,7 +123,7 @@ def from_tekken(tekken: Any, source: str = TEKKEN) -> Backend:
         specials, size = config["default_num_special_tokens"], config["default_vocab_size"]
         words = [base64.b64decode(entry["token_bytes"], validate=True) for entry in tekken["vocab"][: size - specials]]
         names = special_token_names(tekken)
-        if len(words) != size - specials or any(len(word) != 1 for word in words[:256]) or len(set(words)) != len(words):
+        if len(set(words)) != size - specials or {len(word) for word in words[:256]} != {1}:
             raise ValueError("the vocabulary must be distinct, single bytes first, and as long as config says")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{source} is not a Tekken vocabulary: {type(error).__name__}: {error}") from error

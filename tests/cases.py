@@ -54,9 +54,9 @@ class Case:
 
 
 def draw_config(rng: Random, family: str | None = None, **fixed: Any) -> MinistralConfig:
-    """A tiny configuration of either family, or of the one named: windows from 1 to longer than the text, all three YaRN zones, every
-    rule for its magnitude, query scales above 1, head_dim * heads different from hidden_size, GQA with one key head
-    and more, tied and not."""
+    """A tiny configuration of either family, or of the one named: windows from 1 to longer than the text, all three
+    YaRN zones, every rule for its magnitude, query scales above 1, head_dim * heads different from hidden_size, GQA
+    with one key head and more, tied and not."""
     groups, kv_heads = rng.choice([1, 2, 4]), rng.choice([1, 2, 3])
     layers = rng.randint(1, 3)
     common: dict[str, Any] = dict(

@@ -113,7 +113,7 @@ def test_cached_decoding_is_no_further_from_float64(device, dtype, attn_implemen
     ours, theirs = distances_from_float64(device, dtype, 250, attn_implementation=attn_implementation)
     with capsys.disabled():
         print(
-            f"\n{device} {attn_implementation:5} {str(dtype):15} {len(ours)} cases, error against float64:"
+            f"\n{device} {attn_implementation:5} {dtype!s:15} {len(ours)} cases, error against float64:"
             f" median {statistics.median(ours):.3e} (Transformers {statistics.median(theirs):.3e}),"
             f" maximum {max(ours):.3e} ({max(theirs):.3e})"
         )

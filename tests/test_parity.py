@@ -75,7 +75,7 @@ def test_the_drawn_models_use_every_feature():
         config, S = case.ours.config, case.ids.shape[1]
         if config.model_type == "ministral":
             seen |= {f"window wraps in {kind}" for kind in config.layer_types if config.sliding_window < S}
-        elif S > config.rope_parameters["original_max_position_embeddings"]:
+        elif config.rope_parameters["original_max_position_embeddings"] < S:
             seen |= {"query scale > 1"} if config.rope_parameters["llama_4_scaling_beta"] else set()
             kept = case.ours.model.rotary_emb.inverse_frequencies(torch.float64) * config.rope_theta ** (
                 torch.arange(0, config.head_dim, 2) / config.head_dim
@@ -118,7 +118,8 @@ def test_logits_to_keep(rng):
     S = case.ids.shape[1]
     keep = rng.choice([0, 1, rng.randint(1, S), torch.tensor(sorted(rng.sample(range(S), rng.randint(1, S))))])
     a, b = (m(case.ids, case.mask, logits_to_keep=keep).logits for m in (case.ours, case.theirs))
-    assert_same(a, b, None if case.mask is None else case.real[:, keep if torch.is_tensor(keep) else slice(-keep, None)])
+    kept = keep if torch.is_tensor(keep) else slice(-keep, None)
+    assert_same(a, b, None if case.mask is None else case.real[:, kept])
 
 
 @torch.no_grad()
@@ -127,7 +128,8 @@ def test_a_window_off_by_one_is_seen(change):
     """The comparison would notice W - 1 or W + 1 keys: it does so in every single case that is long enough."""
     for seed in range(20):
         rng = random.Random(seed)
-        case = draw_case(rng, family="ministral", layer_types=None, sliding_window=rng.choice([2, 5, 8]), dtype=torch.float32)
+        window = rng.choice([2, 5, 8])
+        case = draw_case(rng, dtype=torch.float32, family="ministral", layer_types=None, sliding_window=window)
         ids = torch.randint(1, 50, (1, 20), generator=torch.Generator().manual_seed(seed))
         right = case.ours(ids).logits
         assert_same(right, case.theirs(ids).logits)

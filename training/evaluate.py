@@ -60,7 +60,8 @@ def ngram_bits_per_byte(train: str, test: str, n: int = 5) -> float:
         histories, first = np.unique(grams >> 8, return_index=True)
         totals, kinds = np.add.reduceat(counts, first), np.diff(np.append(first, len(grams)))
         wanted = _grams(b, order)
-        count, (total, kind) = _look_up(grams, wanted, counts), (_look_up(histories, wanted >> 8, x) for x in (totals, kinds))
+        count = _look_up(grams, wanted, counts)
+        total, kind = (_look_up(histories, wanted >> 8, values) for values in (totals, kinds))
         tail = p[order - 1 :]
         known = total > 0
         tail[known] = (count[known] + kind[known] * tail[known]) / (total[known] + kind[known])

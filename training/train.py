@@ -157,7 +157,8 @@ def train(recipe: Recipe, output: Path, device: torch.device) -> None:
             model.eval()
             score = bits_per_byte(model, tokenizer, texts["validation"], recipe.context)
             seconds, mark = seconds + time.monotonic() - mark, time.monotonic()
-            log.append({"step": step, "loss": loss.item(), "validation_bits_per_byte": score, "seconds": round(seconds)})
+            entry = {"step": step, "loss": loss.item(), "validation_bits_per_byte": score}
+            log.append(entry | {"seconds": round(seconds)})
             bar.write(json.dumps(log[-1]))
             if score < best:
                 best = score

@@ -1,0 +1,179 @@
+"""The sampling loop: greedy equals Transformers, rows equal themselves alone, filters equal Transformers' filters."""
+
+import math
+import random
+
+import pytest
+import torch
+import transformers
+from hypothesis import given, strategies as st
+
+from generate import Sampling, filter_logits, generate, penalize_repetition, sample
+from tests.cases import VOCAB, draw_case
+
+rngs = st.randoms(use_true_random=False)
+
+
+def draw_prompts(rng, dtype=torch.float32, **fixed):
+    """A case whose padding is on the left, as generation wants it."""
+    case = draw_case(rng, dtype=dtype, **fixed)
+    if case.mask is not None:
+        case.mask = case.mask.sort(dim=1).values
+    return case
+
+
+@torch.no_grad()
+def naive(model, ids, new, ends=()):
+    """Greedy continuation of one text (T,) without cache, masks or chunks: the whole text again for every token."""
+    tokens = ids.tolist()
+    while len(tokens) < len(ids) + new:
+        tokens.append(int(model(torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax()))
+        if tokens[-1] in ends:
+            break
+    return tokens
+
+
+@given(rngs)
+def test_greedy_equals_transformers_token_for_token(device, rng):
+    """Also batched with padding, past the window, and past an end-of-sequence token that some row meets."""
+    case = draw_prompts(rng, device=device, use_cache=True)
+    if case.ours.config.sliding_window == 1:
+        return  # Transformers' cache is wrong there
+    new, ends = rng.randint(1, 30), [rng.randrange(1, VOCAB) for _ in range(rng.choice([1, 1, 3]))]
+    mask = torch.ones_like(case.ids) if case.mask is None else case.mask
+    theirs = case.theirs.generate(
+        case.ids, attention_mask=mask, max_new_tokens=new, do_sample=False, eos_token_id=ends, pad_token_id=0
+    )
+    case.ours.config.pad_token_id = 0
+    ours = generate(case.ours, case.ids, mask, max_new_tokens=new, eos_token_id=ends)
+    assert torch.equal(ours, theirs)
+
+
+@given(rngs)
+def test_a_row_gets_in_a_batch_what_it_gets_alone(rng):
+    """Greedy and sampled, cut into any chunks, equal to the loop without a cache where that is defined."""
+    case = draw_prompts(rng)
+    model = case.truth()
+    model.config.attn_implementation = rng.choice(["eager", "sdpa"])
+    ends, new = [rng.randrange(1, VOCAB)], rng.randint(1, 25)
+    settings = rng.choice(
+        [
+            dict(temperature=0.0),
+            dict(temperature=0.0, repetition_penalty=1.7),
+            dict(temperature=0.9, top_k=rng.randint(1, 20), repetition_penalty=rng.choice([1.0, 1.3])),
+            dict(temperature=1.4, top_p=rng.uniform(0.1, 1), min_p=rng.choice([None, 0.05])),
+        ]
+    )
+    settings |= dict(max_new_tokens=new, eos_token_id=ends, seed=rng.randrange(99))
+    batch = generate(model, case.ids, case.mask, prefill_chunk_size=rng.randint(1, 50), **settings)
+    for row, real in enumerate(case.real):
+        prompt = case.ids[row][real]
+        alone = generate(model, prompt[None], **settings)[0].tolist()
+        together = batch[row].tolist()[case.ids.shape[1] - len(prompt) :]
+        assert together[: len(alone)] == alone
+        assert set(together[len(alone) :]) <= {ends[0] if model.config.pad_token_id is None else model.config.pad_token_id}
+        if settings["temperature"] == 0.0 and "repetition_penalty" not in settings:
+            assert alone == naive(model, prompt, new, ends)
+
+
+def test_every_token_is_reported_once_and_a_row_can_be_ended():
+    case = draw_prompts(random.Random(3))
+    told = {row: [] for row in range(len(case.ids))}
+
+    def on_token(row, token):
+        told[row].append(token)
+        return len(told[row]) == 3 + row
+
+    tokens = generate(case.ours, case.ids, case.mask, max_new_tokens=9, eos_token_id=(), on_token=on_token)
+    for row, new in told.items():
+        assert len(new) == 3 + row
+        assert tokens[row, case.ids.shape[1] :].tolist()[: len(new)] == new
+
+
+def test_a_text_ends_at_the_last_position():
+    case = draw_prompts(random.Random(0))
+    limit = case.ids.shape[1] + 4
+    case.ours.config.max_position_embeddings = limit
+    prompt = case.ids[:1]
+    assert generate(case.ours, prompt, max_new_tokens=99, eos_token_id=()).shape == (1, limit)
+    with pytest.raises(ValueError, match=f"{limit + 1} tokens.*max_position_embeddings={limit}"):
+        generate(case.ours, torch.ones(1, limit + 1, dtype=torch.long))
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(temperature=-1), "temperature=-1"),
+        (dict(temperature=math.nan), "temperature=nan"),
+        (dict(top_p=2), "top_p=2 is impossible; allowed: a number above 0, at most 1"),
+        (dict(top_p=0), "top_p=0"),
+        (dict(top_k=0), "top_k=0"),
+        (dict(min_p=1.5), "min_p=1.5"),
+        (dict(repetition_penalty=0), "repetition_penalty=0"),
+        (dict(max_new_tokens=0), "max_new_tokens=0"),
+        (dict(prefill_chunk_size=0), "prefill_chunk_size=0"),
+        (dict(seed=[1, 2, 3]), "one for each of 2 rows"),
+        (dict(attention_mask=torch.tensor([[1, 1], [1, 0]])), "padding on the left"),
+        (dict(attention_mask=torch.tensor([[0, 0], [1, 1]])), "padding on the left"),
+        (dict(input_ids=torch.ones(1, 0, dtype=torch.long)), "at least one token"),
+    ],
+)
+def test_impossible_settings_are_refused(settings, message):
+    case = draw_case(random.Random(1))
+    with pytest.raises(ValueError, match=message):
+        generate(case.ours, **dict(input_ids=torch.ones(2, 2, dtype=torch.long)) | settings)
+
+
+# ---------------------------------------------------------------------------------------------------- sampling
+
+
+@given(rngs)
+def test_filters_equal_transformers_processors(rng):
+    logits = torch.tensor([[rng.uniform(-8, 8) for _ in range(30)] for _ in range(2)])
+    if rng.random() < 0.3:
+        logits = logits.round()  # ties
+    settings = Sampling(
+        temperature=rng.uniform(0.2, 2),
+        top_k=rng.choice([None, rng.randint(1, 40)]),
+        top_p=rng.choice([None, rng.uniform(0.05, 1)]),
+        min_p=rng.choice([None, rng.uniform(0, 1)]),
+    )
+    warpers = transformers.LogitsProcessorList([transformers.TemperatureLogitsWarper(settings.temperature)])
+    if settings.top_k is not None:
+        warpers.append(transformers.TopKLogitsWarper(settings.top_k))
+    if settings.top_p is not None:
+        warpers.append(transformers.TopPLogitsWarper(settings.top_p))
+    if settings.min_p is not None:
+        warpers.append(transformers.MinPLogitsWarper(settings.min_p))
+    expected = warpers(None, logits.double()).softmax(-1)
+    torch.testing.assert_close(filter_logits(logits.double(), settings).softmax(-1), expected)
+
+
+@given(rngs)
+def test_repetition_penalty_equals_transformers(rng):
+    logits = torch.tensor([rng.uniform(-8, 8) for _ in range(30)])
+    ids = torch.tensor([rng.randrange(30) for _ in range(rng.randint(1, 20))])
+    penalty = rng.uniform(0.5, 2)
+    expected = transformers.RepetitionPenaltyLogitsProcessor(penalty)(ids[None], logits[None])[0]
+    assert torch.equal(penalize_repetition(logits, ids, penalty), expected)
+
+
+def test_sampling_draws_from_the_distribution():
+    """Frequencies of 20,000 draws against the probabilities: chi-squared, 9 degrees of freedom, p = 1e-6 is 46."""
+    logits = torch.tensor([0.0, 1.0, 2.0, 0.5, -1.0, 3.0, 1.5, -2.0, 0.2, 2.5])
+    g, n, settings = torch.Generator().manual_seed(1), 20_000, Sampling(temperature=1.3)
+    counts = sample(logits.expand(n, 10), settings, g).bincount(minlength=10)
+    expected = (logits / 1.3).softmax(-1) * n
+    assert ((counts - expected) ** 2 / expected).sum() < 46
+
+
+def test_sampling_is_a_pure_function():
+    logits, settings = torch.randn(3, 50), Sampling(temperature=0.7, top_p=0.9)
+    draws = [sample(logits, settings, torch.Generator().manual_seed(5)) for _ in range(2)]
+    assert torch.equal(*draws)
+
+
+@given(st.floats(1e-30, 1e-3), st.sampled_from([torch.float16, torch.float32]))
+def test_a_tiny_temperature_is_greedy_and_never_nan(temperature, dtype):
+    logits = torch.tensor([1.0, 30.0, 29.0, -60000.0], dtype=dtype)
+    assert sample(logits, Sampling(temperature=temperature, top_p=0.9, min_p=0.1)).item() == 1
