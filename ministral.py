@@ -735,7 +735,8 @@ class MinistralModel(PreTrainedModel):
 def expect(name: str, tensor: Tensor, *shapes: tuple[int, ...]) -> None:
     """Raise ValueError unless the tensor has one of the shapes."""
     if tensor.shape not in shapes:
-        raise ValueError(f"{name} must be {' or '.join(map(str, shapes))}; found {tuple(tensor.shape)}")
+        allowed = " or ".join(str(tuple(shape)) for shape in shapes)
+        raise ValueError(f"{name} must be {allowed}; found {tuple(tensor.shape)}")
 
 
 def same_text(position_ids: Tensor) -> Tensor | None:

@@ -1,0 +1,253 @@
+"""Model directories: round trips with Transformers in both directions, shards, ties, and every way of being broken."""
+
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from hypothesis import given, strategies as st
+from safetensors.torch import load_file, save_file
+
+import checkpoint
+from generate import load_model
+from ministral import MinistralConfig, MinistralForCausalLM, MinistralModel
+from ministral3 import Ministral3ForCausalLM, Ministral3Model
+from tests.cases import draw_case, draw_config, pair
+from tests.test_parity import assert_same
+
+rngs = st.randoms(use_true_random=False)
+
+
+@torch.no_grad()
+@given(rngs)
+def test_a_directory_saved_here_loads_in_transformers(tmp_path_factory, rng):
+    case, path = draw_case(rng), tmp_path_factory.mktemp("ours")
+    total = sum(p.numel() * p.element_size() for p in case.ours.parameters())
+    case.ours.save_pretrained(path, max_shard_bytes=rng.choice([10**9, total // 3 + 1]))
+    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
+        path, output_loading_info=True, attn_implementation=case.ours.config.attn_implementation
+    )
+    assert not any(info.values()), info
+    assert theirs.dtype == case.ours.dtype
+    assert_same(case.ours(case.ids, case.mask).logits, theirs(case.ids, case.mask).logits, case.real)
+    again = load_model(path, attn_implementation=case.ours.config.attn_implementation)
+    assert type(again) is type(case.ours) and again.config == case.ours.config and not again.training
+    assert_same(again(case.ids).logits, case.ours(case.ids).logits)
+
+
+@torch.no_grad()
+@given(rngs)
+def test_a_directory_of_transformers_loads_here(tmp_path_factory, rng):
+    case, path = draw_case(rng), tmp_path_factory.mktemp("theirs")
+    case.theirs.save_pretrained(path, max_shard_size=rng.choice(["5GB", "8KB"]))
+    attn = case.ours.config.attn_implementation
+    again = load_model(path, attn_implementation=attn)
+    assert again.dtype == case.ours.dtype
+    assert_same(again(case.ids).logits, case.theirs(case.ids).logits)
+    assert (again.lm_head.weight is again.model.embed_tokens.weight) == case.ours.config.tie_word_embeddings
+    cast = load_model(path, dtype=torch.float64, attn_implementation=attn)
+    expected = case.ours.double()(case.ids).logits
+    assert_same(cast(case.ids).logits, expected)
+
+
+@torch.no_grad()
+def test_a_backbone_and_a_model_with_a_head_read_each_others_files(tmp_path):
+    for seed in range(4):
+        case = draw_case(random.Random(seed))
+        path, base_path = tmp_path / f"{seed}", tmp_path / f"{seed}-base"
+        case.ours.save_pretrained(path)
+        base_class = Ministral3Model if isinstance(case.ours, Ministral3ForCausalLM) else MinistralModel
+        base = base_class.from_pretrained(path, attn_implementation=case.ours.config.attn_implementation)
+        expected = case.ours.model(case.ids).last_hidden_state
+        assert_same(base(case.ids).last_hidden_state, expected)
+        base.save_pretrained(base_path)
+        theirs = transformers.AutoModel.from_pretrained(base_path)
+        assert set(theirs.state_dict()) == set(base.state_dict())
+        if case.ours.config.tie_word_embeddings:
+            assert_same(load_model(base_path).lm_head.weight, case.ours.lm_head.weight)
+        else:
+            with pytest.raises(ValueError, match="1 tensors missing: lm_head.weight"):
+                load_model(base_path)
+
+
+def test_state_dict_keys_are_transformers():
+    for seed in range(20):
+        ours, theirs = pair(draw_config(random.Random(seed)), torch.float32, seed)
+        assert list(ours.state_dict()) == list(theirs.state_dict())
+        theirs.load_state_dict(ours.state_dict(), strict=True)
+        ours.load_state_dict(theirs.state_dict(), strict=True)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A small untied model, its directory, and the files' content."""
+    torch.manual_seed(0)
+    config = MinistralConfig(hidden_size=8, num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=2,
+                             intermediate_size=8, vocab_size=9)  # fmt: skip
+    model = MinistralForCausalLM(config)
+    model.save_pretrained(tmp_path)
+    return model, tmp_path
+
+
+def rewrite(path, change):
+    tensors = load_file(path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_the_head_that_is_stored_is_used(saved):
+    """config.json says tied, the file holds another head: the file is right, and a warning says so."""
+    model, path = saved
+    config = json.loads((path / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.warns(UserWarning, match="lm_head.weight is stored with values of its own"):
+        again = load_model(path)
+    assert torch.equal(again.lm_head.weight, model.lm_head.weight) and not again.config.tie_word_embeddings
+    rewrite(path, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}))
+    again = load_model(path)  # stored twice with equal values: tied
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+    rewrite(path, lambda tensors: tensors.pop("lm_head.weight"))
+    assert load_model(path).lm_head.weight.equal(model.model.embed_tokens.weight)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda t: t.pop("model.norm.weight"), "1 tensors missing: model.norm.weight"),
+        (lambda t: t.update({"model.norm.bias": torch.ones(8)}), "1 tensors unexpected: model.norm.bias"),
+        (lambda t: t.update({"model.norm.weight": torch.ones(7)}), r"model.norm.weight is \[7\], config.json asks for \[8\]"),
+        (lambda t: [t.pop(k) for k in list(t) if "mlp" in k], "6 tensors missing: .*mlp"),
+    ],
+)
+def test_wrong_tensors_are_named(saved, change, message):
+    _, path = saved
+    rewrite(path, change)
+    with pytest.raises(ValueError, match=message):
+        load_model(path)
+
+
+def test_broken_files_are_named(saved):
+    model, path = saved
+    weights = path / "model.safetensors"
+    whole = weights.read_bytes()
+    for size in (0, 4, 100, len(whole) - 1):
+        weights.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=r"model\.safetensors is truncated or not a safetensors file"):
+            load_model(path)
+    weights.unlink()
+    with pytest.raises(FileNotFoundError, match=r"holds neither model\.safetensors nor .*found config\.json"):
+        load_model(path)
+    weights.write_bytes(whole)
+    for text, message in (("{", "is not JSON"), ("[1]", "JSON object; found list"), ("\xff", "not JSON|model_type")):
+        (path / "config.json").write_bytes(text.encode("latin-1"))
+        with pytest.raises(ValueError, match=message):
+            load_model(path)
+    (path / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"config\.json does not exist"):
+        load_model(path)
+
+
+def test_broken_shards_are_named(saved):
+    model, path = saved
+    model.save_pretrained(path, max_shard_bytes=1000)
+    index = json.loads((path / "model.safetensors.index.json").read_text())
+    shards = sorted(set(index["weight_map"].values()))
+    assert len(shards) > 2 and not (path / "model.safetensors").exists()
+    assert index["metadata"]["total_size"] == sum(p.numel() * 4 for p in model.parameters())
+    content = (path / shards[1]).read_bytes()
+    (path / shards[1]).unlink()
+    with pytest.raises(FileNotFoundError, match=f"{shards[1]} does not exist, though the index names it"):
+        load_model(path)
+    (path / shards[1]).write_bytes(content[:50])
+    with pytest.raises(ValueError, match=f"{shards[1]} is truncated"):
+        load_model(path)
+    (path / shards[1]).write_bytes(content)
+    moved = index["weight_map"] | {"model.norm.weight": shards[0]}
+    for weight_map, message in (
+        (moved, f"{shards[0]} lacks model.norm.weight"),
+        ({"a": "../config.json"}, "no weight_map"),
+        (None, "no weight_map"),
+    ):
+        (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        with pytest.raises(ValueError, match=message):
+            load_model(path)
+    model.save_pretrained(path)  # one file again: nothing of the shards stays behind
+    assert sorted(os.listdir(path)) == ["config.json", "model.safetensors"]
+    assert load_model(path).lm_head.weight.equal(model.lm_head.weight)
+
+
+def test_a_failed_save_leaves_nothing_half_written(saved, monkeypatch):
+    model, path = saved
+    before = {name: (path / name).read_bytes() for name in os.listdir(path)}
+
+    def fail(tensors, file, metadata):
+        file.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(checkpoint, "save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        model.save_pretrained(path)
+    assert {name: (path / name).read_bytes() for name in os.listdir(path)} == before
+
+
+def test_saving_over_the_files_a_model_is_mapped_to(saved):
+    _, path = saved
+    model = load_model(path)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    model.save_pretrained(path)
+    again = load_model(path)
+    for name, p in again.named_parameters():
+        assert p.equal(before[name]) and dict(model.named_parameters())[name].equal(p)
+
+
+@pytest.mark.parametrize("name", ["no/such", "nowhere", "../nowhere", "/no/such/place"])
+def test_no_such_model(name):
+    with pytest.raises(FileNotFoundError, match=re.escape(name)):
+        load_model(name)
+
+
+def test_a_file_is_no_model(saved):
+    model, path = saved
+    with pytest.raises(FileNotFoundError, match=r"is a file; a model is a directory"):
+        load_model(path / "config.json")
+    with pytest.raises(NotADirectoryError, match="is a file"):
+        model.save_pretrained(path / "config.json")
+
+
+def test_loading_peaks_at_the_weights_plus_one_tensor(tmp_path):
+    """Measured in a process of its own: 64 MB of float32 weights, cast to bfloat16 on the way."""
+    config = MinistralConfig(hidden_size=512, num_attention_heads=8, num_key_value_heads=8, num_hidden_layers=8,
+                             intermediate_size=512, vocab_size=1024)  # fmt: skip
+    MinistralForCausalLM(config).save_pretrained(tmp_path)
+    program = """
+import sys, torch, checkpoint
+from generate import load_model
+def anonymous():  # memory of the process itself; the mapped file is the system's, which takes it back at need
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
+load_model(sys.argv[2])  # whatever is imported late
+peak, read, before = 0, checkpoint.Checkpoint.read, anonymous()
+def watched(self, name):
+    global peak
+    tensor = read(self, name)
+    peak = max(peak, anonymous())
+    return tensor
+checkpoint.Checkpoint.read = watched
+model = load_model(sys.argv[1], dtype=torch.bfloat16)
+parameters = [p.numel() * p.element_size() for p in model.parameters()]
+print(sum(parameters), max(parameters), max(peak, anonymous()) - before)
+"""
+    if not os.path.exists("/proc/self/status"):
+        pytest.skip("needs Linux's /proc to measure memory")
+    tiny = tmp_path / "tiny"
+    MinistralForCausalLM(MinistralConfig(hidden_size=8, num_attention_heads=2, num_key_value_heads=1,
+                         num_hidden_layers=1, intermediate_size=8, vocab_size=9)).save_pretrained(tiny)  # fmt: skip
+    run = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path), str(tiny)], capture_output=True, text=True, check=True
+    )
+    size, largest, peak = map(int, run.stdout.split())
+    assert size / 2 < peak <= size + largest + 2_000_000

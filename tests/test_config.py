@@ -1,0 +1,282 @@
+"""Configurations: defaults, published files of every dialect, what is refused, and the forward's own checks."""
+
+import dataclasses
+import json
+import random
+import warnings
+
+import pytest
+import torch
+import transformers
+from hypothesis import given, strategies as st
+
+from generate import MODELS, model_class
+from ministral import KVCache, MinistralConfig, MinistralForCausalLM, MinistralModel
+from ministral3 import Ministral3Config, Ministral3ForCausalLM
+from tests.cases import draw_case, draw_config, pair, their_arguments
+from tests.test_parity import assert_same
+
+rngs = st.randoms(use_true_random=False)
+
+# The config.json of Ministral-8B-Instruct-2410 (Transformers 4 dialect, model_type mistral, no pad token).
+MINISTRAL_8B = dict(
+    architectures=["MistralForCausalLM"], attention_dropout=0.0, bos_token_id=1, eos_token_id=2, head_dim=128,
+    hidden_act="silu", hidden_size=4096, initializer_range=0.02, intermediate_size=12288,
+    max_position_embeddings=32768, model_type="mistral", num_attention_heads=32, num_hidden_layers=36,
+    num_key_value_heads=8, rms_norm_eps=1e-05, rope_theta=100000000.0, sliding_window=32768,
+    tie_word_embeddings=False, torch_dtype="bfloat16", transformers_version="4.46.0.dev0", use_cache=True,
+    vocab_size=131072,
+)  # fmt: skip
+# The text_config of Ministral-3-3B-Instruct-2512 (Transformers 5 dialect, with both `rope_type` and `type`).
+MINISTRAL3_3B = dict(
+    attention_dropout=0.0, head_dim=128, hidden_act="silu", hidden_size=3072, initializer_range=0.02,
+    intermediate_size=9216, max_position_embeddings=262144, model_type="ministral3", num_attention_heads=32,
+    num_hidden_layers=26, num_key_value_heads=8, rms_norm_eps=1e-05,
+    rope_parameters=dict(
+        beta_fast=32.0, beta_slow=1.0, factor=16.0, llama_4_scaling_beta=0.1, mscale=1.0, mscale_all_dim=1.0,
+        original_max_position_embeddings=16384, rope_theta=1000000.0, rope_type="yarn", type="yarn",
+    ),
+    sliding_window=None, tie_word_embeddings=True, use_cache=True, vocab_size=131072,
+)  # fmt: skip
+
+
+def parameters(cls, config):
+    with torch.device("meta"):
+        return sum(p.numel() for p in cls(config).parameters())
+
+
+@pytest.mark.parametrize("name", ["MinistralConfig", "Ministral3Config"])
+def test_defaults_are_transformers(name):
+    ours = {"MinistralConfig": MinistralConfig, "Ministral3Config": Ministral3Config}[name]()
+    theirs = getattr(transformers, name)()
+    for field in dataclasses.fields(ours):
+        if field.name in ("attn_implementation", "rope_theta", "head_dim", "layer_types"):
+            continue
+        value = getattr(theirs, field.name)
+        if field.name == "rope_parameters":
+            value = {k: v for k, v in value.items() if k != "type"}
+        assert getattr(ours, field.name) == value, field.name
+    assert ours.head_dim == (theirs.head_dim or theirs.hidden_size // theirs.num_attention_heads) == 128
+    if name == "MinistralConfig":
+        assert ours.layer_types == theirs.layer_types == ["sliding_attention"] * 32
+
+
+def test_the_published_files_are_read():
+    """With the parameter counts of the published models, exactly."""
+    old = MinistralConfig.from_dict(MINISTRAL_8B)
+    assert (old.rope_theta, old.pad_token_id, set(old.layer_types)) == (1e8, None, {"sliding_attention"})
+    assert parameters(MinistralForCausalLM, old) == 8_019_808_256
+    new = Ministral3Config.from_dict(MINISTRAL3_3B)
+    assert (new.rope_theta, new.pad_token_id, set(new.layer_types)) == (1e6, 11, {"full_attention"})
+    assert parameters(Ministral3ForCausalLM, new) == 3_429_006_336
+    assert parameters(Ministral3ForCausalLM, Ministral3Config()) == 8_489_553_920
+    larger = dict(hidden_size=5120, intermediate_size=16384, num_hidden_layers=40, tie_word_embeddings=False)
+    assert parameters(Ministral3ForCausalLM, Ministral3Config.from_dict(MINISTRAL3_3B | larger)) == 13_506_073_600
+
+
+def test_published_yarn_values():
+    """Frequencies of the 3B and the 14B model, and the scale of queries, against known values."""
+    from ministral3 import YarnRotaryEmbedding
+
+    rope = MINISTRAL3_3B["rope_parameters"]
+    small = YarnRotaryEmbedding(Ministral3Config.from_dict(MINISTRAL3_3B))
+    large = YarnRotaryEmbedding(Ministral3Config(rope_parameters=rope | {"rope_theta": 1e9}))
+    f, g = small.inverse_frequencies(torch.float64), large.inverse_frequencies(torch.float64)
+    for i, value in ((0, 1.0), (1, 0.8058422), (20, 0.0133352149), (21, 0.0101534640), (22, 0.0077045355),
+                     (23, 0.0058238073), (30, 0.00069070229), (38, 1.71151223e-5), (63, 7.755861e-8)):  # fmt: skip
+        assert f[i].item() == pytest.approx(value, rel=1e-6)
+    assert f.sum().item() == pytest.approx(5.135129485865, rel=1e-7)
+    assert g.sum().item() == pytest.approx(3.604505301784, rel=1e-7)
+    assert small.attention_factor() == 1.0
+    del (without := dict(rope))["mscale"]
+    assert YarnRotaryEmbedding(Ministral3Config(rope_parameters=without)).attention_factor() == pytest.approx(1.2772588722)
+    positions = torch.tensor([[0, 16383, 16384, 32768, 65536, 131072, 262143]])
+    scale = small(torch.zeros(1, dtype=torch.float64), positions)[2].flatten()
+    expected = [1.0, 1.0, 1.0693147, 1.1098613, 1.1609437, 1.2197225, 1.2772589]
+    torch.testing.assert_close(scale, torch.tensor(expected, dtype=torch.float64), rtol=1e-7, atol=0)
+
+
+@given(rngs)
+def test_to_dict_loads_in_transformers_and_here(rng):
+    config = draw_config(rng)
+    d = json.loads(json.dumps(config.to_dict()))
+    again = type(config).from_dict(d)
+    assert dataclasses.replace(again, attn_implementation=config.attn_implementation) == config
+    theirs = transformers.AutoConfig.for_model(**d)
+    assert type(theirs).__name__ == type(config).__name__
+    for key in ("hidden_size", "head_dim", "num_key_value_heads", "sliding_window", "tie_word_embeddings"):
+        assert getattr(theirs, key) == getattr(config, key)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert type(config).from_dict(theirs.to_dict()).rope_parameters == config.rope_parameters
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["mistral", "mistral all full", "llama"])
+@given(rngs)
+def test_foreign_models_of_the_same_function(kind, rng):
+    """A config.json and weights of Transformers' Mistral and Llama give the same bits here."""
+    window = None if kind != "mistral" else rng.choice([1, 4, 64])
+    config = draw_config(rng, family="ministral", layer_types=None, sliding_window=window, hidden_size=24)
+    name = "Llama" if kind == "llama" else "Mistral"
+    arguments = their_arguments(config)
+    del arguments["layer_types"]
+    if kind == "llama":
+        del arguments["sliding_window"]
+    their_config = getattr(transformers, f"{name}Config")(**arguments, attn_implementation=config.attn_implementation)
+    theirs = getattr(transformers, f"{name}ForCausalLM")(their_config).eval()
+    d = json.loads(their_config.to_json_string())
+    if rng.random() < 0.5:  # the dialect of Transformers 4
+        rope = d.pop("rope_parameters")
+        d |= {"rope_theta": rope["rope_theta"], "rope_scaling": None}
+    d.pop("attn_implementation", None)
+    read = MinistralConfig.from_dict(d)
+    ours = model_class(d)(dataclasses.replace(read, attn_implementation=config.attn_implementation))
+    ours.load_state_dict(theirs.state_dict())
+    ids = torch.tensor([[rng.randrange(50) for _ in range(rng.randint(1, 20))]])
+    assert_same(ours.eval()(ids).logits, theirs(ids).logits)
+
+
+@torch.no_grad()
+def test_what_transformers_crashes_on():
+    """Ministral with its own defaults (head_dim None), without any window; Ministral 3 with plain RoPE, or without
+    query scaling."""
+    tiny = dict(hidden_size=16, intermediate_size=8, num_hidden_layers=2, num_attention_heads=4,
+                num_key_value_heads=2, vocab_size=20)  # fmt: skip
+    ids = torch.randint(12, 20, (1, 9))
+    with torch.device("meta"):
+        MinistralModel(MinistralConfig(num_hidden_layers=1))
+    assert MinistralForCausalLM(MinistralConfig(**tiny))(ids).logits.shape == (1, 9, 20)
+    full = MinistralForCausalLM(MinistralConfig(**tiny, sliding_window=None))
+    wide = MinistralForCausalLM(MinistralConfig(**tiny, sliding_window=9))
+    wide.load_state_dict(full.state_dict())
+    torch.testing.assert_close(full(ids).logits, wide(ids).logits)
+    plain = Ministral3Config(**tiny, head_dim=4, rope_parameters={"rope_type": "default", "rope_theta": 1e4})
+    yarn = plain.rope_parameters | {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4}
+    for config in (plain, Ministral3Config(**tiny, head_dim=4, rope_parameters=yarn)):
+        ours, theirs = pair(config, torch.float32, 0)  # with to_dict's values Transformers runs, too
+        assert_same(ours(ids).logits, theirs(ids).logits)
+
+
+YARN = dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=16)
+
+
+@pytest.mark.parametrize(
+    "cls, values, message",
+    [
+        (MinistralConfig, dict(num_key_value_heads=5), "num_key_value_heads=5.*divisor of 32"),
+        (MinistralConfig, dict(head_dim=7), "head_dim=7.*even"),
+        (MinistralConfig, dict(hidden_size=0), "hidden_size=0.*not below 1"),
+        (MinistralConfig, dict(vocab_size=-3), "vocab_size=-3"),
+        (MinistralConfig, dict(num_hidden_layers=2.5), "num_hidden_layers=2.5.*whole number"),
+        (MinistralConfig, dict(hidden_act="tanhshrink"), "hidden_act='tanhshrink'.*silu"),
+        (MinistralConfig, dict(layer_types=["full_attention"]), "layer_types.*num_hidden_layers=32"),
+        (MinistralConfig, dict(num_hidden_layers=1, layer_types=["linear"]), "layer_types.*full_attention"),
+        (MinistralConfig, dict(sliding_window=0), "sliding_window=0"),
+        (MinistralConfig, dict(sliding_window=None, layer_types=["sliding_attention"] * 32), "sliding_window=None"),
+        (MinistralConfig, dict(rope_parameters=dict(rope_type="llama3")), "llama3.*allowed: rope_type default"),
+        (MinistralConfig, dict(rope_parameters=YARN), "yarn.*allowed: rope_type default"),
+        (MinistralConfig, dict(rope_theta=-1.0), "rope_theta=-1.0"),
+        (MinistralConfig, dict(rope_theta=2.0, rope_parameters=dict(rope_theta=3.0)), "rope_theta=2.0"),
+        (MinistralConfig, dict(rope_parameters=dict(partial_rotary_factor=0.5)), "partial_rotary_factor"),
+        (MinistralConfig, dict(rope_parameters=dict(type="default", rope_type="yarn")), "rope_parameters"),
+        (MinistralConfig, dict(rms_norm_eps=0), "rms_norm_eps=0"),
+        (MinistralConfig, dict(attention_dropout=1.0), "attention_dropout=1.0"),
+        (MinistralConfig, dict(pad_token_id=32000), "pad_token_id=32000"),
+        (MinistralConfig, dict(attn_implementation="flash"), "attn_implementation='flash'.*sdpa, eager"),
+        (Ministral3Config, dict(rope_parameters=dict(rope_type="linear")), "linear.*yarn or default"),
+        (Ministral3Config, dict(rope_parameters={**YARN, "factor": None}), r"\['factor'\]=None"),
+        (Ministral3Config, dict(rope_parameters={**YARN, "factor": 0.5}), r"\['factor'\]=0.5"),
+        (Ministral3Config, dict(rope_parameters=dict(rope_type="yarn", factor=4.0)), "original_max_position_embeddings"),
+        (Ministral3Config, dict(rope_parameters={**YARN, "llama_4_scaling_beta": -1}), "llama_4_scaling_beta"),
+        (Ministral3Config, dict(layer_types=["sliding_attention"] * 34), "sliding_window=None|layer_types"),
+    ],
+)
+def test_impossible_values_are_refused(cls, values, message):
+    with pytest.raises(ValueError, match=message) as error:
+        cls(**values)
+    assert "allowed" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(model_type="qwen2"), "qwen2.*allowed: ministral, mistral, llama"),
+        (dict(attention_bias=True), "attention_bias=True"),
+        (dict(quantization_config=dict(quant_method="fp8")), r"quantized weights \(fp8\)"),
+        (dict(rope_scaling=dict(type="yarn", factor=4.0)), "yarn"),
+        (dict(hidden_size="big"), "hidden_size='big'"),
+    ],
+)
+def test_other_functions_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        MinistralConfig.from_dict(MINISTRAL_8B | change)
+
+
+def test_unknown_keys_are_named():
+    with pytest.warns(UserWarning, match="ignored unknown keys logit_softcap, qk_norm"):
+        MinistralConfig.from_dict(MINISTRAL_8B | {"qk_norm": True, "logit_softcap": 30.0})
+
+
+def test_the_class_is_picked_from_the_file():
+    assert {kind: model_class({"model_type": kind}) for kind in MODELS} == MODELS
+    with pytest.raises(ValueError, match="'bert'.*ministral3"):
+        model_class({"model_type": "bert"})
+    with pytest.raises(ValueError, match="vision encoder"):
+        model_class({"model_type": "mistral3"})
+
+
+def test_the_published_pattern():
+    kinds = MinistralConfig.published_layer_types(36)
+    assert kinds == (["full_attention"] + ["sliding_attention"] * 3) * 9
+
+
+# ------------------------------------------------------------------------------------------- forward's checks
+
+
+IDS = torch.ones(2, 3, dtype=torch.long)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(), "exactly one"),
+        (dict(input_ids=IDS, inputs_embeds=torch.zeros(2, 3, 8)), "exactly one"),
+        (dict(input_ids=IDS[0]), r"input_ids must be .*found \(3,\)"),
+        (dict(input_ids=IDS[:, :0]), "not empty"),
+        (dict(input_ids=IDS.float()), "whole numbers.*float32"),
+        (dict(input_ids=IDS * 9), "input_ids from 9 to 9; allowed: 0 to 8"),
+        (dict(input_ids=-IDS), "input_ids from -1 to -1"),
+        (dict(inputs_embeds=torch.zeros(2, 3, 7)), r"inputs_embeds must be \(batch, tokens, 8\).*\(2, 3, 7\)"),
+        (dict(input_ids=IDS, attention_mask=torch.ones(2, 2)), r"attention_mask must be \(2, 3\); found \(2, 2\)"),
+        (dict(input_ids=IDS, position_ids=torch.ones(3)), r"position_ids must be \(2, 3\) or \(1, 3\)"),
+        (dict(input_ids=IDS, cache_position=torch.arange(1, 4)), r"cache_position must be 0\.\.2"),
+        (dict(input_ids=IDS, output_attentions=True), "needs attn_implementation='eager'"),
+        (dict(input_ids=IDS, labels=IDS, logits_to_keep=1), r"labels must be \(2, 1\); found \(2, 3\)"),
+    ],
+)
+def test_wrong_inputs_are_refused(arguments, message):
+    model = MinistralForCausalLM(
+        MinistralConfig(hidden_size=8, num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=1,
+                        intermediate_size=8, vocab_size=9)
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        model(**arguments)
+
+
+@torch.no_grad()
+def test_cache_arguments():
+    case = draw_case(random.Random(2), dtype=torch.float32)
+    ids = case.ids[:1]
+    assert case.ours(ids, use_cache=False).past_key_values is None
+    case.ours.config.use_cache = False
+    assert case.ours(ids).past_key_values is None
+    cache = case.ours(ids, use_cache=True).past_key_values
+    assert isinstance(cache, KVCache) and cache.get_seq_length() == ids.shape[1]
+    n = ids.shape[1]
+    a = case.ours(ids, past_key_values=cache, cache_position=torch.arange(n, 2 * n)).logits
+    assert a.shape == (1, n, 50) and cache.get_seq_length() == 2 * n
+    with pytest.raises(ValueError, match=f"attention_mask must be {(1, 3 * n)}".replace("(", r"\(").replace(")", r"\)")):
+        case.ours(ids, attention_mask=torch.ones(1, n), past_key_values=cache)
+    with pytest.raises(ValueError, match="the cache holds a batch of 1, the input is a batch of 2"):
+        case.ours(ids.expand(2, -1), past_key_values=cache)
