@@ -84,6 +84,7 @@ class MinistralConfig:
 
     model_type: ClassVar[str] = "ministral"
     rope_types: ClassVar[tuple[str, ...]] = ("default",)
+    unwritten: ClassVar[tuple[str, ...]] = ("attn_implementation", "rope_theta")  # not part of a config.json
     # Other model types that compute the same function, with the defaults in which they differ.
     same_function: ClassVar[dict[str, dict[str, Any]]] = {
         "mistral": {},
@@ -156,8 +157,7 @@ class MinistralConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The content of a config.json that Transformers 5 loads."""
-        hidden = ("attn_implementation", "rope_theta")
-        return {"model_type": self.model_type} | {k: v for k, v in asdict(self).items() if k not in hidden}
+        return {"model_type": self.model_type} | {k: v for k, v in asdict(self).items() if k not in self.unwritten}
 
 
 def is_number(value: object, kind: type, least: float) -> bool:

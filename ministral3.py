@@ -59,6 +59,7 @@ class Ministral3Config(MinistralConfig):
 
     model_type: ClassVar[str] = "ministral3"
     rope_types: ClassVar[tuple[str, ...]] = ("yarn", "default")
+    unwritten: ClassVar[tuple[str, ...]] = (*MinistralConfig.unwritten, "layer_types")
     same_function: ClassVar[dict[str, dict[str, Any]]] = {}
 
     def __post_init__(self) -> None:

@@ -114,11 +114,7 @@ def pair(config: MinistralConfig, dtype: torch.dtype, seed: int, device: str = "
 
 def their_arguments(config: MinistralConfig) -> dict[str, Any]:
     """Constructor arguments for Transformers' configuration class."""
-    values = config.to_dict()
-    del values["model_type"]
-    if config.model_type == "ministral3":
-        del values["layer_types"]
-    return values
+    return {key: value for key, value in config.to_dict().items() if key != "model_type"}
 
 
 def draw_case(rng: Random, device: str = "cpu", dtype: torch.dtype | None = None, **fixed: Any) -> Case:

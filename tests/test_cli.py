@@ -1,0 +1,218 @@
+"""`python generate.py`: what it prints, and that every wrong use is one line on stderr and exit code 2."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import generate
+from generate import BUNDLED, Writer, available_memory, human, kv_cache_bytes, load_model, main
+from ministral import KVCache, MinistralConfig
+from tokenizer import Tokenizer
+
+ROOT = Path(generate.__file__).parent
+COMMAND = [sys.executable, str(ROOT / "generate.py")]
+
+
+def run(capsys, *arguments):
+    """Exit code, standard output and standard error of the command, run in this process."""
+    try:
+        code = main([str(argument) for argument in arguments])
+    except SystemExit as exit:
+        code = exit.code
+    out = capsys.readouterr()
+    return code, out.out, out.err
+
+
+def test_text_is_streamed_and_then_one_line_of_figures(capsys):
+    code, out, err = run(capsys, "To be, or not to be", "--max-new-tokens", 20, "--seed", 1)
+    plan, figures = err.splitlines()
+    assert code == 0 and out.endswith("\n") and len(out) > 20
+    assert "million parameters" in plan and "of weights" in plan and "of cache for" in plan
+    assert figures.startswith("20 tokens, ") and f"tokens/s, {BUNDLED}, " in figures and "bfloat16" in figures
+
+
+def test_the_same_seed_gives_the_same_text(capsys):
+    texts = {run(capsys, "Enter the", "--max-new-tokens", 30, "--seed", seed)[1] for seed in (1, 1, 2)}
+    assert len(texts) == 2
+
+
+def test_json(capsys):
+    arguments = ["The king", "--max-new-tokens", 12, "--temperature", 0, "--json", "--dtype", "float32", "--device", "cpu"]
+    code, out, _ = run(capsys, *arguments)
+    result = json.loads(out)
+    assert code == 0 and out.count("\n") == 1
+    assert len(result["ids"]) == 12 and result["prompt"] == "The king" and not result["interrupted"]
+    assert Tokenizer.from_dir(BUNDLED).decode(result["ids"]) == result["text"]
+    assert result["settings"]["temperature"] == 0 and result["settings"]["dtype"] == "float32"
+    assert 0 < result["timing"]["first_token_seconds"] <= result["timing"]["seconds"]
+    # The command is the library: greedy ids are those of `generate`.
+    ids = generate.generate(load_model(BUNDLED, torch.float32), torch.tensor([result["prompt_ids"]]), max_new_tokens=12)
+    assert ids[0, -12:].tolist() == result["ids"]
+
+
+def test_a_stop_text_ends_the_output_before_it(capsys):
+    free = run(capsys, "HAMLET.\n", "--max-new-tokens", 60, "--temperature", 0)[1].rstrip("\n")
+    stop = free[len(free) // 2 : len(free) // 2 + 7]
+    code, out, err = run(capsys, "HAMLET.\n", "--max-new-tokens", 60, "--temperature", 0, "--stop", stop, "--stop", "\x00")
+    assert code == 0 and out == free[: free.index(stop)] + "\n"
+    assert int(err.splitlines()[-1].split()[0]) <= 60
+
+
+def test_a_stop_text_is_held_back_until_it_is_decided(capsys):
+    """Nothing is printed that might still become the stop text, and all of it is printed when it does not."""
+    tokenizer = Tokenizer.from_dir(BUNDLED)
+    writer, seen = Writer(tokenizer, ["abcX"], print_now=True), []
+    for i in tokenizer.encode("zabcabcY", bos=False):
+        writer.on_token(0, i)
+        seen.append(capsys.readouterr().out)
+    writer.close()
+    assert "".join(seen) + capsys.readouterr().out == "zabcabcY"
+    writer = Writer(tokenizer, ["abcX"], print_now=True)
+    assert any(writer.on_token(0, i) for i in tokenizer.encode("zabcabcXY", bos=False))
+    assert capsys.readouterr().out == "zabc" == writer.text
+
+
+def test_prompt_files(capsys, tmp_path, monkeypatch):
+    file = tmp_path / "prompt.txt"
+    file.write_text("Wherefore art thou é", encoding="utf-8")
+    settings = ["--max-new-tokens", 5, "--temperature", 0, "--json"]
+    a = json.loads(run(capsys, "--prompt-file", file, *settings)[1])
+    b = json.loads(run(capsys, "Wherefore art thou é", *settings)[1])
+    assert a["prompt"] == b["prompt"] and a["ids"] == b["ids"]
+    piped = subprocess.run(
+        [*COMMAND, "--prompt-file", "-", *map(str, settings)], input=file.read_bytes(), capture_output=True, check=True
+    )
+    assert json.loads(piped.stdout)["ids"] == b["ids"]
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A copy of the bundled model to break."""
+    return Path(shutil.copytree(BUNDLED, tmp_path / "model"))
+
+
+def edit_config(path, **change):
+    config = json.loads((path / "config.json").read_text()) | change
+    (path / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "give a PROMPT or --prompt-file"),
+        ([""], "the prompt is empty"),
+        (["a", "--prompt-file", "-"], "one of the two"),
+        (["--prompt-file", "/no/such/file"], "/no/such/file"),
+        (["a", "--model", "/no/such/dir"], "no model directory /no/such/dir"),
+        (["a", "--model", "no-owner/no-such-model"], "could not be fetched from the Hub"),
+        (["a", "--top-p", "2"], "top_p=2.0 is impossible"),
+        (["a", "--top-k", "0"], "top_k=0 is impossible"),
+        (["a", "--min-p", "-1"], "min_p=-1.0 is impossible"),
+        (["a", "--temperature", "-1"], "temperature=-1.0 is impossible"),
+        (["a", "--temperature", "nan"], "temperature=nan is impossible"),
+        (["a", "--temperature", "hot"], "invalid float value: 'hot'"),
+        (["a", "--repetition-penalty", "0"], "repetition_penalty=0.0 is impossible"),
+        (["a", "--max-new-tokens", "0"], "--max-new-tokens 0"),
+        (["a", "--dtype", "int8"], "invalid choice: 'int8'"),
+        (["a", "--attn", "flash"], "invalid choice: 'flash'"),
+        (["a", "--frobnicate"], "unrecognized arguments: --frobnicate"),
+        (["to be " * 2000], "max_position_embeddings=1024"),
+        (["a\udcff"], "not UTF-8"),
+    ],
+)
+def test_wrong_use_is_one_line_and_exit_code_2(capsys, arguments, message):
+    code, out, err = run(capsys, *arguments)
+    assert code == 2 and out == "" and message in err
+    assert err.count("\n") == 1 and err.startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda p: (p / "model.safetensors").write_bytes(b"0" * 99), "model.safetensors is truncated or not"),
+        (lambda p: os.truncate(p / "model.safetensors", 7_000_000), "model.safetensors is truncated or not"),
+        (lambda p: (p / "model.safetensors").unlink(), "holds neither model.safetensors"),
+        (lambda p: (p / "config.json").write_text("{oops"), "config.json is not JSON"),
+        (lambda p: (p / "config.json").write_text('{"a": 1}'), "config.json has model_type None"),
+        (lambda p: edit_config(p, model_type="gpt2"), "model_type 'gpt2'"),
+        (lambda p: edit_config(p, num_key_value_heads=3), "num_key_value_heads=3"),
+        (lambda p: edit_config(p, hidden_size=128), "tensors misshapen"),
+        (lambda p: edit_config(p, num_hidden_layers=7, layer_types=None), "tensors missing"),
+        (lambda p: edit_config(p, num_hidden_layers=5, layer_types=None), "tensors unexpected"),
+        (lambda p: edit_config(p, vocab_size=1000), "tokenizer has 2048 ids, the model vocab_size=1000"),
+        (lambda p: (p / "tekken.json").unlink(), "holds neither tekken.json"),
+        (lambda p: (p / "tekken.json").write_text("[]"), "is not a Tekken vocabulary"),
+    ],
+)
+def test_a_broken_model_is_one_line_and_exit_code_2(capsys, copy, damage, message):
+    damage(copy)
+    code, out, err = run(capsys, "To be", "--model", copy)
+    assert code == 2 and out == "" and message in err
+    last = err.splitlines()[-1]
+    assert last.startswith("error: ") and len(err.splitlines()) <= 2  # the line that says what will be loaded
+
+
+def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(capsys, monkeypatch):
+    monkeypatch.setattr(generate, "available_memory", lambda device: 5_000_000)
+    code, out, err = run(capsys, "To be")
+    assert code == 2 and "this takes " in err and "has 5.0 MB free" in err and out == ""
+
+
+def test_memory_figures():
+    config = MinistralConfig(hidden_size=16, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=3, vocab_size=9,
+                             intermediate_size=8, sliding_window=64, layer_types=["full_attention"] + ["sliding_attention"] * 2)  # fmt: skip
+    cache = KVCache(config)
+    model = generate.MinistralForCausalLM(config)
+    with torch.no_grad():
+        for _ in range(2):
+            model(torch.ones(1, 128, dtype=torch.long), past_key_values=cache)
+    assert cache.nbytes() == kv_cache_bytes(config, 256, 4) == 2 * (256 + 64 + 64) * 2 * 4 * 4
+    # Bytes per token of the published 3B model in bfloat16.
+    from ministral3 import Ministral3Config
+
+    assert kv_cache_bytes(Ministral3Config(num_hidden_layers=26), 1, 2) == 106_496
+    assert human(999) == "999 B" and human(1234567) == "1.2 MB" and human(3.2e12) == "3.2 TB"
+    free = available_memory(torch.device("cpu"))
+    assert free is None or free > 10_000_000
+
+
+def test_ctrl_c_keeps_what_was_written(tmp_path):
+    process = subprocess.Popen(
+        [*COMMAND, "O Romeo", "--max-new-tokens", "1000", "--seed", "1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    first = process.stdout.read(10)  # the model is talking
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and len(first) == 10 and out.endswith(b"\n")
+    assert b"interrupted" in err.splitlines()[-1] and b"Traceback" not in err
+
+
+def test_a_closed_pipe_is_no_traceback():
+    process = subprocess.Popen(
+        [*COMMAND, "O Romeo", "--max-new-tokens", "500"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.read(5)
+    process.stdout.close()
+    err = process.stderr.read()
+    assert process.wait(timeout=60) == 141 and b"Traceback" not in err and b"Error" not in err
+
+
+def test_the_first_token_comes_at_once_and_nothing_heavy_is_imported():
+    """The start-up imports neither transformers nor the Hub client. (How long it takes is printed, not asserted.)"""
+    program = (
+        "import sys, generate; code = generate.main(['To be', '--max-new-tokens', '1', '--device', 'cpu']);"
+        "heavy = {'transformers', 'mistral_common', 'huggingface_hub', 'PIL', 'torch._dynamo'} & set(sys.modules);"
+        "print(sorted(heavy), code)"
+    )
+    start = time.perf_counter()
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    print(f"process start to end, one token: {time.perf_counter() - start:.1f} s")
+    assert result.stdout.splitlines()[-1] == "[] 0"

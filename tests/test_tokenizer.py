@@ -1,0 +1,143 @@
+"""Text <-> ids: equal to mistral-common on its own vocabularies and on the bundled one, and the inverse of itself."""
+
+import json
+import random
+from pathlib import Path
+
+import mistral_common
+import pytest
+import transformers
+from hypothesis import given, strategies as st
+from mistral_common.tokens.tokenizers.tekken import Tekkenizer
+
+from generate import BUNDLED
+from tokenizer import TextStream, Tokenizer, from_tekken
+from training import corpus
+from training.vocabulary import PATTERN, learn
+
+PUBLISHED = Path(mistral_common.__file__).parent / "data" / "tekken_240911.json"
+
+texts = st.one_of(
+    st.text(),
+    st.text(alphabet=st.sampled_from("aAbB zZ09 \n\t\r.,'!/-_éßǅ日本語テ😀\u0301\u200d\x00")),
+    st.lists(
+        st.sampled_from(["</s>", "[INST]", "<s>", " the", "don't", "  ", "\n\n", "def f(x):\n    return x", "eBay"])
+    ).map("".join),
+)
+
+
+@pytest.fixture(scope="module", params=["bundled", "published"])
+def both(request):
+    """Our tokenizer and mistral-common's for the same tekken.json."""
+    path = BUNDLED / "tekken.json" if request.param == "bundled" else PUBLISHED
+    return Tokenizer(from_tekken(json.loads(path.read_text()))), Tekkenizer.from_file(path)
+
+
+@given(text=texts)
+def test_ids_equal_mistral_common(both, text):
+    ours, theirs = both
+    ids = ours.encode(text)
+    assert ids == theirs.encode(text, bos=True, eos=False)
+    assert ours.encode(text, bos=False) == ids[1:]
+    assert ours.decode(ids) == text
+    assert b"".join(map(ours.id_to_bytes, ids)) == text.encode()
+
+
+@given(st.lists(st.integers(0, 2047), max_size=30))
+def test_decoding_any_ids_never_fails_and_streams_the_same(ids):
+    """Also ids in the middle of characters: the stream gives whole characters, all together the decoded text."""
+    tokenizer = Tokenizer.from_dir(BUNDLED)
+    stream, pieces = TextStream(tokenizer), []
+    for i in ids:
+        pieces.append(stream.push(i))
+    pieces.append(stream.close())
+    assert "".join(pieces) == tokenizer.decode(ids)
+
+
+def test_a_stream_never_cuts_a_character():
+    tokenizer = Tokenizer.from_dir(BUNDLED)
+    stream = TextStream(tokenizer)
+    pieces = [stream.push(i) for i in tokenizer.encode("é日😀", bos=False)]
+    assert pieces == ["", "é", "", "", "日", "", "", "", "😀"] and stream.close() == ""
+    assert stream.push(tokenizer.encode("日", bos=False)[0]) == "" and stream.close() == "\ufffd"
+
+
+def test_special_tokens_are_mistrals(both):
+    ours, theirs = both
+    assert ours.vocab_size == theirs.n_words
+    for name, i in list(ours.special_tokens.items())[:20]:
+        assert theirs.id_to_piece(i) == name and theirs.get_special_token(name) == i
+    assert (ours.bos_token_id, ours.eos_token_id, ours.pad_token_id) == (1, 2, 11)
+    assert ours.special_tokens["[INST]"] == 3 and ours.special_tokens["[IMG]"] == 10
+    assert ours.decode([1, 3, 4, 2]) == "" and ours.decode([1, 2], skip_special_tokens=False) == "<s></s>"
+
+
+def test_known_ids():
+    """Worked examples on the published vocabulary."""
+    tokenizer = Tokenizer(from_tekken(json.loads(PUBLISHED.read_text())))
+    for text, ids in (
+        ("Hello, world!", [22177, 1044, 4304, 1033]),
+        ("My favourite condiment is ", [6720, 52062, 3328, 2858, 1395, 1032]),
+        ("a1234b", [1097, 1049, 1050, 1051, 1052, 1098]),
+        ("日本語テスト", [10008, 15199, 7282, 13854]),
+        ("Ünïcödé naïve 😀", [39453, 1110, 105678, 29487, 1337, 98355, 119685, 1152, 1128]),
+        ("'The'", [1039, 1784, 1039]),
+        ("x[/INST]y</s>", [1120, 1091, 1047, 3174, 3074, 1093, 1121, 1885, 1115, 1062]),
+    ):
+        assert tokenizer.encode(text, bos=False) == ids
+
+
+def test_tokenizer_json_gives_the_same_ids(tmp_path):
+    """The same vocabulary from `tokenizer.json`, written by the tokenizers library, here and in Transformers."""
+    tokenizer = Tokenizer.from_dir(BUNDLED)
+    tokenizer.backend.save(str(tmp_path / "tokenizer.json"))
+    again = Tokenizer.from_dir(tmp_path)
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    text = corpus.load()["validation"][0][:5000]
+    ids = tokenizer.encode(text, bos=False)
+    assert again.encode(text, bos=False) == ids == theirs.encode(text, add_special_tokens=False)
+    assert again.special_tokens == tokenizer.special_tokens
+    assert again.encode("</s>", bos=False) == tokenizer.encode("</s>", bos=False) != [2]
+
+
+def test_the_bundled_vocabulary_is_what_training_learns():
+    assert json.loads((BUNDLED / "tekken.json").read_text()) == learn(corpus.load()["train"], 2048)
+
+
+def test_the_pattern_is_mistrals():
+    assert json.loads(PUBLISHED.read_text())["config"]["pattern"] == PATTERN
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t.pop("config"),
+        lambda t: t.pop("vocab"),
+        lambda t: t["vocab"].pop(),
+        lambda t: t["vocab"][3].update(token_bytes="?"),
+        lambda t: t["vocab"][300].update(token_bytes=t["vocab"][301]["token_bytes"]),
+    ],
+)
+def test_broken_vocabularies_are_refused(tmp_path, change):
+    tekken = json.loads((BUNDLED / "tekken.json").read_text())
+    change(tekken)
+    (tmp_path / "tekken.json").write_text(json.dumps(tekken))
+    with pytest.raises(ValueError, match="is not a Tekken vocabulary"):
+        Tokenizer.from_dir(tmp_path)
+
+
+def test_missing_and_broken_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"neither tekken\.json nor tokenizer\.json"):
+        Tokenizer.from_dir(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match="is not a tokenizer"):
+        Tokenizer.from_dir(tmp_path)
+    with pytest.raises(ValueError, match="id 2048 is not in the vocabulary; allowed: 0 to 2047"):
+        Tokenizer.from_dir(BUNDLED).decode([2048])
+
+
+def test_random_bytes_round_trip():
+    rng, tokenizer = random.Random(0), Tokenizer.from_dir(BUNDLED)
+    for _ in range(50):
+        text = bytes(rng.randrange(256) for _ in range(40)).decode("utf-8", errors="replace")
+        assert tokenizer.decode(tokenizer.encode(text)) == text
