@@ -431,7 +431,8 @@ def eager_attention(
         # The lowest number, not -inf: a row with nothing to see becomes uniform instead of NaN.
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     probs = F.softmax(scores, dim=-1, dtype=at_least_float32(scores.dtype)).to(q.dtype)
-    probs = F.dropout(probs, p=dropout)
+    if dropout:
+        probs = F.dropout(probs, dropout)
     return torch.matmul(probs, v), probs
 
 

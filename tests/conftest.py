@@ -10,7 +10,7 @@ import torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in the tests may reach the network
 warnings.filterwarnings("error", message="config.json")
 
-# `pytest` draws few examples; CI draws more: `pytest --hypothesis-profile=ci`.
+# Few examples by default, more in CI (where the variable CI is set) or with `pytest --hypothesis-profile=ci`.
 for name, examples in (("default", 25), ("ci", 100)):
     hypothesis.settings.register_profile(
         name,
@@ -19,7 +19,7 @@ for name, examples in (("default", 25), ("ci", 100)):
         suppress_health_check=list(hypothesis.HealthCheck),
         print_blob=True,
     )
-hypothesis.settings.load_profile("default")
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 torch.set_num_threads(2)
 

@@ -11,6 +11,7 @@ from hypothesis import given, strategies as st
 
 from ministral import KVCache, LayerCache, MinistralConfig, MinistralForCausalLM, make_attention_mask
 from tests.cases import DTYPES, draw_case, draw_chunks, run_chunked
+from tests.conftest import CUDA
 from tests.test_parity import assert_same
 
 rngs = st.randoms(use_true_random=False)
@@ -89,7 +90,7 @@ def test_a_window_of_one_is_right(rng):
 # -------------------------------------------------------------------- elsewhere: no further from float64
 
 
-def distances_from_float64(device, dtype, cases, **fixed):
+def distances_from_float64(device, dtype, cases, chunked, **fixed):
     """For many drawn cases: the largest error of the logits, ours and Transformers', both through their caches. NaN
     counts as infinite: in float16, Transformers adds its mask to the scores of padding rows, overflows, and NaN
     spreads to real tokens."""
@@ -99,6 +100,8 @@ def distances_from_float64(device, dtype, cases, **fixed):
         case = draw_case(rng, device, dtype, **fixed)
         if case.ours.config.sliding_window == 1:
             continue
+        if not chunked:
+            case.chunks = [case.ids.shape[1]]
         truth = case.truth()(case.ids, case.mask).logits[case.real]
         for model, errors in ((case.ours, ours), (case.theirs, theirs)):
             error = (run_chunked(model, case)[case.real] - truth).abs().max().item()
@@ -106,11 +109,8 @@ def distances_from_float64(device, dtype, cases, **fixed):
     return ours, theirs
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
-def test_cached_decoding_is_no_further_from_float64(device, dtype, attn_implementation, capsys):
-    ours, theirs = distances_from_float64(device, dtype, 250, attn_implementation=attn_implementation)
+def check_errors(device, dtype, attn_implementation, chunked, capsys):
+    ours, theirs = distances_from_float64(device, dtype, 250, chunked, attn_implementation=attn_implementation)
     with capsys.disabled():
         print(
             f"\n{device} {attn_implementation:5} {dtype!s:15} {len(ours)} cases, error against float64:"
@@ -120,6 +120,21 @@ def test_cached_decoding_is_no_further_from_float64(device, dtype, attn_implemen
     assert len(ours) >= 200
     assert statistics.median(ours) <= statistics.median(theirs)
     assert max(ours) <= max(theirs)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
+def test_cached_decoding_is_no_further_from_float64(device, dtype, attn_implementation, capsys):
+    check_errors(device, dtype, attn_implementation, True, capsys)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("device", [CUDA])
+def test_whole_sequences_on_cuda_are_no_further_from_float64(device, dtype, capsys):
+    """The fused kernels of CUDA; the eager path, and both paths on the CPU, are bit-identical (test_parity.py)."""
+    check_errors(device, dtype, "sdpa", False, capsys)
 
 
 # -------------------------------------------------------------------------------------------- cache, in itself
