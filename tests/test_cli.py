@@ -45,8 +45,8 @@ def test_the_same_seed_gives_the_same_text(capsys):
 
 
 def test_json(capsys):
-    arguments = ["The king", "--max-new-tokens", 12, "--temperature", 0, "--json", "--dtype", "float32", "--device", "cpu"]
-    code, out, _ = run(capsys, *arguments)
+    settings = ["--max-new-tokens", 12, "--temperature", 0, "--dtype", "float32", "--device", "cpu"]
+    code, out, _ = run(capsys, "The king", *settings, "--json")
     result = json.loads(out)
     assert code == 0 and out.count("\n") == 1
     assert len(result["ids"]) == 12 and result["prompt"] == "The king" and not result["interrupted"]
@@ -59,9 +59,10 @@ def test_json(capsys):
 
 
 def test_a_stop_text_ends_the_output_before_it(capsys):
-    free = run(capsys, "HAMLET.\n", "--max-new-tokens", 60, "--temperature", 0)[1].rstrip("\n")
+    arguments = ["HAMLET.\n", "--max-new-tokens", 60, "--temperature", 0]
+    free = run(capsys, *arguments)[1].rstrip("\n")
     stop = free[len(free) // 2 : len(free) // 2 + 7]
-    code, out, err = run(capsys, "HAMLET.\n", "--max-new-tokens", 60, "--temperature", 0, "--stop", stop, "--stop", "\x00")
+    code, out, err = run(capsys, *arguments, "--stop", stop, "--stop", "\x00")
     assert code == 0 and out == free[: free.index(stop)] + "\n"
     assert int(err.splitlines()[-1].split()[0]) <= 60
 
@@ -167,8 +168,9 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(capsys, monkey
 
 
 def test_memory_figures():
-    config = MinistralConfig(hidden_size=16, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=3, vocab_size=9,
-                             intermediate_size=8, sliding_window=64, layer_types=["full_attention"] + ["sliding_attention"] * 2)  # fmt: skip
+    kinds = ["full_attention", "sliding_attention", "sliding_attention"]
+    config = MinistralConfig(hidden_size=16, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=3,
+                             intermediate_size=8, vocab_size=9, sliding_window=64, layer_types=kinds)  # fmt: skip
     cache = KVCache(config)
     model = generate.MinistralForCausalLM(config)
     with torch.no_grad():

@@ -71,7 +71,8 @@ def test_a_row_gets_in_a_batch_what_it_gets_alone(rng):
         alone = generate(model, prompt[None], **settings)[0].tolist()
         together = batch[row].tolist()[case.ids.shape[1] - len(prompt) :]
         assert together[: len(alone)] == alone
-        assert set(together[len(alone) :]) <= {ends[0] if model.config.pad_token_id is None else model.config.pad_token_id}
+        filler = ends[0] if model.config.pad_token_id is None else model.config.pad_token_id
+        assert set(together[len(alone) :]) <= {filler}
         if settings["temperature"] == 0.0 and "repetition_penalty" not in settings:
             assert alone == naive(model, prompt, new, ends)
 
