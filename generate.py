@@ -216,7 +216,7 @@ def generate(
         out = model(ids, seen, positions, cache, use_cache=True, logits_to_keep=1)
         return out.logits[:, -1]
 
-    cache, tokens = KVCache(config), input_ids
+    cache, tokens = KVCache(config, expected=total), input_ids
     for start in range(0, T, prefill_chunk_size):
         logits = step(start, input_ids[:, start : start + prefill_chunk_size])
     running = [True] * B

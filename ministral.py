@@ -104,15 +104,21 @@ class MinistralConfig:
             self.layer_types = [kind] * self.num_hidden_layers
         self._set_rope_parameters()
         heads, layers, kinds = self.num_attention_heads, self.num_hidden_layers, ", ".join(LAYER_TYPES)
-        window, pad = self.sliding_window, self.pad_token_id
+        window, pad, ends = self.sliding_window, self.pad_token_id, self.eos_token_id
+        ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
         for name, valid, allowed in (
             ("num_key_value_heads", heads % self.num_key_value_heads == 0, f"a divisor of {heads} attention heads"),
             ("head_dim", is_number(self.head_dim, int, 2) and self.head_dim % 2 == 0, "an even number above 0"),
             ("hidden_act", self.hidden_act in ACTIVATIONS, ", ".join(ACTIVATIONS)),
             ("rms_norm_eps", is_number(self.rms_norm_eps, float, 1e-30), "a number above 0"),
             ("initializer_range", is_number(self.initializer_range, float, 0), "a number not below 0"),
-            ("attention_dropout", 0 <= self.attention_dropout < 1, "a number from 0 to below 1"),
-            ("pad_token_id", pad is None or 0 <= pad < self.vocab_size, f"None or an id below {self.vocab_size}"),
+            ("attention_dropout", is_number(self.attention_dropout, float, 0) and self.attention_dropout < 1,
+             "a number from 0 to below 1"),
+            ("use_cache", isinstance(self.use_cache, bool), "true or false"),
+            ("tie_word_embeddings", isinstance(self.tie_word_embeddings, bool), "true or false"),
+            ("pad_token_id", pad is None or (is_number(pad, int, 0) and pad < self.vocab_size),
+             f"None or an id below {self.vocab_size}"),
+            ("eos_token_id", all(is_number(i, int, 0) for i in ends), "None, an id, or a list of ids"),
             ("sliding_window", window is None or is_number(window, int, 1), "None or a whole number not below 1"),
             ("layer_types", len(self.layer_types) == layers, f"num_hidden_layers={layers} names"),
             ("layer_types", set(self.layer_types) <= set(LAYER_TYPES), f"a list of the names {kinds}"),
@@ -153,7 +159,11 @@ class MinistralConfig:
             ValueError: another architecture, biases, quantised weights, or an impossible value.
         """
         known = {field.name for field in fields(cls)} - {"attn_implementation"}
-        return cls(**checkpoint.config_fields(d, known, {cls.model_type: {}} | cls.same_function))
+        values = checkpoint.config_fields(d, known, {cls.model_type: {}} | cls.same_function)
+        try:
+            return cls(**values)
+        except TypeError as error:  # a list where a number belongs, and the like
+            raise ValueError(f"config.json holds a value of the wrong kind: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
         """The content of a config.json that Transformers 5 loads."""
@@ -321,18 +331,19 @@ def make_attention_mask(
 class LayerCache:
     """Keys and values of one layer, each (B, G, capacity, D). Position p lives in slot p, or p % window."""
 
-    def __init__(self, sliding_window: int | None) -> None:
+    def __init__(self, sliding_window: int | None, expected: int = 64) -> None:
         self.window = sliding_window
+        self.expected = expected  # positions to make room for at first
         self.length = 0  # tokens seen, which in a sliding layer may be more than are kept
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
 
-    def _reserve(self, like: Tensor, slots: int) -> None:
+    def _reserve(self, like: Tensor, slots: int) -> tuple[Tensor, Tensor]:
         """Make room for `slots` positions, at least doubling, so that appending stays cheap."""
+        if self.keys is not None and self.values is not None and slots <= self.keys.shape[2]:
+            return self.keys, self.values
         held = 0 if self.keys is None else self.keys.shape[2]
-        if slots <= held:
-            return
-        capacity = max(slots, 2 * held, 64)
+        capacity = max(slots, 2 * held, self.expected)
         if self.window is not None:
             capacity = min(capacity, self.window)
         shape = (like.shape[0], like.shape[1], capacity, like.shape[3])
@@ -340,6 +351,7 @@ class LayerCache:
         if self.keys is not None and self.values is not None:
             keys[:, :, :held], values[:, :, :held] = self.keys, self.values
         self.keys, self.values = keys, values
+        return keys, values
 
     def key_positions(self, new: int, device: torch.device | None = None) -> Tensor:
         """(K,) absolute positions of the keys that the next `update` with `new` tokens will return."""
@@ -358,23 +370,21 @@ class LayerCache:
         start, new = self.length, k.shape[2]
         end, self.length = start + new, start + new
         if self.window is None or end <= self.window:  # nothing has left the window: slots are positions
-            self._reserve(k, end)
-            assert self.keys is not None and self.values is not None
-            self.keys[:, :, start:end], self.values[:, :, start:end] = k, v
-            return (k, v) if start == 0 else (self.keys[:, :, :end], self.values[:, :, :end])
+            keys, values = self._reserve(k, end)
+            keys[:, :, start:end], values[:, :, start:end] = k, v
+            return (k, v) if start == 0 else (keys[:, :, :end], values[:, :, :end])
 
-        self._reserve(k, self.window)
-        assert self.keys is not None and self.values is not None
+        keys, values = self._reserve(k, self.window)
         if new == 1:  # overwrite the one key that leaves the window; the order of keys does not matter
             slot = start % self.window
-            self.keys[:, :, slot : slot + 1], self.values[:, :, slot : slot + 1] = k, v
-            return self.keys, self.values
+            keys[:, :, slot : slot + 1], values[:, :, slot : slot + 1] = k, v
+            return keys, values
         past = torch.arange(max(start - self.window + 1, 0), start, device=k.device) % self.window
-        all_k = torch.cat((self.keys[:, :, past], k), dim=2)  # W - 1 + S positions at most
-        all_v = torch.cat((self.values[:, :, past], v), dim=2)
+        all_k = torch.cat((keys[:, :, past], k), dim=2)  # W - 1 + S positions at most
+        all_v = torch.cat((values[:, :, past], v), dim=2)
         kept = min(new, self.window)
         slots = torch.arange(end - kept, end, device=k.device) % self.window
-        self.keys[:, :, slots], self.values[:, :, slots] = k[:, :, -kept:], v[:, :, -kept:]
+        keys[:, :, slots], values[:, :, slots] = k[:, :, -kept:], v[:, :, -kept:]
         return all_k, all_v
 
 
@@ -392,11 +402,13 @@ class KVCache:
         7            4 5 6 7                        4 5 6 7      7 has overwritten 3
         8            8 5 6 7                        8 5 6 7      8 has overwritten 4
         9 10 11      6 7 8 9 10 11  (W-1 old, S)    8 9 10 11    oldest query 9 still sees 6 7 8 9
+
+    Room is made when it is needed, doubling each time; `expected` positions (of those a layer keeps) from the start.
     """
 
-    def __init__(self, config: MinistralConfig) -> None:
+    def __init__(self, config: MinistralConfig, expected: int = 64) -> None:
         windows = {"full_attention": None, "sliding_attention": config.sliding_window}
-        self.layers = [LayerCache(windows[kind]) for kind in config.layer_types]
+        self.layers = [LayerCache(windows[kind], expected) for kind in config.layer_types]
 
     def get_seq_length(self) -> int:
         """Tokens seen so far, padding included."""

@@ -140,27 +140,16 @@ def test_whole_sequences_on_cuda_are_no_further_from_float64(device, dtype, caps
 # -------------------------------------------------------------------------------------------- cache, in itself
 
 
-class RecordingCache(KVCache):
-    """A cache that fills every slot it has reserved but not used with NaN, before every step."""
-
-    def poison(self) -> None:
-        for layer in self.layers:
-            if layer.keys is not None:
-                layer.keys[:, :, layer.length :], layer.values[:, :, layer.length :] = math.nan, math.nan
-
-
 @torch.no_grad()
 @given(rngs)
 def test_unused_slots_are_never_read(rng):
     case = draw_case(rng)
     expected = run_chunked(case.ours, case)
-    cache = RecordingCache(case.ours.config)
-    for layer in cache.layers:  # reserve more than the text needs, so that there are slots to poison at every step
-        like = torch.empty(len(case.ids), case.ours.config.num_key_value_heads, 1, case.ours.config.head_dim)
-        layer._reserve(like.to(case.ours.dtype), 128)
-    start, logits = 0, []
+    cache, start, logits = KVCache(case.ours.config, expected=128), 0, []  # with room to spare at every step
     for length in case.chunks:
-        cache.poison()
+        for layer in cache.layers:
+            if layer.keys is not None:
+                layer.keys[:, :, layer.length :], layer.values[:, :, layer.length :] = math.nan, math.nan
         mask = None if case.mask is None else case.mask[:, : start + length]
         logits.append(case.ours(case.ids[:, start : start + length], mask, past_key_values=cache).logits)
         start += length
