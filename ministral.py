@@ -211,8 +211,7 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` without bias and without its own initialisation, which `init_weights` or a checkpoint replaces
-    anyway. On the meta device that initialisation costs 1.7 s of lazy imports."""
+    """`nn.Linear` without bias and without its own initialisation, which `init_weights` or a checkpoint replaces."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
@@ -222,7 +221,7 @@ class Linear(nn.Linear):
 
 
 class Embedding(nn.Embedding):
-    """`nn.Embedding` without its own initialisation (see `Linear`)."""
+    """`nn.Embedding` without its own initialisation, which costs 1 s of lazy imports on the meta device."""
 
     def reset_parameters(self) -> None:
         pass
