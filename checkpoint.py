@@ -94,7 +94,11 @@ def config_fields(d: Any, known: set[str], model_types: dict[str, dict[str, Any]
     """
     if not isinstance(d, dict):
         raise ValueError(f"{CONFIG} must hold a JSON object; found {type(d).__name__}")
-    model_type = d.get("model_type", next(iter(model_types)))
+    objects = {"rope_scaling": dict, "rope_parameters": dict, "quantization_config": dict}
+    for key, kind in {"model_type": str, **objects}.items():
+        if not isinstance(d.get(key), (kind, type(None))):
+            raise ValueError(f"{key}={d[key]!r} is impossible; allowed: {'an object' if kind is dict else 'a name'}")
+    model_type = d.get("model_type") or next(iter(model_types))
     if model_type not in model_types:
         raise ValueError(f"model_type {model_type!r} computes another function; allowed: {', '.join(model_types)}")
     for key in ("attention_bias", "mlp_bias"):
@@ -163,9 +167,13 @@ class Checkpoint:
         """The shape of one tensor, from the header."""
         return tuple(self._files[name].get_slice(name).get_shape())
 
+    def kind(self, name: str) -> str:
+        """How one tensor's numbers are stored: F32, BF16, I8, ..."""
+        return str(self._files[name].get_slice(name).get_dtype())
+
     def nbytes(self) -> int:
         """Bytes of all tensors as they are stored."""
-        bits = {name: re.search(r"\d+", self._files[name].get_slice(name).get_dtype()) for name in self._files}
+        bits = {name: re.search(r"\d+", self.kind(name)) for name in self._files}
         return sum(math.prod(self.shape(name)) * int(found[0]) // 8 for name, found in bits.items() if found)
 
     def read(self, name: str) -> Tensor:
@@ -193,10 +201,16 @@ def fill(
         False if a tied parameter is stored with values of its own: then it was filled, and is not to be tied.
 
     Raises:
-        ValueError: tensors are missing, unexpected or misshapen; the message names them.
+        ValueError: tensors are missing, unexpected, misshapen, given twice, no floating-point numbers, or of several
+            types when `dtype` is None; the message names them.
     """
     wanted = dict(module.named_parameters(remove_duplicate=False))
-    stored = {own: name for name in files.names() if (own := own_name(name)) is not None}
+    stored: dict[str, str] = {}
+    for name in files.names():
+        if (own := own_name(name)) is not None:
+            if own in stored:
+                raise ValueError(f"{files.directory}: {stored[own]} and {name} are the same parameter")
+            stored[own] = name
     kept_tied = True
     for name, other in tied.items():
         if name in stored and other in stored:
@@ -219,6 +233,10 @@ def fill(
         if found:
             more = f" and {len(found) - 6} more" if len(found) > 6 else ""
             raise ValueError(f"{files.directory}: {len(found)} tensors {what}: {', '.join(found[:6])}{more}")
+    kinds = {files.kind(stored[name]): name for name in shapes}
+    if not kinds.keys() <= {"F64", "F32", "F16", "BF16"} or (dtype is None and len(kinds) > 1):
+        types = ", ".join(f"{name} is {kind}" for kind, name in sorted(kinds.items()))
+        raise ValueError(f"{files.directory}: {types}; allowed: one floating-point type, or several if you give dtype")
     for name in shapes:
         owner, _, attribute = name.rpartition(".")
         tensor = files.read(stored[name]).to(device=device, dtype=dtype)

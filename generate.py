@@ -42,15 +42,15 @@ def model_class(config: dict[str, object]) -> type[MinistralForCausalLM]:
     Raises:
         ValueError: none does.
     """
-    kind = config.get("model_type")
+    kind = str(config.get("model_type"))
     if kind == "mistral3":
         raise ValueError(
             "model_type 'mistral3' (Ministral 3 with its vision encoder) cannot be loaded yet; allowed: a text model,"
             f" {', '.join(MODELS)}"
         )
     if kind not in MODELS:
-        raise ValueError(f"config.json has model_type {kind!r}; allowed: {', '.join(MODELS)}")
-    return MODELS[str(kind)]
+        raise ValueError(f"config.json has model_type {config.get('model_type')!r}; allowed: {', '.join(MODELS)}")
+    return MODELS[kind]
 
 
 def load_model(
@@ -98,7 +98,7 @@ class Sampling:
             ("top_k", self.top_k is None or self.top_k >= 1, "a whole number not below 1"),
             ("top_p", self.top_p is None or 0 < self.top_p <= 1, "a number above 0, at most 1"),
             ("min_p", self.min_p is None or 0 <= self.min_p <= 1, "a number from 0 to 1"),
-            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "a number above 0"),
+            ("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "a number from 0.01 to 100"),
         ):
             if not valid:
                 raise ValueError(f"{name}={getattr(self, name)} is impossible; allowed: {allowed}")
@@ -112,8 +112,9 @@ def penalize_repetition(logits: Tensor, ids: Tensor, penalty: float) -> Tensor:
 
 def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
     """Logits (..., V) at a temperature above 0, with those of excluded tokens at -inf."""
-    # Subtracting the maximum first changes no probability and keeps tiny temperatures from overflowing.
-    logits = (logits - logits.amax(-1, keepdim=True)) / sampling.temperature
+    # Subtracting the maximum first changes no probability and keeps tiny temperatures from overflowing; one that
+    # float32 would round to 0 is raised to what is greedy anyway.
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(sampling.temperature, 1e-30)
     if sampling.top_k is not None:
         kth = logits.topk(min(sampling.top_k, logits.shape[-1])).values[..., -1:]
         logits = logits.masked_fill(logits < kth, -math.inf)
@@ -177,30 +178,30 @@ def generate(
         end-of-sequence id where the configuration has none).
 
     Raises:
-        ValueError: a setting out of range, an empty or padded-on-the-right row, or a prompt that is longer than
-            `max_position_embeddings`.
+        ValueError: a setting out of range, an empty or padded-on-the-right row, or a prompt that leaves no position
+            of `max_position_embeddings` for a new token.
     """
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     config, device = model.config, model.device
     for name, value in (("max_new_tokens", max_new_tokens), ("prefill_chunk_size", prefill_chunk_size)):
         if value < 1:
             raise ValueError(f"{name}={value} is impossible; allowed: a whole number not below 1")
-    if input_ids.ndim != 2 or input_ids.shape[1] == 0:
+    if input_ids.ndim != 2 or input_ids.numel() == 0:
         raise ValueError(f"input_ids must be (batch, tokens) with at least one token; found {tuple(input_ids.shape)}")
     input_ids = input_ids.to(device)
-    (B, T), total = input_ids.shape, input_ids.shape[1] + max_new_tokens
+    B, T = input_ids.shape
     real = torch.ones(B, T, dtype=torch.bool) if attention_mask is None else attention_mask.cpu().bool()
     if real.shape != (B, T) or not real[:, -1].all():
         raise ValueError(f"attention_mask must be {(B, T)}, padding on the left: every row ends with a real token")
     lengths = real.sum(1).tolist()
-    if max(lengths) > config.max_position_embeddings:
-        raise ValueError(
-            f"the prompt has {max(lengths)} tokens, the model reads max_position_embeddings="
-            f"{config.max_position_embeddings}; shorten it"
-        )
+    check_length(max(lengths), config)
+    max_new_tokens = min(max_new_tokens, config.max_position_embeddings - min(lengths))
+    total = T + max_new_tokens
     if eos_token_id is None:
         eos_token_id = config.eos_token_id
     ends = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id or ())
+    if not all(0 <= end < config.vocab_size for end in ends):
+        raise ValueError(f"eos_token_id={sorted(ends)} is impossible; allowed: ids below {config.vocab_size}")
     filler = config.pad_token_id if config.pad_token_id is not None else min(ends, default=0)
     generators = _generators(seed, B, device)
 
@@ -240,16 +241,25 @@ def generate(
     return tokens
 
 
+def check_length(tokens: int, config: MinistralConfig) -> None:
+    """Raise ValueError if a prompt of that many tokens leaves no position for a new one."""
+    limit = config.max_position_embeddings
+    if tokens >= limit:
+        raise ValueError(f"the prompt has {tokens} tokens; allowed: below max_position_embeddings={limit}; shorten it")
+
+
 def _generators(seed: int | Sequence[int] | None, rows: int, device: torch.device) -> list[torch.Generator]:
     generators = [torch.Generator(device) for _ in range(rows)]
-    seeds = [seed] * rows if seed is None or isinstance(seed, int) else list(seed)
+    seeds = list(seed) if isinstance(seed, Sequence) else [seed] * rows
     if len(seeds) != rows:
         raise ValueError(f"seed must be one number or one for each of {rows} rows; found {len(seeds)}")
     for generator, number in zip(generators, seeds):
+        if number is not None and not 0 <= number < 2**63:
+            raise ValueError(f"seed={number} is impossible; allowed: a whole number from 0 to 2**63 - 1")
         if number is None:
             generator.seed()
         else:
-            generator.manual_seed(number)
+            generator.manual_seed(int(number))
     return generators
 
 
@@ -419,11 +429,7 @@ def run(options: argparse.Namespace) -> int:
             f"{directory}: the tokenizer has {tokenizer.vocab_size} ids, the model vocab_size={config.vocab_size}"
         )
     ids = tokenizer.encode(prompt)
-    if len(ids) > config.max_position_embeddings:
-        raise ValueError(
-            f"the prompt has {len(ids)} tokens, the model reads max_position_embeddings="
-            f"{config.max_position_embeddings}; shorten it"
-        )
+    check_length(len(ids), config)
     plan_memory(directory, config, len(ids) + options.max_new_tokens, device, dtype)
     model = cls.from_pretrained(directory, dtype, device, options.attn)
 

@@ -84,6 +84,8 @@ class MinistralConfig:
 
     model_type: ClassVar[str] = "ministral"
     rope_types: ClassVar[tuple[str, ...]] = ("default",)
+    # What rope_parameters may hold, each with the lowest number allowed (None: not a number).
+    rope_keys: ClassVar[dict[str, float | None]] = {"rope_type": None, "rope_theta": 1.0, "partial_rotary_factor": 1.0}
     unwritten: ClassVar[tuple[str, ...]] = ("attn_implementation", "rope_theta")  # not part of a config.json
     # Other model types that compute the same function, with the defaults in which they differ.
     same_function: ClassVar[dict[str, dict[str, Any]]] = {
@@ -118,7 +120,8 @@ class MinistralConfig:
             ("tie_word_embeddings", isinstance(self.tie_word_embeddings, bool), "true or false"),
             ("pad_token_id", pad is None or (is_number(pad, int, 0) and pad < self.vocab_size),
              f"None or an id below {self.vocab_size}"),
-            ("eos_token_id", all(is_number(i, int, 0) for i in ends), "None, an id, or a list of ids"),
+            ("eos_token_id", all(is_number(i, int, 0) and i < self.vocab_size for i in ends),
+             f"None, an id below {self.vocab_size}, or a list of such ids"),
             ("sliding_window", window is None or is_number(window, int, 1), "None or a whole number not below 1"),
             ("layer_types", len(self.layer_types) == layers, f"num_hidden_layers={layers} names"),
             ("layer_types", set(self.layer_types) <= set(LAYER_TYPES), f"a list of the names {kinds}"),
@@ -128,17 +131,23 @@ class MinistralConfig:
             self._check(name, valid, allowed)
 
     def _set_rope_parameters(self) -> None:
+        self._check("rope_parameters", isinstance(self.rope_parameters, (dict, type(None))), "an object, or none")
         rope = dict(self.rope_parameters or {})
         older_name = rope.pop("type", None)
         kind = rope.setdefault("rope_type", older_name or "default")
         theta = rope.setdefault("rope_theta", 10000.0 if self.rope_theta is None else self.rope_theta)
         self._check("rope_theta", self.rope_theta in (None, theta), f"None, or rope_parameters' own, {theta}")
         self.rope_theta, self.rope_parameters = theta, rope
-        self._check("rope_theta", is_number(theta, float, 1e-30), "a number above 0")
+        self._check("rope_theta", is_number(theta, float, 1.0) and theta > 1, "a number above 1")
         self._check("rope_parameters", older_name in (None, kind), "'type' and 'rope_type' that agree")
         self._check("rope_parameters", kind in self.rope_types, f"rope_type {' or '.join(self.rope_types)}")
         whole = rope.get("partial_rotary_factor", 1.0) == 1.0
         self._check("rope_parameters", whole, "no partial_rotary_factor: every pair of a head is rotated")
+        self._check("rope_parameters", rope.keys() <= self.rope_keys.keys(), f"keys {', '.join(self.rope_keys)}")
+        for key, value in rope.items():
+            least = self.rope_keys[key]
+            if least is not None and value is not None and not is_number(value, float, least):
+                raise ValueError(f"rope_parameters[{key!r}]={value!r}: allowed: a number not below {least}")
 
     def _check(self, name: str, valid: object, allowed: str) -> None:
         if not valid:
@@ -403,6 +412,7 @@ class KVCache:
         9 10 11      6 7 8 9 10 11  (W-1 old, S)    8 9 10 11    oldest query 9 still sees 6 7 8 9
 
     Room is made when it is needed, doubling each time; `expected` positions (of those a layer keeps) from the start.
+    Tensors are written in place, so gradients do not flow back through several calls.
     """
 
     def __init__(self, config: MinistralConfig, expected: int = 64) -> None:
@@ -412,6 +422,16 @@ class KVCache:
     def get_seq_length(self) -> int:
         """Tokens seen so far, padding included."""
         return self.layers[0].length
+
+    def key_positions(self, config: MinistralConfig, new: int, device: torch.device) -> dict[str, Tensor]:
+        """For each kind of layer, the (K,) positions of the keys that its updates with `new` tokens will return.
+
+        Raises:
+            ValueError: the cache was made for other layers.
+        """
+        if [layer.window for layer in self.layers] != [layer.window for layer in KVCache(config).layers]:
+            raise ValueError("past_key_values was made for a configuration with other layers or another window")
+        return {kind: layer.key_positions(new, device) for kind, layer in zip(config.layer_types, self.layers)}
 
     def nbytes(self) -> int:
         """Bytes reserved for keys and values."""
@@ -611,6 +631,8 @@ class PreTrainedModel(nn.Module):
     def own_name(self, stored: str) -> str | None:
         """The name in this model of a stored tensor, None if it is not for this model. The files of a backbone lack
         the prefix that those of a model with a head have."""
+        if stored.endswith("rotary_emb.inv_freq"):
+            return None  # written by old versions of Transformers, computed here
         prefix = self.base_model_prefix + "."
         return stored if stored.startswith((prefix, "lm_head.")) else prefix + stored
 
@@ -642,7 +664,8 @@ class MinistralModel(PreTrainedModel):
         init_weights(self, config.initializer_range)
 
     def own_name(self, stored: str) -> str | None:
-        return None if stored.startswith("lm_head.") else stored.removeprefix(self.base_model_prefix + ".")
+        own = super().own_name(stored)
+        return None if own is None or own.startswith("lm_head.") else own.removeprefix(self.base_model_prefix + ".")
 
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
@@ -657,8 +680,8 @@ class MinistralModel(PreTrainedModel):
             attention_mask: (B, past + S), nonzero for real tokens and 0 for padding. None: all are real.
             position_ids: (B or 1, S) rotary positions. None: past, past + 1, ... (padding counts; `generate` passes
                 positions that skip it). Masks do not depend on these, with one exception, which is Transformers':
-                without mask and without cache, every jump in a row starts a new text that cannot see the ones
-                before it (packed training sequences).
+                without mask and without cache (`use_cache=False`), every jump in a row starts a new text that
+                cannot see the ones before it (packed training sequences).
             past_key_values: the cache of the tokens before; it is extended in place.
             use_cache: return a cache for the next call; None takes the configuration's word.
             cache_position: (S,) if given, must be past, past + 1, ...: a cache has no gaps.
@@ -689,10 +712,9 @@ class MinistralModel(PreTrainedModel):
             if attention_mask is None and past_key_values is None:
                 packed = same_text(position_ids)
         tables = self.rotary_emb(x, positions[None] if position_ids is None else position_ids)
-        keys = {kind: positions for kind in self.config.layer_types}  # kind of layer -> (K,) places of its keys
+        keys = dict.fromkeys(self.config.layer_types, positions)  # kind of layer -> (K,) places of its keys
         if past_key_values is not None:
-            keys = {kind: layer.key_positions(S, x.device)
-                    for kind, layer in zip(self.config.layer_types, past_key_values.layers)}  # fmt: skip
+            keys = past_key_values.key_positions(self.config, S, x.device)
         masks = {kind: self._mask(kind, positions, keys[kind], real, packed) for kind in keys}
 
         hidden_states, attentions = [x], []
@@ -764,8 +786,10 @@ def same_text(position_ids: Tensor) -> Tensor | None:
 def causal_lm_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy in nats of each token given those before it. logits (B, S, V); labels (B, S) are the input
     ids, -100 where a token does not count; the shift by one happens here."""
-    expect("labels", labels, logits.shape[:-1])
-    targets = F.pad(labels, (0, 1), value=-100)[:, 1:]
+    last = logits.shape[-1] - 1
+    if labels.device.type == "cpu" and not ((labels == -100) | (labels >= 0) & (labels <= last)).all():
+        raise ValueError(f"labels from {labels.min()} to {labels.max()}; allowed: 0 to {last}, or -100 to ignore one")
+    targets = F.pad(labels.long(), (0, 1), value=-100)[:, 1:]
     logits = logits.to(at_least_float32(logits.dtype))
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
 
@@ -804,6 +828,13 @@ class MinistralForCausalLM(PreTrainedModel):
         Raises:
             ValueError: as `MinistralModel.forward`, or labels that do not match the logits.
         """
+        text = input_ids if input_ids is not None else inputs_embeds
+        if labels is not None and text is not None:
+            expect("labels", labels, text.shape[:2])
+            if isinstance(logits_to_keep, Tensor) or logits_to_keep:
+                raise ValueError("labels need all logits; leave logits_to_keep at 0")
+        if isinstance(logits_to_keep, int) and logits_to_keep < 0:
+            raise ValueError(f"logits_to_keep={logits_to_keep} is impossible; allowed: 0 (all), a count, or indices")
         out = self.model(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, cache_position,
             output_hidden_states, output_attentions,

@@ -30,7 +30,6 @@ from ministral import (
     RopeTables,
     RotaryEmbedding,
     at_least_float32,
-    is_number,
 )
 
 
@@ -59,14 +58,20 @@ class Ministral3Config(MinistralConfig):
 
     model_type: ClassVar[str] = "ministral3"
     rope_types: ClassVar[tuple[str, ...]] = ("yarn", "default")
+    rope_keys: ClassVar[dict[str, float | None]] = MinistralConfig.rope_keys | {
+        "factor": 1, "original_max_position_embeddings": 1, "max_position_embeddings": 1, "beta_fast": 1e-6,
+        "beta_slow": 1e-6, "mscale": 0, "mscale_all_dim": 0, "attention_factor": 1e-6, "truncate": None,
+        "llama_4_scaling_beta": 0,
+    }  # fmt: skip
     unwritten: ClassVar[tuple[str, ...]] = (*MinistralConfig.unwritten, "layer_types")
     same_function: ClassVar[dict[str, dict[str, Any]]] = {}
 
     def __post_init__(self) -> None:
         if self.rope_parameters is None:
+            self._check("rope_theta", self.rope_theta is None, "None without rope_parameters, which say it")
             self.rope_parameters = {
                 "rope_type": "yarn",
-                "rope_theta": 1000000.0 if self.rope_theta is None else self.rope_theta,
+                "rope_theta": 1000000.0,
                 "factor": 16.0,
                 "original_max_position_embeddings": 16384,
                 "max_position_embeddings": self.max_position_embeddings,
@@ -85,13 +90,9 @@ class Ministral3Config(MinistralConfig):
             rope["llama_4_scaling_beta"] = 0.0
         if rope["rope_type"] == "default" and rope["llama_4_scaling_beta"] == 0.0:
             rope.setdefault("original_max_position_embeddings", self.max_position_embeddings)
-        least = {"original_max_position_embeddings": 1, "llama_4_scaling_beta": 0}
-        if rope["rope_type"] == "yarn":
-            least["factor"] = 1
-        for key, limit in least.items():
-            if not is_number(rope.get(key), float, limit):
-                allowed = f"a number not below {limit}"
-                raise ValueError(f"rope_parameters[{key!r}]={rope.get(key)!r} is impossible; allowed: {allowed}")
+        for key in ("original_max_position_embeddings", *(("factor",) if rope["rope_type"] == "yarn" else ())):
+            if rope.get(key) is None:
+                raise ValueError(f"rope_parameters[{key!r}]=None is impossible; allowed: a number not below 1")
 
 
 class YarnRotaryEmbedding(RotaryEmbedding):

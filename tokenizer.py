@@ -43,16 +43,19 @@ class Tokenizer:
     """
 
     def __init__(self, backend: Backend) -> None:
+        if not isinstance(backend.decoder, decoders.ByteLevel):
+            found = type(backend.decoder).__name__
+            raise ValueError(f"the tokenizer's decoder is {found}; allowed: ByteLevel, as Mistral's byte-level BPE has")
         self.backend = backend
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
-        self.special_tokens = {
-            token.content: i for i, token in sorted(backend.get_added_tokens_decoder().items()) if token.special
-        }
-        self._special_ids = set(self.special_tokens.values())
+        self._added = dict(sorted(backend.get_added_tokens_decoder().items()))
+        self.special_tokens = {token.content: i for i, token in self._added.items() if token.special}
         self.bos_token_id = self.special_tokens.get("<s>")
         self.eos_token_id = self.special_tokens.get("</s>")
         self.pad_token_id = self.special_tokens.get("<pad>")
         backend.encode_special_tokens = True  # "</s>" typed by a user stays four characters
+        backend.no_truncation()  # a file can ask for these two, which would change prompts silently
+        backend.no_padding()
 
     @classmethod
     def from_dir(cls, directory: str | Path) -> Tokenizer:
@@ -68,9 +71,10 @@ class Tokenizer:
         if not (directory / TOKENIZER).is_file():
             raise FileNotFoundError(f"{directory} holds neither {TEKKEN} nor {TOKENIZER}")
         try:
-            return cls(Backend.from_file(str(directory / TOKENIZER)))
+            backend = Backend.from_file(str(directory / TOKENIZER))
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"{directory / TOKENIZER} is not a tokenizer: {error}") from error
+        return cls(backend)
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
         """Ids of a text, after the id of "<s>" (which the models expect at the start) unless `bos` is False."""
@@ -90,8 +94,8 @@ class Tokenizer:
         token = self.backend.id_to_token(i)
         if token is None:
             raise ValueError(f"id {i} is not in the vocabulary; allowed: 0 to {self.vocab_size - 1}")
-        if i in self._special_ids:
-            return b"" if skip_special_tokens else token.encode()
+        if i in self._added:
+            return b"" if self._added[i].special and skip_special_tokens else token.encode()
         return bytes(BYTES[letter] for letter in token)
 
 
@@ -103,6 +107,8 @@ class TextStream:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, i: int) -> str:
+        if i >= self._tokenizer.vocab_size:  # a model may have more ids than its tokenizer
+            return self._decoder.decode(b"\xff")
         return self._decoder.decode(self._tokenizer.id_to_bytes(i))
 
     def close(self) -> str:
@@ -125,7 +131,8 @@ def from_tekken(tekken: Any, source: str = TEKKEN) -> Backend:
         names = special_token_names(tekken)
         if len(set(words)) != size - specials or {len(word) for word in words[:256]} != {1}:
             raise ValueError("the vocabulary must be distinct, single bytes first, and as long as config says")
-    except (KeyError, TypeError, ValueError) as error:
+        split = Regex(config["pattern"])
+    except Exception as error:  # the library raises bare Exception for a bad expression
         raise ValueError(f"{source} is not a Tekken vocabulary: {type(error).__name__}: {error}") from error
 
     letters = ["".join(LETTERS[byte] for byte in word) for word in words]
@@ -140,7 +147,7 @@ def from_tekken(tekken: Any, source: str = TEKKEN) -> Backend:
     backend = Backend(models.BPE(vocab=vocab, merges=merges, ignore_merges=True))  # a whole piece is looked up first
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(config["pattern"]), behavior="isolated"),
+            pre_tokenizers.Split(split, behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

@@ -1,14 +1,12 @@
 """Hypothesis profiles, and the devices the numerical tests run on."""
 
 import os
-import warnings
 
 import hypothesis
 import pytest
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in the tests may reach the network
-warnings.filterwarnings("error", message="config.json")
 
 # Few examples by default, more in CI (where the variable CI is set) or with `pytest --hypothesis-profile=ci`.
 for name, examples in (("default", 25), ("ci", 100)):

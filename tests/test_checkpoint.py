@@ -1,5 +1,6 @@
 """Model directories: round trips with Transformers in both directions, shards, ties, and every way of being broken."""
 
+import fnmatch
 import json
 import os
 import random
@@ -131,6 +132,40 @@ def test_wrong_tensors_are_named(saved, change, message):
         load_model(path)
 
 
+def test_types_of_numbers(saved):
+    """Several floating-point types load with a dtype, and are refused without; whole numbers are refused."""
+    _, path = saved
+    rewrite(path, lambda tensors: tensors.update({"model.norm.weight": tensors["model.norm.weight"].bfloat16()}))
+    with pytest.raises(ValueError, match=r"model\.norm\.weight is BF16, .* is F32; allowed: one floating-point type"):
+        load_model(path)
+    assert load_model(path, dtype=torch.bfloat16)(torch.ones(1, 2, dtype=torch.long)).logits.dtype == torch.bfloat16
+    rewrite(path, lambda tensors: tensors.update({"model.norm.weight": torch.ones(8, dtype=torch.int8)}))
+    with pytest.raises(ValueError, match="is I8"):
+        load_model(path, dtype=torch.float32)
+
+
+def test_frequencies_stored_by_old_versions_are_left_out(saved):
+    model, path = saved
+    rewrite(path, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}))
+    assert load_model(path).lm_head.weight.equal(model.lm_head.weight)
+
+
+def test_a_hub_id_is_fetched_and_nothing_but_this_layout(saved, monkeypatch):
+    model, path = saved
+    asked = {}
+
+    def snapshot_download(repo_id, allow_patterns):
+        asked.update(repo_id=repo_id, allow_patterns=allow_patterns)
+        return str(path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert load_model("owner/name").lm_head.weight.equal(model.lm_head.weight)
+    names = ["config.json", "model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json",
+             "tekken.json", "tokenizer.json", "consolidated.safetensors", "pytorch_model.bin", "README.md"]  # fmt: skip
+    fetched = [name for name in names if any(fnmatch.fnmatch(name, p) for p in asked["allow_patterns"])]
+    assert asked["repo_id"] == "owner/name" and fetched == names[:6]
+
+
 def test_broken_files_are_named(saved):
     _, path = saved
     weights = path / "model.safetensors"
@@ -193,6 +228,9 @@ def test_a_failed_save_leaves_nothing_half_written(saved, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         model.save_pretrained(path)
     assert {name: (path / name).read_bytes() for name in os.listdir(path)} == before
+    with pytest.raises(OSError, match="disk full"):
+        model.save_pretrained(path / "new")
+    assert os.listdir(path / "new") == []  # no config.json without weights
 
 
 def test_saving_over_the_files_a_model_is_mapped_to(saved):

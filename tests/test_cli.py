@@ -126,6 +126,7 @@ def edit_config(path, **change):
         (["a", "--attn", "flash"], "invalid choice: 'flash'"),
         (["a", "--frobnicate"], "unrecognized arguments: --frobnicate"),
         (["to be " * 2000], "max_position_embeddings=1024"),
+        (["a", "--repetition-penalty", "1e-300"], "from 0.01 to 100"),
         (["a\udcff"], "not UTF-8"),
     ],
 )
@@ -167,11 +168,23 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(capsys, monkey
     assert code == 2 and "this takes " in err and "has 5.0 MB free" in err and out == ""
 
 
+def test_what_is_planned_is_what_is_asked_for(capsys):
+    """Tokens beyond the context are not counted, --dtype is, and neither needs the memory of what was asked."""
+    plans = {}
+    for name, arguments in {"": [], "float64": ["--dtype", "float64"], "long": ["--max-new-tokens", 10**9]}.items():
+        code, _, err = run(capsys, "a", "--stop", " ", "--stop", "e", *arguments)
+        plans[name] = err.splitlines()[0]
+        assert code == 0
+    assert "7.9 MB of weights and 309.0 kB of cache for 202 tokens" not in plans["float64"]
+    assert "7.9 MB of weights" in plans[""] and "31.5 MB of weights" in plans["float64"]
+    assert "1.6 MB of cache" in plans["long"]
+
+
 def test_memory_figures():
     kinds = ["full_attention", "sliding_attention", "sliding_attention"]
     config = MinistralConfig(hidden_size=16, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=3,
                              intermediate_size=8, vocab_size=9, sliding_window=64, layer_types=kinds)  # fmt: skip
-    cache = KVCache(config)
+    cache = KVCache(config, expected=256)
     model = generate.MinistralForCausalLM(config)
     with torch.no_grad():
         for _ in range(2):

@@ -192,6 +192,14 @@ YARN = dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_
         (Ministral3Config, dict(rope_parameters=dict(rope_type="yarn", factor=4.0)), "original_max_position_emb"),
         (Ministral3Config, dict(rope_parameters={**YARN, "llama_4_scaling_beta": -1}), "llama_4_scaling_beta"),
         (Ministral3Config, dict(layer_types=["sliding_attention"] * 34), "sliding_window=None|layer_types"),
+        (Ministral3Config, dict(rope_parameters={**YARN, "beta_fats": 32}), "beta_fats.*allowed: keys rope_type"),
+        (Ministral3Config, dict(rope_parameters={**YARN, "beta_fast": "x"}), r"\['beta_fast'\]='x'"),
+        (Ministral3Config, dict(rope_parameters={**YARN, "rope_theta": 1.0}), "rope_theta=1.0"),
+        (Ministral3Config, dict(rope_theta=1e9), "rope_theta=1000000000.0.*rope_parameters"),
+        (MinistralConfig, dict(rope_parameters={"full_attention": {"rope_theta": 5.0}}), "full_attention"),
+        (MinistralConfig, dict(rope_parameters=[1]), r"rope_parameters=\[1\].*an object"),
+        (MinistralConfig, dict(eos_token_id=[2, 32000]), "eos_token_id"),
+        (MinistralConfig, dict(tie_word_embeddings="false"), "tie_word_embeddings='false'"),
     ],
 )
 def test_impossible_values_are_refused(cls, values, message):
@@ -208,6 +216,10 @@ def test_impossible_values_are_refused(cls, values, message):
         (dict(quantization_config=dict(quant_method="fp8")), r"quantized weights \(fp8\)"),
         (dict(rope_scaling=dict(type="yarn", factor=4.0)), "yarn"),
         (dict(hidden_size="big"), "hidden_size='big'"),
+        (dict(rope_scaling="yarn"), "rope_scaling='yarn'.*an object"),
+        (dict(quantization_config="fp8"), "quantization_config='fp8'"),
+        (dict(model_type=["x"]), "model_type=.*a name"),
+        (dict(layer_types=3), "wrong kind"),
     ],
 )
 def test_other_functions_are_refused(change, message):
@@ -254,7 +266,10 @@ IDS = torch.ones(2, 3, dtype=torch.long)
         (dict(input_ids=IDS, position_ids=torch.ones(3)), r"position_ids must be \(2, 3\) or \(1, 3\)"),
         (dict(input_ids=IDS, cache_position=torch.arange(1, 4)), r"cache_position must be 0\.\.2"),
         (dict(input_ids=IDS, output_attentions=True), "needs attn_implementation='eager'"),
-        (dict(input_ids=IDS, labels=IDS, logits_to_keep=1), r"labels must be \(2, 1\); found \(2, 3\)"),
+        (dict(input_ids=IDS, labels=IDS, logits_to_keep=1), "labels need all logits"),
+        (dict(input_ids=IDS, labels=IDS[:, :2]), r"labels must be \(2, 3\); found \(2, 2\)"),
+        (dict(input_ids=IDS, labels=IDS * 9), "labels from 9 to 9; allowed: 0 to 8, or -100"),
+        (dict(input_ids=IDS, logits_to_keep=-1), "logits_to_keep=-1"),
     ],
 )
 def test_wrong_inputs_are_refused(arguments, message):
@@ -282,3 +297,6 @@ def test_cache_arguments():
         case.ours(ids, attention_mask=torch.ones(1, n), past_key_values=cache)
     with pytest.raises(ValueError, match="the cache holds a batch of 1, the input is a batch of 2"):
         case.ours(ids.expand(2, -1), past_key_values=cache)
+    cache.layers.append(cache.layers[0])
+    with pytest.raises(ValueError, match="made for a configuration with other layers"):
+        case.ours(ids, past_key_values=cache)

@@ -40,12 +40,15 @@ def test_greedy_equals_transformers_token_for_token(device, rng):
     if case.ours.config.sliding_window == 1:
         return  # Transformers' cache is wrong there
     new, ends = rng.randint(1, 30), [rng.randrange(1, VOCAB) for _ in range(rng.choice([1, 1, 3]))]
+    # (Transformers penalises padding tokens, too, which are no part of the text here.)
+    penalty = rng.choice([1.0, 1.5]) if case.mask is None else 1.0
     mask = torch.ones_like(case.ids) if case.mask is None else case.mask
     theirs = case.theirs.generate(
-        case.ids, attention_mask=mask, max_new_tokens=new, do_sample=False, eos_token_id=ends, pad_token_id=0
-    )
+        case.ids, attention_mask=mask, max_new_tokens=new, do_sample=False, eos_token_id=ends, pad_token_id=0,
+        repetition_penalty=penalty,
+    )  # fmt: skip
     case.ours.config.pad_token_id = 0
-    ours = generate(case.ours, case.ids, mask, max_new_tokens=new, eos_token_id=ends)
+    ours = generate(case.ours, case.ids, mask, max_new_tokens=new, eos_token_id=ends, repetition_penalty=penalty)
     assert torch.equal(ours, theirs)
 
 
@@ -96,9 +99,20 @@ def test_a_text_ends_at_the_last_position():
     limit = case.ids.shape[1] + 4
     case.ours.config.max_position_embeddings = limit
     prompt = case.ids[:1]
-    assert generate(case.ours, prompt, max_new_tokens=99, eos_token_id=()).shape == (1, limit)
-    with pytest.raises(ValueError, match=f"{limit + 1} tokens.*max_position_embeddings={limit}"):
-        generate(case.ours, torch.ones(1, limit + 1, dtype=torch.long))
+    for new in (4, 5, 99, 10**12):  # a cache for 10**12 tokens would not fit
+        assert generate(case.ours, prompt, max_new_tokens=new, eos_token_id=()).shape == (1, limit)
+    one_left = torch.ones(1, limit - 1, dtype=torch.long)
+    assert generate(case.ours, one_left, max_new_tokens=9, eos_token_id=()).shape == (1, limit)
+    for length in (limit, limit + 1):
+        with pytest.raises(ValueError, match=f"{length} tokens; allowed: below max_position_embeddings={limit}"):
+            generate(case.ours, torch.ones(1, length, dtype=torch.long))
+
+
+def test_seeds_for_each_row():
+    case = draw_case(random.Random(5), dtype=torch.float32)
+    ids = case.ids[:1].expand(3, -1)
+    a, b, c = generate(case.ours, ids, temperature=2.0, max_new_tokens=9, eos_token_id=(), seed=[1, 1, 2]).tolist()
+    assert a == b != c
 
 
 @pytest.mark.parametrize(
@@ -111,6 +125,9 @@ def test_a_text_ends_at_the_last_position():
         (dict(top_k=0), "top_k=0"),
         (dict(min_p=1.5), "min_p=1.5"),
         (dict(repetition_penalty=0), "repetition_penalty=0"),
+        (dict(repetition_penalty=1e-300), "from 0.01 to 100"),
+        (dict(eos_token_id=50), r"eos_token_id=\[50\].*below 50"),
+        (dict(seed=2**64), "seed=18446744073709551616"),
         (dict(max_new_tokens=0), "max_new_tokens=0"),
         (dict(prefill_chunk_size=0), "prefill_chunk_size=0"),
         (dict(seed=[1, 2, 3]), "one for each of 2 rows"),
@@ -168,13 +185,20 @@ def test_sampling_draws_from_the_distribution():
     assert ((counts - expected) ** 2 / expected).sum() < 46
 
 
+def test_sixteen_bit_logits_are_filtered_in_float32():
+    """Probabilities of bfloat16 logits are not rounded to bfloat16: 0.9 of 1000 equal tokens is 900 of them."""
+    logits, settings = torch.zeros(20_000, 1000, dtype=torch.bfloat16), Sampling(temperature=1.0, top_p=0.9)
+    kept = sample(logits, settings, torch.Generator().manual_seed(0)).unique()
+    assert 890 < len(kept) <= 901
+
+
 def test_sampling_is_a_pure_function():
     logits, settings = torch.randn(3, 50), Sampling(temperature=0.7, top_p=0.9)
     draws = [sample(logits, settings, torch.Generator().manual_seed(5)) for _ in range(2)]
     assert torch.equal(*draws)
 
 
-@given(st.floats(1e-30, 1e-3), st.sampled_from([torch.float16, torch.float32]))
+@given(st.floats(1e-300, 1e-3), st.sampled_from([torch.float16, torch.float32]))
 def test_a_tiny_temperature_is_greedy_and_never_nan(temperature, dtype):
     logits = torch.tensor([1.0, 30.0, 29.0, -60000.0], dtype=dtype)
     assert sample(logits, Sampling(temperature=temperature, top_p=0.9, min_p=0.1)).item() == 1

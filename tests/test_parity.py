@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, strategies as st
 
 from ministral import MinistralConfig
-from ministral3 import Ministral3Config
+from ministral3 import Ministral3Config, Ministral3ForCausalLM
 from tests.cases import DTYPES, SCALES_BY_POSITION, draw_case, draw_config, pair
 
 rngs = st.randoms(use_true_random=False)
@@ -106,8 +106,12 @@ def test_packed_texts_are_bit_identical(rng):
     """Without mask and cache, positions that start anew hide what came before; both sides see it the same way."""
     case = draw_case(rng)
     S = case.ids.shape[1]
-    cut = rng.randint(0, S)
-    positions = torch.cat((torch.arange(cut), torch.arange(S - cut)))[None]
+    if rng.random() < 0.5:  # a second text from position 0 on, in every row
+        cut = rng.randint(0, S)
+        positions = torch.cat((torch.arange(cut), torch.arange(S - cut)))[None]
+    else:  # jumps forward and back, other ones in each row
+        steps = [[1 if rng.random() < 0.8 else rng.randint(-5, 9) for _ in range(S)] for _ in case.ids]
+        positions = torch.tensor(steps).cumsum(1).clamp(min=0)
     a, b = (m(case.ids, position_ids=positions, use_cache=False).logits for m in (case.ours, case.theirs))
     assert_same(a, b)
 
@@ -121,6 +125,32 @@ def test_logits_to_keep(rng):
     a, b = (m(case.ids, case.mask, logits_to_keep=keep).logits for m in (case.ours, case.theirs))
     kept = keep if torch.is_tensor(keep) else slice(-keep, None)
     assert_same(a, b, None if case.mask is None else case.real[:, kept])
+
+
+@given(rngs)
+def test_dropout_draws_the_same_numbers(rng):
+    """In training, with the same seed, attention dropout removes the same probabilities; in eval it removes none."""
+    case = draw_case(rng, dtype=torch.float32, attention_dropout=0.4)
+    outputs = []
+    for model in (case.ours.train(), case.theirs.train()):
+        torch.manual_seed(5)
+        outputs.append(model(case.ids, case.mask).logits)
+    assert_same(*outputs, case.real)
+    assert_same(case.ours.eval()(case.ids, case.mask).logits, case.theirs.eval()(case.ids, case.mask).logits, case.real)
+    if case.ids.shape[1] > 9 and case.mask is None:
+        assert not torch.equal(case.ours(case.ids).logits, outputs[0])
+
+
+def test_fresh_weights_are_drawn_as_transformers_draws_them():
+    config = draw_config(random.Random(8), family="ministral3", hidden_size=32, initializer_range=0.03)
+    torch.manual_seed(0)
+    fresh = dict(Ministral3ForCausalLM(config).named_parameters())
+    for name, p in fresh.items():
+        if p.ndim == 1:
+            assert p.eq(1).all()
+        elif p.numel() > 1000:
+            assert p.mean().abs() < 0.003 and abs(p.std() - 0.03) < 0.003, name
+    assert fresh["model.embed_tokens.weight"][config.pad_token_id].eq(0).all()
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import pytest
 import transformers
 from hypothesis import given, strategies as st
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
+from tokenizers import decoders
 
 from generate import BUNDLED
 from tokenizer import TextStream, Tokenizer, from_tekken
@@ -100,6 +101,38 @@ def test_tokenizer_json_gives_the_same_ids(tmp_path):
     assert again.encode("</s>", bos=False) == tokenizer.encode("</s>", bos=False) != [2]
 
 
+def test_what_a_tokenizer_json_may_not_do(tmp_path):
+    """Truncate or pad prompts silently; or be no byte-level BPE, whose pieces are not bytes."""
+    tokenizer, text = Tokenizer.from_dir(BUNDLED), "To be, or not to be, that is the question"
+    ids = tokenizer.encode(text)
+    tokenizer.backend.enable_truncation(5)
+    tokenizer.backend.enable_padding(length=50)
+    tokenizer.backend.save(str(tmp_path / "tokenizer.json"))
+    assert Tokenizer.from_dir(tmp_path).encode(text) == ids
+    tokenizer.backend.decoder = decoders.Metaspace()
+    tokenizer.backend.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match="decoder is Metaspace; allowed: ByteLevel"):
+        Tokenizer.from_dir(tmp_path)
+
+
+def test_added_tokens_that_are_not_special():
+    backend = from_tekken(json.loads((BUNDLED / "tekken.json").read_text()))
+    backend.add_tokens(["日本"])
+    tokenizer = Tokenizer(backend)
+    assert tokenizer.decode(tokenizer.encode("x日本y")) == "x日本y"
+
+
+def test_an_id_that_only_the_model_has_is_shown_as_unknown():
+    stream = TextStream(Tokenizer.from_dir(BUNDLED))
+    assert stream.push(2048) + stream.close() == "\ufffd"
+
+
+def test_tekken_is_preferred(tmp_path):
+    (tmp_path / "tekken.json").write_text((BUNDLED / "tekken.json").read_text())
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert Tokenizer.from_dir(tmp_path).vocab_size == 2048
+
+
 def test_the_bundled_vocabulary_is_what_training_learns():
     assert json.loads((BUNDLED / "tekken.json").read_text()) == learn(corpus.load()["train"], 2048)
 
@@ -114,6 +147,8 @@ def test_the_pattern_is_mistrals():
         lambda t: t.pop("config"),
         lambda t: t.pop("vocab"),
         lambda t: t["vocab"].pop(),
+        lambda t: t["config"].pop("pattern"),
+        lambda t: t["config"].update(pattern="(("),
         lambda t: t["vocab"][3].update(token_bytes="?"),
         lambda t: t["vocab"][300].update(token_bytes=t["vocab"][301]["token_bytes"]),
     ],

@@ -23,14 +23,11 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("runs/shakespeare"), help="where model and state are kept")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     for field in fields(Recipe):
-        kind = type(field.default)
-        parser.add_argument(
-            f"--{field.name.replace('_', '-')}",
-            type=kind if kind is not bool else lambda text: text == "true",
-            default=field.default,
-            metavar="",
-            help=f"(default: {field.default})",
-        )
+        flag, text = f"--{field.name.replace('_', '-')}", f"(default: {field.default})"
+        if isinstance(field.default, bool):
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default, help=text)
+        else:
+            parser.add_argument(flag, type=type(field.default), default=field.default, metavar="N", help=text)
     commands = parser.add_subparsers(dest="command", metavar="")
     evaluate = commands.add_parser("evaluate", help="bits per byte on the held-out plays, with baselines")
     evaluate.add_argument("--model", type=Path, default=Path("models/shakespeare"))

@@ -41,6 +41,16 @@ class Recipe:
     validate_every: int = 200
     muon: bool = True
 
+    def __post_init__(self) -> None:
+        for name in ("steps", "tokens_per_step", "context", "warmup", "validate_every", "num_hidden_layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} is impossible; allowed: a whole number not below 1")
+        if self.context % 4 or self.tokens_per_step % self.context:
+            allowed = "a multiple of 4 that divides tokens_per_step"
+            raise ValueError(f"context={self.context} is impossible; allowed: {allowed}={self.tokens_per_step}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout} is impossible; allowed: a number from 0 to below 1")
+
     def config(self) -> Ministral3Config:
         """A Ministral 3 with all its features at the scale of the corpus: heads in groups of four as published, YaRN
         with its three zones, queries scaled from position 256 on, tied embeddings."""
@@ -141,6 +151,8 @@ def train(recipe: Recipe, output: Path, device: torch.device) -> None:
     rows_per_step = recipe.tokens_per_step // recipe.context
     epoch, rows = -1, torch.empty(0)
     per_epoch = len(epoch_rows(works, recipe.context, recipe.seed, 0)) // rows_per_step
+    if per_epoch == 0:
+        raise ValueError(f"the corpus has fewer than tokens_per_step={recipe.tokens_per_step} tokens")
     bar = tqdm(total=recipe.steps, initial=step, unit="step", smoothing=0.05)
     mark = time.monotonic()
     while step < recipe.steps:
@@ -162,7 +174,9 @@ def train(recipe: Recipe, output: Path, device: torch.device) -> None:
             bar.write(json.dumps(log[-1]))
             if score < best:
                 best = score
-                save(model, tekken, output, log, recipe)
+                save(model, tekken, output, recipe)
+            record = {"recipe": asdict(recipe), "torch": torch.__version__, "log": log}
+            write_json(output / "training_log.json", record)
             state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step}
             state |= {"best": best, "seconds": seconds, "log": log, "recipe": asdict(recipe)}
             torch.save(state, state_file.with_suffix(".tmp"))
@@ -195,10 +209,9 @@ def train_step(
     return loss.detach()
 
 
-def save(model: Ministral3ForCausalLM, tekken: dict[str, Any], output: Path, log: list[Any], recipe: Recipe) -> None:
-    """Write the model in bfloat16 beside its tokenizer and the log of the run."""
+def save(model: Ministral3ForCausalLM, tekken: dict[str, Any], output: Path, recipe: Recipe) -> None:
+    """Write the model in bfloat16 beside its tokenizer."""
     copy = Ministral3ForCausalLM(recipe.config())
     copy.load_state_dict(model.state_dict())
     copy.to(torch.bfloat16).save_pretrained(output)
     write_json(output / TEKKEN, tekken)
-    write_json(output / "training_log.json", {"recipe": asdict(recipe), "torch": torch.__version__, "log": log})
