@@ -8,6 +8,7 @@ import math
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 
 from ministral import MinistralForCausalLM
 from tokenizer import Tokenizer
@@ -68,7 +69,7 @@ def ngram_bits_per_byte(train: str, test: str, n: int = 5) -> float:
     return float(-np.log2(p).mean())
 
 
-def _grams(x: np.ndarray, n: int) -> np.ndarray:
+def _grams(x: NDArray[np.int64], n: int) -> NDArray[np.int64]:
     """Every n consecutive bytes as one number, most recent byte lowest."""
     out = np.zeros(len(x) - n + 1, np.int64)
     for i in range(n):
@@ -76,7 +77,7 @@ def _grams(x: np.ndarray, n: int) -> np.ndarray:
     return out
 
 
-def _look_up(keys: np.ndarray, wanted: np.ndarray, values: np.ndarray) -> np.ndarray:
+def _look_up(keys: NDArray[np.int64], wanted: NDArray[np.int64], values: NDArray[np.int64]) -> NDArray[np.int64]:
     """values at the places where the sorted `keys` equal `wanted`, 0 where none does."""
     place = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
     return np.where(keys[place] == wanted, values[place], 0)
