@@ -73,7 +73,8 @@ def _grams(x: NDArray[np.int64], n: int) -> NDArray[np.int64]:
     """Every n consecutive bytes as one number, most recent byte lowest."""
     out = np.zeros(len(x) - n + 1, np.int64)
     for i in range(n):
-        out = (out << 8) | x[i : len(x) - n + 1 + i]
+        out <<= 8
+        out |= x[i : len(x) - n + 1 + i]
     return out
 
 

@@ -16,18 +16,21 @@ from tqdm import tqdm
 
 from checkpoint import write_json
 from ministral3 import Ministral3Config, Ministral3ForCausalLM
-from tokenizer import TEKKEN, Tokenizer, from_tekken
+from tokenizer import SPECIAL_TOKENS, TEKKEN, Tokenizer, from_tekken
 from training import corpus
 from training.evaluate import bits_per_byte
 from training.optimizer import Muon
 from training.vocabulary import learn
 
 
+BOS = SPECIAL_TOKENS.index("<s>")
+
+
 @dataclass
 class Recipe:
     """The numbers of a run. The defaults are those of the bundled model."""
 
-    steps: int = 2800
+    steps: int = 1000
     seed: int = 0
     tokens_per_step: int = 8192
     context: int = 1024  # the second half of the run; the first half reads a quarter of it at a time
@@ -188,11 +191,13 @@ def train_step(
     model: Ministral3ForCausalLM, optimizers: list[torch.optim.Optimizer], rows: Tensor, step: int, recipe: Recipe
 ) -> Tensor:
     """One update from rows of tokens (R, context). Short texts are put at random positions, so that every position,
-    and every step of the query scale, has been trained."""
+    and every step of the query scale, has been trained. Every second text begins with <s>, so that a prompt, which
+    does, need not be the beginning of a play."""
     model.train()
     torch.manual_seed(recipe.seed * 1_000_003 + step)
     length = recipe.context if 2 * step >= recipe.steps else recipe.context // 4
-    x = rows.view(-1, length)
+    x = rows.reshape(-1, length).clone()
+    x[::2, 0] = BOS
     start = torch.randint(recipe.context - length + 1, (len(x), 1)).to(x.device)
     positions = start + torch.arange(length, device=x.device)
     for optimizer in optimizers:
