@@ -22,7 +22,6 @@ from training.evaluate import bits_per_byte
 from training.optimizer import Muon
 from training.vocabulary import learn
 
-
 BOS = SPECIAL_TOKENS.index("<s>")
 
 
