@@ -8,8 +8,8 @@ import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in the tests may reach the network
 
-# Few examples by default, more in CI (where the variable CI is set) or with `pytest --hypothesis-profile=ci`.
-for name, examples in (("default", 25), ("ci", 100)):
+# 100 examples by default, more in CI (where the variable CI is set) or with `pytest --hypothesis-profile=ci`.
+for name, examples in (("default", 100), ("ci", 200)):
     hypothesis.settings.register_profile(
         name,
         max_examples=examples,
