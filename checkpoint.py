@@ -8,6 +8,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -271,7 +272,7 @@ def write(
     if len(shards) > 1:
         names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     for name, shard in zip(names, shards):
-        _replace(directory / name, lambda path, shard=shard: save_file(shard, path, metadata={"format": "pt"}))
+        replace_file(directory / name, partial(save_file, shard, metadata={"format": "pt"}))
     if len(shards) > 1:
         total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         weight_map = {tensor: name for name, shard in zip(names, shards) for tensor in shard}
@@ -283,10 +284,11 @@ def write(
 def write_json(path: Path, content: Any) -> None:
     """Write JSON, whole or not at all."""
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    _replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def _replace(path: Path, write_to: Any) -> None:
+def replace_file(path: Path, write_to: Callable[[Path], object]) -> None:
+    """Let `write_to` write a temporary file beside `path`, then put that in its place: whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write_to(temporary)

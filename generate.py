@@ -421,8 +421,9 @@ def run(options: argparse.Namespace) -> int:
     seed = int.from_bytes(os.urandom(4), "big") if options.seed is None else options.seed
 
     directory = checkpoint.find(options.model)
-    cls = model_class(checkpoint.read_config(directory))
-    config = cls.config_class.from_dict(checkpoint.read_config(directory))
+    content = checkpoint.read_config(directory)
+    cls = model_class(content)
+    config = cls.config_class.from_dict(content)
     tokenizer = Tokenizer.from_dir(directory)
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(

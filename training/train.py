@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoint import write_json
+from checkpoint import replace_file, write_json
 from ministral3 import Ministral3Config, Ministral3ForCausalLM
 from tokenizer import SPECIAL_TOKENS, TEKKEN, Tokenizer, from_tekken
 from training import corpus
@@ -181,8 +181,7 @@ def train(recipe: Recipe, output: Path, device: torch.device) -> None:
             write_json(output / "training_log.json", record)
             state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step}
             state |= {"best": best, "seconds": seconds, "log": log, "recipe": asdict(recipe)}
-            torch.save(state, state_file.with_suffix(".tmp"))
-            os.replace(state_file.with_suffix(".tmp"), state_file)
+            replace_file(state_file, partial(torch.save, state))
     bar.close()
 
 
