@@ -75,7 +75,7 @@ def read_config(directory: Path) -> dict[str, Any]:
 HARMLESS_KEYS = {
     *("architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "_name_or_path", "auto_map"),
     *("return_dict", "output_attentions", "output_hidden_states", "is_encoder_decoder", "chunk_size_feed_forward"),
-    *("id2label", "label2id", "problem_type", "num_labels", "pretraining_tp", "_attn_implementation_autoset"),
+    *("pretraining_tp", "_attn_implementation_autoset"),
 }
 
 
@@ -188,6 +188,7 @@ def fill(
     files: Checkpoint,
     own_name: Callable[[str], str | None],
     tied: dict[str, str],
+    new: set[str],
     dtype: torch.dtype | None,
     device: torch.device,
 ) -> bool:
@@ -196,6 +197,7 @@ def fill(
     Args:
         own_name: from a stored name to the parameter's, or None for a tensor that is to be left out.
         tied: parameters that share another's tensor and need not be stored: {name: the other's name}.
+        new: parameters that are left as they are.
         dtype, device: what each tensor is cast and moved to; dtype None keeps the stored one.
 
     Returns:
@@ -205,7 +207,7 @@ def fill(
         ValueError: tensors are missing, unexpected, misshapen, given twice, no floating-point numbers, or of several
             types when `dtype` is None; the message names them.
     """
-    wanted = dict(module.named_parameters(remove_duplicate=False))
+    wanted = {k: p for k, p in module.named_parameters(remove_duplicate=False) if k not in new}
     stored: dict[str, str] = {}
     for name in files.names():
         if (own := own_name(name)) is not None:

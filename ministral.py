@@ -20,6 +20,7 @@ Normalisation, rotary tables and softmax are computed in float32, or in float64 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as run_again_in_backward
 
 import checkpoint
 
@@ -35,6 +37,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu, "gelu": F.gelu, "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu,
 }
 LAYER_TYPES = ("full_attention", "sliding_attention")
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 RopeTables = tuple[Tensor, ...]
 Config = TypeVar("Config", bound="MinistralConfig")
 Model = TypeVar("Model", bound="PreTrainedModel")
@@ -54,6 +57,9 @@ class MinistralConfig:
 
     `rope_theta=x` is short for `rope_parameters={"rope_type": "default", "rope_theta": x}`; after construction both
     are filled in. `attn_implementation` is "sdpa" (PyTorch's fused attention) or "eager" (the formula written out).
+
+    `heads.py` reads the last five fields before it. Of num_labels, id2label and label2id, one is enough; none means
+    two labels. `problem_type` is one of PROBLEM_TYPES, or None until the first labels tell.
 
     Raises:
         ValueError: a value is impossible; the message names the field, the value and what is allowed.
@@ -80,13 +86,18 @@ class MinistralConfig:
     sliding_window: int | None = 4096  # a query sees this many keys, its own included
     attention_dropout: float = 0.0
     layer_types: list[str] = None  # type: ignore[assignment]
+    num_labels: int = None  # type: ignore[assignment]
+    id2label: dict[int, str] = None  # type: ignore[assignment]
+    label2id: dict[str, int] = None  # type: ignore[assignment]
+    problem_type: str | None = None
+    classifier_dropout: float | None = None  # None is 0.1
     attn_implementation: str = "sdpa"
 
     model_type: ClassVar[str] = "ministral"
     rope_types: ClassVar[tuple[str, ...]] = ("default",)
     # What rope_parameters may hold, each with the lowest number allowed (None: not a number).
     rope_keys: ClassVar[dict[str, float | None]] = {"rope_type": None, "rope_theta": 1.0, "partial_rotary_factor": 1.0}
-    unwritten: ClassVar[tuple[str, ...]] = ("attn_implementation", "rope_theta")  # not part of a config.json
+    unwritten: ClassVar[tuple[str, ...]] = ("attn_implementation", "rope_theta", "num_labels")  # not in a config.json
     # Other model types that compute the same function, with the defaults in which they differ.
     same_function: ClassVar[dict[str, dict[str, Any]]] = {
         "mistral": {},
@@ -105,8 +116,10 @@ class MinistralConfig:
             kind = "full_attention" if self.sliding_window is None else "sliding_attention"
             self.layer_types = [kind] * self.num_hidden_layers
         self._set_rope_parameters()
+        self._set_labels()
         heads, layers, kinds = self.num_attention_heads, self.num_hidden_layers, ", ".join(LAYER_TYPES)
         window, pad, ends = self.sliding_window, self.pad_token_id, self.eos_token_id
+        dropout, kind = self.classifier_dropout, self.problem_type
         ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
         for name, valid, allowed in (
             ("num_key_value_heads", heads % self.num_key_value_heads == 0, f"a divisor of {heads} attention heads"),
@@ -126,6 +139,10 @@ class MinistralConfig:
             ("layer_types", len(self.layer_types) == layers, f"num_hidden_layers={layers} names"),
             ("layer_types", set(self.layer_types) <= set(LAYER_TYPES), f"a list of the names {kinds}"),
             ("sliding_window", window or LAYER_TYPES[1] not in self.layer_types, "a number for sliding layers"),
+            ("classifier_dropout", dropout is None or (is_number(dropout, float, 0) and dropout < 1),
+             "None or a number from 0 to below 1"),
+            ("problem_type", kind in (None, *PROBLEM_TYPES), f"None, {', '.join(PROBLEM_TYPES)}"),
+            ("problem_type", kind != PROBLEM_TYPES[1] or self.num_labels > 1, "regression, for num_labels=1"),
             ("attn_implementation", self.attn_implementation in ATTENTION, ", ".join(ATTENTION)),
         ):
             self._check(name, valid, allowed)
@@ -148,6 +165,21 @@ class MinistralConfig:
             least = self.rope_keys[key]
             if least is not None and value is not None and not is_number(value, float, least):
                 raise ValueError(f"rope_parameters[{key!r}]={value!r}: allowed: a number not below {least}")
+
+    def _set_labels(self) -> None:
+        for name in ("id2label", "label2id"):
+            self._check(name, isinstance(getattr(self, name), (dict, type(None))), "an object, or none")
+        self._check("num_labels", self.num_labels is None or is_number(self.num_labels, int, 1), "None, or 1 or more")
+        given = {name: int(i) if str(i).isdecimal() else i for name, i in (self.label2id or {}).items()}
+        names = self.id2label or {i: name for name, i in given.items()}
+        names = {int(i) if str(i).isdecimal() else i: name for i, name in names.items()}  # in JSON, keys are text
+        if names == label_names(len(names)):  # nobody's choice: num_labels may ask for more or fewer
+            names, given = label_names(self.num_labels or len(names) or 2), {}
+        ids = {name: i for i, name in names.items()}
+        self._check("id2label", names.keys() == set(range(len(names))), "a name for each of 0, 1, 2, ...")
+        self._check("num_labels", self.num_labels in (None, len(names)), f"{len(names)}, as id2label has it")
+        self._check("label2id", given in ({}, ids), f"None, or as id2label has it, {ids}")
+        self.num_labels, self.id2label, self.label2id = len(names), names, ids
 
     def _check(self, name: str, valid: object, allowed: str) -> None:
         if not valid:
@@ -175,8 +207,16 @@ class MinistralConfig:
             raise ValueError(f"config.json holds a value of the wrong kind: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of a config.json that Transformers 5 loads."""
-        return {"model_type": self.model_type} | {k: v for k, v in asdict(self).items() if k not in self.unwritten}
+        """The content of a config.json that Transformers 5 loads. What concerns heads is in it only when it was set."""
+        unset = {"id2label": label_names(2), "label2id": {"LABEL_0": 0, "LABEL_1": 1}}
+        unset |= {"problem_type": None, "classifier_dropout": None}
+        values = {k: v for k, v in asdict(self).items() if k not in self.unwritten}
+        return {"model_type": self.model_type} | {k: v for k, v in values.items() if k not in unset or v != unset[k]}
+
+
+def label_names(count: int) -> dict[int, str]:
+    """What Transformers calls labels that nobody has named."""
+    return {i: f"LABEL_{i}" for i in range(count)}
 
 
 def is_number(value: object, kind: type, least: float) -> bool:
@@ -220,10 +260,11 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` without bias and without its own initialisation, which `init_weights` or a checkpoint replaces."""
+    """`nn.Linear`, by default without bias, and without its own initialisation, which `init_weights` or a checkpoint
+    replaces."""
 
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features, bias=False)
+    def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
+        super().__init__(in_features, out_features, bias)
 
     def reset_parameters(self) -> None:
         pass
@@ -380,7 +421,9 @@ class LayerCache:
         if self.window is None or end <= self.window:  # nothing has left the window: slots are positions
             keys, values = self._reserve(k, end)
             keys[:, :, start:end], values[:, :, start:end] = k, v
-            return (k, v) if start == 0 else (keys[:, :, :end], values[:, :, :end])
+            if start == 0:  # in the layout of Transformers' cache: strides choose the kernel, and that the last bit
+                return k.contiguous(), v.contiguous()
+            return keys[:, :, :end], values[:, :, :end]
 
         keys, values = self._reserve(k, self.window)
         if new == 1:  # overwrite the one key that leaves the window; the order of keys does not matter
@@ -459,8 +502,11 @@ def eager_attention(
     k, v = repeat_kv(k, groups), repeat_kv(v, groups)
     scores = torch.matmul(q, k.transpose(2, 3)) * scaling  # (B, H, S, K)
     if mask is not None:
-        # The lowest number, not -inf: a row with nothing to see becomes uniform instead of NaN.
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        # The lowest number, not -inf: a row with nothing to see (padding) becomes uniform instead of NaN. It is added,
+        # so that gradients pass such a row as in Transformers, and clamped, because float16 would overflow to -inf.
+        lowest = torch.finfo(scores.dtype).min
+        bias = torch.zeros_like(mask, dtype=scores.dtype).masked_fill(~mask, lowest)  # (B or 1, 1, S, K)
+        scores = (scores + bias).clamp(min=lowest)
     probs = F.softmax(scores, dim=-1, dtype=at_least_float32(scores.dtype)).to(q.dtype)
     if dropout:
         probs = F.dropout(probs, dropout)
@@ -557,11 +603,13 @@ class MinistralDecoderLayer(nn.Module):
 
 @torch.no_grad()
 def init_weights(module: nn.Module, std: float) -> None:
-    """Normal(0, std) for every matrix in `module`, zeros for the padding embedding, as Transformers does. Norms start
-    at one. On the meta device there is nothing to fill."""
+    """Normal(0, std) for every matrix in `module`, zeros for biases and the padding embedding, as Transformers does.
+    Norms start at one. On the meta device there is nothing to fill."""
     for part in module.modules():
         if isinstance(part, (nn.Linear, nn.Embedding)) and not part.weight.is_meta:
             part.weight.normal_(0.0, std)
+            if isinstance(part, nn.Linear) and part.bias is not None:
+                part.bias.zero_()
             if isinstance(part, nn.Embedding) and part.padding_idx is not None:
                 part.weight[part.padding_idx].zero_()
 
@@ -571,10 +619,27 @@ class PreTrainedModel(nn.Module):
 
     config_class: ClassVar[type[MinistralConfig]] = MinistralConfig
     base_model_prefix: ClassVar[str] = "model"  # under which attribute the backbone sits
+    new_layer: ClassVar[str | None] = None  # a layer that files may lack, which is initialised then
 
     def __init__(self, config: MinistralConfig) -> None:
         super().__init__()
         self.config = config
+        self._recompute = False
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether training keeps only the input of each layer and computes the rest again in the backward pass: less
+        memory, a third more time, the same bits (https://arxiv.org/abs/1604.06174). Off until set."""
+        return self.base_model._recompute
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, on: bool) -> None:
+        self.base_model._recompute = on
+
+    @property
+    def base_model(self) -> PreTrainedModel:
+        """The backbone: the part without a head, or this model itself if it has none."""
+        return getattr(self, self.base_model_prefix, self)
 
     @property
     def device(self) -> torch.device:
@@ -599,7 +664,7 @@ class PreTrainedModel(nn.Module):
     @classmethod
     def from_pretrained(
         cls: type[Model], path_or_hub_id: str | Path, dtype: torch.dtype | None = None,
-        device: str | torch.device | None = None, attn_implementation: str | None = None,
+        device: str | torch.device | None = None, attn_implementation: str | None = None, **changes: Any,
     ) -> Model:  # fmt: skip
         """Load a directory that holds config.json and safetensors weights, or a Hub id ("owner/name").
 
@@ -607,34 +672,52 @@ class PreTrainedModel(nn.Module):
             dtype: cast the weights; None keeps the type they are stored in.
             device: where to put them; None is the CPU, where weights that need no cast stay mapped to the file.
             attn_implementation: "sdpa" or "eager"; None takes the configuration's.
+            changes: fields of the configuration to set, such as `num_labels=3`.
 
         Returns:
             The model in eval mode. Embeddings that config.json ties to the head, though the file holds another
-            tensor for the head, are not tied, with a warning.
+            tensor for the head, are not tied, with a warning. The classification layer of a model in `heads.py` is
+            initialised, with a warning that names it, if the files have none.
 
         Raises:
             FileNotFoundError: no such directory or repository, or a file is missing in it.
             ValueError: not a configuration of this class; tensors missing, unexpected, misshapen or unreadable.
         """
         directory = checkpoint.find(path_or_hub_id)
-        config = cls.config_class.from_dict(checkpoint.read_config(directory))
+        fields_in_file = checkpoint.read_config(directory)
+        if unknown := sorted(changes.keys() - {field.name for field in fields(cls.config_class)}):
+            raise ValueError(f"{', '.join(unknown)}: no argument here and no field of {cls.config_class.__name__}")
+        if changes.keys() & {"id2label", "label2id"}:  # new labels, so none of the file's
+            fields_in_file = {k: v for k, v in fields_in_file.items() if k not in ("id2label", "label2id")}
+        config = cls.config_class.from_dict(fields_in_file | changes)
         if attn_implementation is not None:
             config = replace(config, attn_implementation=attn_implementation)
         with torch.device("meta"):
             model = cls(config)
         files = checkpoint.Checkpoint(directory)
-        if not checkpoint.fill(model, files, model.own_name, model.tied(), dtype, torch.device(device or "cpu")):
+        new = {name for name, _ in model.named_parameters() if name.partition(".")[0] == cls.new_layer}
+        if new & {model.own_name(name) for name in files.names()}:
+            new = set()
+        if not checkpoint.fill(model, files, model.own_name, model.tied(), new, dtype, torch.device(device or "cpu")):
             config.tie_word_embeddings = False
         model.tie_weights()
+        if cls.new_layer and new:
+            warnings.warn(f"{directory} has no {', '.join(sorted(new))}: initialised, to be trained", stacklevel=2)
+            layer = model.get_submodule(cls.new_layer).to_empty(device=model.device).to(model.dtype)
+            init_weights(layer, config.initializer_range)
         return model.eval()
 
     def own_name(self, stored: str) -> str | None:
-        """The name in this model of a stored tensor, None if it is not for this model. The files of a backbone lack
-        the prefix that those of a model with a head have."""
+        """The name in this model of a stored tensor, None if this model does without: a backbone needs no head, a
+        classifier no language model head. The files of a backbone lack the prefix under which heads keep it."""
         if stored.endswith("rotary_emb.inv_freq"):
             return None  # written by old versions of Transformers, computed here
-        prefix = self.base_model_prefix + "."
-        return stored if stored.startswith((prefix, "lm_head.")) else prefix + stored
+        layer, _, rest = stored.partition(".")
+        bare = self.base_model is self
+        if layer in ("lm_head", "score", "qa_outputs"):
+            return None if not hasattr(self, layer) and (bare or layer == "lm_head") else stored
+        stored = rest if layer in ("model", "transformer") else stored
+        return stored if bare else f"{self.base_model_prefix}.{stored}"
 
     def save_pretrained(self, directory: str | Path, max_shard_bytes: int = 5 * 10**9) -> None:
         """Write config.json and weights, readable here and by Transformers; larger models in shards. A tied tensor is
@@ -663,10 +746,6 @@ class MinistralModel(PreTrainedModel):
         self.rotary_emb = self.rotary_class(config)
         init_weights(self, config.initializer_range)
 
-    def own_name(self, stored: str) -> str | None:
-        own = super().own_name(stored)
-        return None if own is None or own.startswith("lm_head.") else own.removeprefix(self.base_model_prefix + ".")
-
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None, past_key_values: KVCache | None = None,
@@ -683,7 +762,8 @@ class MinistralModel(PreTrainedModel):
                 without mask and without cache (`use_cache=False`), every jump in a row starts a new text that
                 cannot see the ones before it (packed training sequences).
             past_key_values: the cache of the tokens before; it is extended in place.
-            use_cache: return a cache for the next call; None takes the configuration's word.
+            use_cache: return a cache for the next call; None takes the configuration's word (and none is returned in
+                training with `gradient_checkpointing`).
             cache_position: (S,) if given, must be past, past + 1, ...: a cache has no gaps.
             output_hidden_states, output_attentions: also return what each layer put out, and its probabilities.
 
@@ -699,7 +779,11 @@ class MinistralModel(PreTrainedModel):
             raise ValueError("output_attentions needs attn_implementation='eager'; the fused kernel keeps none")
         if cache_position is not None and cache_position.tolist() != positions.tolist():
             raise ValueError(f"cache_position must be {past}..{past + S - 1} after {past} cached tokens")
-        if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
+        cached = past_key_values is not None or (self.config.use_cache if use_cache is None else use_cache)
+        recompute = self.training and self._recompute
+        if recompute and (use_cache or past_key_values is not None):
+            raise ValueError("gradient_checkpointing runs each layer twice, which a cache does not allow; leave it out")
+        if past_key_values is None and cached and not recompute:
             past_key_values = KVCache(self.config)
 
         real = packed = None
@@ -709,7 +793,7 @@ class MinistralModel(PreTrainedModel):
             real = None if real.all() else real
         if position_ids is not None:
             expect("position_ids", position_ids, (B, S), (1, S))
-            if attention_mask is None and past_key_values is None:
+            if attention_mask is None and not cached:
                 packed = same_text(position_ids)
         tables = self.rotary_emb(x, positions[None] if position_ids is None else position_ids)
         keys = dict.fromkeys(self.config.layer_types, positions)  # kind of layer -> (K,) places of its keys
@@ -719,7 +803,10 @@ class MinistralModel(PreTrainedModel):
 
         hidden_states, attentions = [x], []
         for kind, layer in zip(self.config.layer_types, self.layers):
-            x, probs = layer(x, tables, masks[kind], past_key_values)
+            if recompute:
+                x, probs = run_again_in_backward(layer, x, tables, masks[kind], None, use_reentrant=False)
+            else:
+                x, probs = layer(x, tables, masks[kind], past_key_values)
             if output_hidden_states:
                 hidden_states.append(x)
             if output_attentions:
@@ -783,12 +870,20 @@ def same_text(position_ids: Tensor) -> Tensor | None:
     return text[:, :, None] == text[:, None, :]
 
 
+def expect_classes(labels: Tensor, count: int) -> None:
+    """Raise ValueError unless labels are whole numbers from 0 to count - 1, or -100, which the losses ignore."""
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(f"labels of {labels.dtype}; allowed: whole numbers, torch.int64 for example")
+    # (On another device than the CPU the check would wait for it.)
+    if labels.device.type == "cpu" and not ((labels == -100) | (labels >= 0) & (labels < count)).all():
+        found = f"{labels.min()} to {labels.max()}"
+        raise ValueError(f"labels from {found}; allowed: 0 to {count - 1}, or -100 to ignore one")
+
+
 def causal_lm_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy in nats of each token given those before it. logits (B, S, V); labels (B, S) are the input
     ids, -100 where a token does not count; the shift by one happens here."""
-    last = logits.shape[-1] - 1
-    if labels.device.type == "cpu" and not ((labels == -100) | (labels >= 0) & (labels <= last)).all():
-        raise ValueError(f"labels from {labels.min()} to {labels.max()}; allowed: 0 to {last}, or -100 to ignore one")
+    expect_classes(labels, logits.shape[-1])
     targets = F.pad(labels.long(), (0, 1), value=-100)[:, 1:]
     logits = logits.to(at_least_float32(logits.dtype))
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
