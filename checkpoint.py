@@ -119,6 +119,42 @@ def config_fields(d: Any, known: set[str], model_types: dict[str, dict[str, Any]
     return values
 
 
+def label_maps(
+    num_labels: int | None = None, id2label: dict[Any, str] | None = None, label2id: dict[str, Any] | None = None
+) -> tuple[int, dict[int, str], dict[str, int]]:
+    """What a config.json says of a classifier's labels, complete: their number, the name of each, the number of each
+    name. One of the three is enough; none means two labels. Labels without names are called LABEL_0, LABEL_1, ..., as
+    in Transformers; these names give way when `num_labels` asks for more or fewer.
+
+    Raises:
+        ValueError: the three contradict each other, or a number is left out.
+    """
+
+    def unnamed(count: int) -> dict[int, str]:
+        return {i: f"LABEL_{i}" for i in range(count)}
+
+    def number(key: Any) -> Any:
+        return int(key) if str(key).isdecimal() else key  # keys in JSON are text
+
+    for name, value in (("id2label", id2label), ("label2id", label2id)):
+        if not isinstance(value, (dict, type(None))):
+            raise ValueError(f"{name}={value!r} is impossible; allowed: an object, or none")
+    if num_labels is not None and (not isinstance(num_labels, int) or num_labels < 1):
+        raise ValueError(f"num_labels={num_labels!r} is impossible; allowed: a whole number not below 1")
+    numbers = {name: number(key) for name, key in (label2id or {}).items()}
+    names = {number(key): name for key, name in (id2label or {i: name for name, i in numbers.items()}).items()}
+    if names == unnamed(len(names)):
+        names, numbers = unnamed(num_labels or len(names) or 2), {}
+    expected = {name: i for i, name in names.items()}
+    if names.keys() != set(range(len(names))):
+        raise ValueError(f"id2label={id2label!r} is impossible; allowed: a name for each of 0, 1, 2, ...")
+    if num_labels not in (None, len(names)):
+        raise ValueError(f"num_labels={num_labels} is impossible; allowed: {len(names)}, as id2label has it")
+    if numbers not in ({}, expected):
+        raise ValueError(f"label2id={label2id!r} is impossible; allowed: none, or as id2label has it, {expected}")
+    return len(names), names, expected
+
+
 class Checkpoint:
     """The tensors of a model directory, in one file or in shards with an index. Opening reads the headers only;
     `read` maps one tensor at a time into memory.

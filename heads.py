@@ -48,38 +48,6 @@ from ministral3 import Ministral3Config, Ministral3Model
 REGRESSION, SINGLE_LABEL, MULTI_LABEL = PROBLEM_TYPES
 
 
-@dataclass
-class SequenceClassifierOutputWithPast:
-    """`logits` (B, N), one row per text; `loss` a scalar when labels were given."""
-
-    loss: Tensor | None
-    logits: Tensor
-    past_key_values: KVCache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-
-
-@dataclass
-class TokenClassifierOutput:
-    """`logits` (B, S, N), one row per token; `loss` a scalar when labels were given."""
-
-    loss: Tensor | None
-    logits: Tensor
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-
-
-@dataclass
-class QuestionAnsweringModelOutput:
-    """`start_logits` and `end_logits` (B, S): how likely each token is the answer's first and its last one."""
-
-    loss: Tensor | None
-    start_logits: Tensor
-    end_logits: Tensor
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-
-
 class ModelWithHead(PreTrainedModel):
     """A backbone under `base_model_prefix` and a linear layer named `new_layer`."""
 
@@ -252,6 +220,44 @@ def position_loss(name: str, logits: Tensor, positions: Tensor) -> Tensor:
     if positions.is_floating_point() or positions.dtype == torch.bool:
         raise ValueError(f"{name} of {positions.dtype}; allowed: whole numbers")
     return F.cross_entropy(logits, positions.flatten().long().clamp(0, S).to(logits.device), ignore_index=S)
+
+
+# ------------------------------------------------------------------------------------------------------ results
+
+
+@dataclass
+class SequenceClassifierOutputWithPast:
+    """`logits` (B, N), one row per text; `loss` a scalar when labels were given."""
+
+    loss: Tensor | None
+    logits: Tensor
+    past_key_values: KVCache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class TokenClassifierOutput:
+    """`logits` (B, S, N), one row per token; `loss` a scalar when labels were given."""
+
+    loss: Tensor | None
+    logits: Tensor
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class QuestionAnsweringModelOutput:
+    """`start_logits` and `end_logits` (B, S): how likely each token is the answer's first and its last one."""
+
+    loss: Tensor | None
+    start_logits: Tensor
+    end_logits: Tensor
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+# ------------------------------------------------------------------------------------------------------- models
 
 
 class MinistralForSequenceClassification(GenericForSequenceClassification):

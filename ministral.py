@@ -116,7 +116,9 @@ class MinistralConfig:
             kind = "full_attention" if self.sliding_window is None else "sliding_attention"
             self.layer_types = [kind] * self.num_hidden_layers
         self._set_rope_parameters()
-        self._set_labels()
+        self.num_labels, self.id2label, self.label2id = checkpoint.label_maps(
+            self.num_labels, self.id2label, self.label2id
+        )
         heads, layers, kinds = self.num_attention_heads, self.num_hidden_layers, ", ".join(LAYER_TYPES)
         window, pad, ends = self.sliding_window, self.pad_token_id, self.eos_token_id
         dropout, kind = self.classifier_dropout, self.problem_type
@@ -166,21 +168,6 @@ class MinistralConfig:
             if least is not None and value is not None and not is_number(value, float, least):
                 raise ValueError(f"rope_parameters[{key!r}]={value!r}: allowed: a number not below {least}")
 
-    def _set_labels(self) -> None:
-        for name in ("id2label", "label2id"):
-            self._check(name, isinstance(getattr(self, name), (dict, type(None))), "an object, or none")
-        self._check("num_labels", self.num_labels is None or is_number(self.num_labels, int, 1), "None, or 1 or more")
-        given = {name: int(i) if str(i).isdecimal() else i for name, i in (self.label2id or {}).items()}
-        names = self.id2label or {i: name for name, i in given.items()}
-        names = {int(i) if str(i).isdecimal() else i: name for i, name in names.items()}  # in JSON, keys are text
-        if names == label_names(len(names)):  # nobody's choice: num_labels may ask for more or fewer
-            names, given = label_names(self.num_labels or len(names) or 2), {}
-        ids = {name: i for i, name in names.items()}
-        self._check("id2label", names.keys() == set(range(len(names))), "a name for each of 0, 1, 2, ...")
-        self._check("num_labels", self.num_labels in (None, len(names)), f"{len(names)}, as id2label has it")
-        self._check("label2id", given in ({}, ids), f"None, or as id2label has it, {ids}")
-        self.num_labels, self.id2label, self.label2id = len(names), names, ids
-
     def _check(self, name: str, valid: object, allowed: str) -> None:
         if not valid:
             raise ValueError(f"{name}={getattr(self, name)!r} is impossible; allowed: {allowed}")
@@ -208,15 +195,10 @@ class MinistralConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The content of a config.json that Transformers 5 loads. What concerns heads is in it only when it was set."""
-        unset = {"id2label": label_names(2), "label2id": {"LABEL_0": 0, "LABEL_1": 1}}
-        unset |= {"problem_type": None, "classifier_dropout": None}
+        unnamed = checkpoint.label_maps()
+        unset = {"id2label": unnamed[1], "label2id": unnamed[2], "problem_type": None, "classifier_dropout": None}
         values = {k: v for k, v in asdict(self).items() if k not in self.unwritten}
         return {"model_type": self.model_type} | {k: v for k, v in values.items() if k not in unset or v != unset[k]}
-
-
-def label_names(count: int) -> dict[int, str]:
-    """What Transformers calls labels that nobody has named."""
-    return {i: f"LABEL_{i}" for i in range(count)}
 
 
 def is_number(value: object, kind: type, least: float) -> bool:
@@ -804,7 +786,8 @@ class MinistralModel(PreTrainedModel):
         hidden_states, attentions = [x], []
         for kind, layer in zip(self.config.layer_types, self.layers):
             if recompute:
-                x, probs = run_again_in_backward(layer, x, tables, masks[kind], None, use_reentrant=False)
+                arguments = layer, x, tables, masks[kind], cached
+                x, probs = run_again_in_backward(self._run_alone, *arguments, use_reentrant=False)
             else:
                 x, probs = layer(x, tables, masks[kind], past_key_values)
             if output_hidden_states:
@@ -818,6 +801,13 @@ class MinistralModel(PreTrainedModel):
             hidden_states=(*hidden_states[:-1], x) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
         )
+
+    def _run_alone(
+        self, layer: MinistralDecoderLayer, x: Tensor, tables: RopeTables, mask: Tensor | None, cached: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """One layer, which will run again in the backward pass: with a cache of its own each time, if any, because a
+        cache hands keys out in another layout, and with other strides the last bit may differ."""
+        return layer(x, tables, mask, KVCache(self.config) if cached else None)
 
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         """(B, S, E) embeddings of either input, checked."""

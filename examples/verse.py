@@ -42,10 +42,12 @@ def lower_case_words(works: list[str]) -> set[str]:
 
 def speeches(work: str, small: set[str]) -> Iterator[Speech]:
     """Text without layout, and label, of every speech with at least four lines and one clear layout."""
-    for block in re.sub(r"\[.*?\]", "", work, flags=re.DOTALL).split("\n\n"):
-        lines = [line.strip() for line in block.split("\n")[1:] if line.strip()]  # the first one names the speaker
+    for block in re.sub(r"\[.*?\]", "", work, flags=re.DOTALL).split("\n\n"):  # without stage directions
+        speaker, *lines = [line.strip() for line in block.strip().split("\n")]
+        if len(lines) < 4 or not re.fullmatch(r"[A-Z][A-Za-z' ]{,30}[.:]?", speaker):
+            continue
         capitals = sum(re.match(r"[^a-zA-Z]*[A-Z]", line) is not None for line in lines[1:])
-        if len(lines) < 4 or len(lines[1:]) / 3 < capitals < len(lines[1:]):
+        if len(lines[1:]) / 3 < capitals < len(lines[1:]):
             continue
         text = lines[0]
         for line in lines[1:]:

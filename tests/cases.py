@@ -16,8 +16,11 @@ import transformers
 from torch import Tensor
 from transformers.models.ministral3 import modeling_ministral3
 
-from ministral import KVCache, MinistralConfig, MinistralForCausalLM
-from ministral3 import Ministral3Config, Ministral3ForCausalLM
+import heads
+import ministral
+import ministral3
+from ministral import KVCache, MinistralConfig, MinistralForCausalLM, PreTrainedModel
+from ministral3 import Ministral3Config
 
 transformers.logging.set_verbosity_error()
 # Before its pull request 44860, Transformers scaled queries by their place in the cache instead of their position,
@@ -25,6 +28,7 @@ transformers.logging.set_verbosity_error()
 SCALES_BY_POSITION = "position_ids" in inspect.signature(modeling_ministral3.Ministral3Attention.forward).parameters
 VOCAB = 50
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+HEADS = ("SequenceClassification", "TokenClassification", "QuestionAnswering")
 Random = random.Random
 
 
@@ -32,9 +36,9 @@ Random = random.Random
 class Case:
     """A model of ours, the same in Transformers, and an input."""
 
-    ours: MinistralForCausalLM
+    ours: Any  # a MinistralForCausalLM, or another task's model
     theirs: Any
-    ids: Tensor  # (B, S)
+    ids: Tensor  # (B, S), pad_token_id at padding if there is one
     mask: Tensor | None  # (B, S), 0 at padding
     chunks: list[int]  # lengths that add up to S
 
@@ -43,7 +47,7 @@ class Case:
         """(B, S) True where a token is not padding."""
         return torch.ones_like(self.ids, dtype=torch.bool) if self.mask is None else self.mask.bool()
 
-    def truth(self) -> MinistralForCausalLM:
+    def truth(self) -> Any:
         """Our model with the same weights in float64."""
         model = type(self.ours)(replace(self.ours.config, attn_implementation="eager"))
         model.load_state_dict(self.ours.state_dict())
@@ -102,17 +106,26 @@ def draw_config(rng: Random, family: str | None = None, **fixed: Any) -> Ministr
     return Ministral3Config(**common | dict(sliding_window=window, rope_parameters=rope, pad_token_id=0) | fixed)
 
 
-def pair(config: MinistralConfig, dtype: torch.dtype, seed: int, device: str = "cpu") -> tuple[Any, Any]:
+def our_class(family: str, task: str) -> type[PreTrainedModel]:
+    """The class of ours for a model type and a task."""
+    name = ("Ministral3" if family == "ministral3" else "Ministral") + (f"For{task}" if task else "Model")
+    found = [getattr(module, name) for module in (ministral, ministral3, heads) if hasattr(module, name)]
+    return found[0]
+
+
+def pair(
+    config: MinistralConfig, dtype: torch.dtype, seed: int, device: str = "cpu", task: str = "CausalLM"
+) -> tuple[Any, Any]:
     """Our model and Transformers', with the same random weights."""
-    name = "Ministral3" if config.model_type == "ministral3" else "Ministral"
-    their_config = getattr(transformers, f"{name}Config")(**their_arguments(config))
+    cls = our_class(config.model_type, task)
+    their_config = getattr(transformers, type(config).__name__)(**their_arguments(config))
     their_config._attn_implementation = config.attn_implementation
-    theirs = getattr(transformers, f"{name}ForCausalLM")._from_config(their_config, dtype=dtype).eval()
+    theirs = getattr(transformers, cls.__name__)._from_config(their_config, dtype=dtype).eval()
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in theirs.parameters():  # larger than a fresh model's, so that attention is far from uniform
             p.copy_(torch.randn(p.shape, generator=g) * (0.4 if p.ndim > 1 else 0.3) + (p.ndim == 1))
-    ours = (Ministral3ForCausalLM if name == "Ministral3" else MinistralForCausalLM)(config).to(dtype).eval()
+    ours = cls(config).to(dtype).eval()
     ours.load_state_dict(theirs.state_dict(), strict=True)
     return ours.to(device), theirs.to(device)
 
@@ -122,10 +135,12 @@ def their_arguments(config: MinistralConfig) -> dict[str, Any]:
     return {key: value for key, value in config.to_dict().items() if key != "model_type"}
 
 
-def draw_case(rng: Random, device: str = "cpu", dtype: torch.dtype | None = None, **fixed: Any) -> Case:
+def draw_case(
+    rng: Random, device: str = "cpu", dtype: torch.dtype | None = None, task: str = "CausalLM", **fixed: Any
+) -> Case:
     """A model, and texts of unequal length with padding on either side."""
     config = draw_config(rng, **fixed)
-    ours, theirs = pair(config, dtype or rng.choice(DTYPES), rng.randrange(2**31), device)
+    ours, theirs = pair(config, dtype or rng.choice(DTYPES), rng.randrange(2**31), device, task)
     B, S = rng.randint(1, 3), rng.randint(1, 40)
     ids = torch.tensor([[rng.randrange(1, VOCAB) for _ in range(S)] for _ in range(B)], device=device)
     mask = None
@@ -134,6 +149,8 @@ def draw_case(rng: Random, device: str = "cpu", dtype: torch.dtype | None = None
         for row in range(B):
             padding = rng.randint(0, S - 1)
             mask[row, slice(0, padding) if side == "left" else slice(S - padding, S)] = 0
+        if config.pad_token_id is not None:
+            ids[mask == 0] = config.pad_token_id
     return Case(ours, theirs, ids, mask, draw_chunks(rng, S))
 
 

@@ -1,0 +1,423 @@
+"""Classification and question answering: logits, losses, gradients and training equal Transformers' to the bit."""
+
+import copy
+import json
+import random
+import re
+import warnings
+
+import pytest
+import torch
+from hypothesis import given, strategies as st
+
+from examples import verse
+from generate import BUNDLED, load_model
+from heads import (
+    Ministral3ForSequenceClassification,
+    MinistralForQuestionAnswering,
+    MinistralForSequenceClassification,
+    MinistralForTokenClassification,
+)
+from ministral import KVCache, MinistralConfig, MinistralForCausalLM
+from tests.cases import DTYPES, HEADS, SCALES_BY_POSITION, draw_case, our_class
+from tests.test_checkpoint import assert_same_weights
+from tests.test_parity import assert_same
+from tokenizer import Tokenizer
+
+rngs = st.randoms(use_true_random=False)
+PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
+
+
+def draw_head_case(rng, device="cpu", dtype=None, task=None, **fixed):
+    """A model with a head (or the causal one), texts, and the arguments that go with the task, labels included."""
+    task = task or rng.choice(HEADS)
+    labels = rng.choice([1, 2, 3, 5])
+    problem = rng.choice([None, *(p for p in PROBLEMS if labels > 1 or "single" not in p)])
+    drawn = dict(num_labels=labels, problem_type=problem, classifier_dropout=rng.choice([None, 0.0, 0.3]))
+    case = draw_case(rng, device, dtype, task, **drawn | dict(pad_token_id=0) | fixed)
+    (B, S), N, kind = case.ids.shape, case.ours.config.num_labels, case.ours.config.problem_type
+    g = torch.Generator().manual_seed(rng.randrange(2**31))
+    whole = torch.randint(0, N, (B, S), generator=g)
+    real = torch.rand(B, N, generator=g).to(case.ours.dtype)
+    # In float16 Transformers' eager scores overflow in rows that see only padding (see assert_same), so nothing must
+    # read those: labels ignore padding then, and where a loss reads all tokens, nothing is padding.
+    overflows = case.ours.dtype == torch.float16 and case.ours.config.attn_implementation == "eager"
+    if task == "CausalLM":
+        labels = {"labels": case.labels(rng) if overflows or rng.random() < 0.5 else case.ids}
+    elif task == "TokenClassification":
+        ignored = torch.rand(B, S, generator=g) < rng.choice([0, 0.3])
+        labels = {"labels": whole.masked_fill(ignored | ~case.real.cpu() if overflows else ignored, -100)}
+    elif task == "QuestionAnswering":
+        places = torch.randint(-2, S + 3, (2, B), generator=g)
+        labels = {"start_positions": places[0], "end_positions": rng.choice([places[1], places[1][:, None]])}
+    elif kind == "single_label_classification" or (kind is None and N > 1 and rng.random() < 0.5):
+        labels = {"labels": whole[:, 0].masked_fill(torch.arange(B) > rng.choice([0, 1, 2]), -100)}
+    else:
+        labels = {"labels": real[:, 0] if N == 1 and kind != "multi_label_classification" else real}
+    arguments = {name: tensor.to(device) for name, tensor in labels.items()}
+    arguments |= {"input_ids": case.ids, "attention_mask": case.mask}
+    if rng.random() < 0.2:
+        arguments["position_ids"] = torch.arange(S, device=device)[None] + rng.randrange(100)
+    if rng.random() < 0.2 and SCALES_BY_POSITION:
+        with torch.no_grad():
+            arguments["inputs_embeds"] = case.ours.base_model.embed_tokens(arguments.pop("input_ids"))
+    if overflows and ("input_ids" not in arguments or task == "QuestionAnswering"):
+        case.mask = arguments["attention_mask"] = None
+    return case, arguments
+
+
+def run(model, arguments, seed=3):
+    """The output, with equal random numbers for dropout on both sides."""
+    torch.manual_seed(seed)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "inputs_embeds that end in padding")
+        return model(**arguments)
+
+
+def check_case(rng, device, dtype=None, **fixed):
+    case, arguments = draw_head_case(rng, device, dtype, **fixed)
+    if device == "cuda" and case.ours.config.attn_implementation == "sdpa":
+        case.ours.config.attn_implementation = case.theirs.config._attn_implementation = "eager"
+    eager = case.ours.config.attn_implementation == "eager"
+    wanted = dict(output_hidden_states=True, output_attentions=eager)
+    training = device == "cpu" and rng.random() < 0.5
+    a, b = (run(model.train(training), arguments | wanted) for model in (case.ours, case.theirs))
+    sequence = isinstance(case.ours, Ministral3ForSequenceClassification | MinistralForSequenceClassification)
+    for name in ("logits", "start_logits", "end_logits"):
+        assert hasattr(a, name) == hasattr(b, name)
+        if hasattr(a, name):
+            assert_same(getattr(a, name), getattr(b, name), None if sequence else case.real)
+    if not b.loss.isnan():  # NaN: nothing but ignored labels
+        assert a.loss.dtype == b.loss.dtype and torch.equal(a.loss, b.loss)
+    assert case.ours.config.problem_type == case.theirs.config.problem_type
+    for x, y in zip(a.hidden_states, b.hidden_states, strict=True):
+        assert_same(x, y, case.real)
+    assert (a.attentions is not None) == eager and hasattr(a, "past_key_values") == hasattr(b, "past_key_values")
+
+
+@torch.no_grad()
+@given(rngs)
+def test_logits_and_losses_are_bit_identical(device, rng):
+    check_case(rng, device)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("task", HEADS)
+@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("family", ["ministral", "ministral3"])
+def test_every_combination_is_bit_identical(device, family, dtype, attn_implementation, task):
+    for seed in range(6):
+        rng = random.Random(f"{family}{dtype}{attn_implementation}{task}{seed}")
+        check_case(rng, device, dtype, task=task, family=family, attn_implementation=attn_implementation)
+
+
+# --------------------------------------------------------------------------------------------------- training
+
+
+def draw_training_case(rng, **fixed):
+    """A float32 case with a loss that is a number, with and without attention dropout."""
+    while True:
+        task = rng.choice([*HEADS, "CausalLM"])
+        dropout = rng.choice([0.0, 0.0, 0.3])
+        case, arguments = draw_head_case(rng, "cpu", torch.float32, task, attention_dropout=dropout, **fixed)
+        case.ours.train(), case.theirs.train()
+        with torch.no_grad():
+            if not run(case.theirs, arguments).loss.isnan():
+                return case, arguments
+
+
+def gradients(model, arguments):
+    model.zero_grad()
+    run(model, arguments).loss.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@given(rngs)
+def test_the_gradient_of_every_parameter_is_bit_identical(rng):
+    """One backward pass in float32, heads and the causal loss, with dropout and labels at padding: no bit differs."""
+    case, arguments = draw_training_case(rng)
+    ours, theirs = gradients(case.ours, arguments), gradients(case.theirs, arguments)
+    assert list(ours) == list(theirs) and len(ours) >= len(list(case.ours.parameters())) - 1  # embeddings may be given
+    for name, gradient in ours.items():
+        assert torch.equal(gradient, theirs[name]), name
+    one = 1 in (case.ours.config.num_labels, case.ids.shape[1])  # one label or one place: nothing to learn
+    assert one or any(gradient.any() for gradient in ours.values())
+
+
+@given(rngs)
+def test_gradient_checkpointing_changes_no_bit(rng):
+    """Whatever dropout draws and however texts are packed; and it is switched by any model, for its backbone."""
+    case, arguments = draw_training_case(rng)
+    model, S = case.ours, case.ids.shape[1]
+    if rng.random() < 0.3:
+        arguments |= {"attention_mask": None, "position_ids": torch.arange(S)[None] % rng.randint(1, S)}
+    model.config.use_cache = rng.random() < 0.5
+    plain = gradients(model, arguments)
+    assert not model.gradient_checkpointing
+    model.gradient_checkpointing = True
+    assert model.gradient_checkpointing and model.base_model.gradient_checkpointing
+    calls = []
+    for layer in model.base_model.layers:
+        layer.register_forward_pre_hook(lambda *_: calls.append(1))
+    saved = gradients(model, arguments)
+    assert len(calls) == 2 * len(model.base_model.layers)  # once forward, once again in the backward pass
+    for name, gradient in plain.items():
+        assert torch.equal(gradient, saved[name]), name
+    for wrong in ({"use_cache": True}, {"past_key_values": KVCache(model.config)}):
+        with pytest.raises(ValueError, match="gradient_checkpointing runs each layer twice"):
+            model(**arguments | wrong)
+
+
+def saved_numbers(model, ids):
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+        model(ids)
+    return sum(sizes)
+
+
+def test_gradient_checkpointing_saves_memory():
+    """Tensors kept for the backward pass: with it, hardly more for eight layers than for two."""
+    kept = {}
+    for layers in (2, 8):
+        for on in (False, True):
+            config = MinistralConfig(50, 32, 64, layers, 4, 2, num_labels=3, pad_token_id=0)
+            model = MinistralForTokenClassification(config).train()
+            model.gradient_checkpointing = on
+            kept[layers, on] = saved_numbers(model, torch.ones(2, 64, dtype=torch.long))
+    assert kept[8, False] - kept[2, False] > 10 * (kept[8, True] - kept[2, True]) > 0
+
+
+@pytest.mark.parametrize("task", [*HEADS, "CausalLM"])
+@pytest.mark.parametrize("family", ["ministral", "ministral3"])
+def test_three_steps_of_adamw_end_in_the_same_weights(family, task):
+    for seed in range(3):
+        rng = random.Random(f"{family}{task}{seed}")
+        case, arguments = draw_head_case(rng, "cpu", torch.float32, task, family=family, attention_dropout=0.1)
+        start = copy.deepcopy(case.ours.state_dict())
+        for model in (case.ours.train(), case.theirs.train()):
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+            for step in range(3):
+                if not (loss := run(model, arguments, step).loss).isnan():
+                    loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        assert_same_weights(case.ours, case.theirs)
+        moved = [name for name, p in case.ours.state_dict().items() if not p.equal(start[name])]
+        assert len(moved) > len(start) / 2 or loss.isnan()
+
+
+# ----------------------------------------------------------------------------------------------- which token
+
+
+@torch.no_grad()
+@given(rngs)
+def test_a_text_is_classified_by_its_last_token(device, rng):
+    """In float64: padded on either side in a batch, each text gets what its last token gets when it is alone."""
+    case, _ = draw_head_case(rng, device, torch.float32, "SequenceClassification")
+    model = case.truth()
+    positions = (case.real.long().cumsum(1) - 1).clamp(min=0)
+    batch = model(case.ids, case.mask, positions).logits
+    for row, real in enumerate(case.real):
+        hidden = model.model(case.ids[row][real][None]).last_hidden_state[0, -1]
+        torch.testing.assert_close(batch[row], model.score(hidden), rtol=1e-12, atol=1e-12)
+
+
+@torch.no_grad()
+def test_padding_that_cannot_be_seen():
+    torch.manual_seed(0)
+    config = MinistralConfig(50, 16, 16, 1, 2, 1, num_labels=3)
+    model = MinistralForSequenceClassification(config).eval()
+    ids = torch.randint(1, 50, (2, 5))
+    with pytest.raises(ValueError, match=r"a batch of 2 texts without config\.pad_token_id"):
+        model(ids)
+    every = model.score(model.model(ids).last_hidden_state)
+    assert model(ids[:1]).logits.equal(model.score(model.model(ids[:1]).last_hidden_state)[:, -1])
+    config.pad_token_id = 7
+    ids[0, 3:], ids[1, 0] = 7, 7
+    every = model.score(model.model(ids).last_hidden_state)
+    assert model(ids).logits.equal(torch.stack((every[0, 2], every[1, 4])))
+    embeds, mask = model.model.embed_tokens(ids), (ids != 7).long()
+    with pytest.warns(UserWarning, match="inputs_embeds that end in padding"):
+        hidden = model(attention_mask=mask, inputs_embeds=embeds).logits
+    assert hidden.equal(model.score(model.model(ids, mask).last_hidden_state)[:, -1])
+
+
+@torch.no_grad()
+def test_a_cache_continues_a_text():
+    case, _ = draw_head_case(random.Random(2), task="SequenceClassification", family="ministral3")
+    model, ids = case.truth(), torch.randint(1, 50, (2, 12))
+    first = model(ids[:, :7], use_cache=True)
+    second = model(ids[:, 7:], past_key_values=first.past_key_values)
+    torch.testing.assert_close(second.logits, model(ids).logits, rtol=1e-12, atol=1e-12)
+
+
+# ---------------------------------------------------------------------------------------------------- labels
+
+
+@pytest.mark.parametrize(
+    "config, labels, message",
+    [
+        ({"num_labels": 1}, torch.tensor([1, 0]), "labels of torch.int64 for regression; allowed: floating-point"),
+        ({"num_labels": 1}, torch.rand(2, 2), r"labels for regression must be (2,) or (2, 1); found (2, 2)"),
+        ({"num_labels": 3, "problem_type": "regression"}, torch.rand(2), "labels for regression must be (2, 3); found"),
+        ({"num_labels": 3}, torch.tensor([0, 3]), "labels from 0 to 3; allowed: 0 to 2, or -100"),
+        ({"num_labels": 3}, torch.tensor([-1, 0]), "labels from -1 to 0; allowed: 0 to 2, or -100"),
+        ({"num_labels": 3}, torch.tensor([0, 1, 2]), "single_label_classification must be (2,) or (2, 1); found (3,)"),
+        ({"num_labels": 3, "problem_type": PROBLEMS[1]}, torch.rand(2), "labels of torch.float32; allowed: whole"),
+        ({"num_labels": 3}, torch.rand(2), "labels for multi_label_classification must be (2, 3); found (2,)"),
+        ({"num_labels": 3}, torch.rand(2, 3) + 1, "for multi_label_classification; allowed: 0 to 1"),
+        ({"num_labels": 3}, torch.rand(2, 3) > 0.5, "labels of torch.bool for multi_label_classification; allowed"),
+        ({"num_labels": 3, "problem_type": PROBLEMS[2]}, torch.ones(2, 3).long(), "torch.int64 for multi_label"),
+    ],
+)
+def test_wrong_labels_of_a_text(config, labels, message):
+    model = MinistralForSequenceClassification(MinistralConfig(50, 16, 16, 1, 2, 1, pad_token_id=0, **config))
+    before = model.config.problem_type
+    with pytest.raises(ValueError, match=re.escape(message)):
+        model(torch.ones(2, 4).long(), labels=labels)
+    assert model.config.problem_type == before
+
+
+@pytest.mark.parametrize(
+    "labels, message",
+    [
+        (torch.zeros(2, 3).long(), "labels must be (2, 4); found (2, 3)"),
+        (torch.full((2, 4), 2), "labels from 2 to 2; allowed: 0 to 1, or -100"),
+        (torch.zeros(2, 4), "labels of torch.float32; allowed: whole numbers"),
+    ],
+)
+def test_wrong_labels_of_tokens(labels, message):
+    config = MinistralConfig(50, 16, 16, 1, 2, 1)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        MinistralForTokenClassification(config)(torch.ones(2, 4).long(), labels=labels)
+    if "must be" in message or "torch.float32" in message:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            MinistralForCausalLM(config)(torch.ones(2, 4).long(), labels=labels)
+
+
+@pytest.mark.parametrize(
+    "positions, message",
+    [
+        ({"start_positions": torch.zeros(2).long()}, "give both start_positions and end_positions, or neither"),
+        ({"start_positions": torch.zeros(2).long(), "end_positions": torch.zeros(2)}, "end_positions of torch.float32"),
+        ({"start_positions": torch.zeros(3).long(), "end_positions": torch.zeros(2).long()},
+         "start_positions must be (2,) or (2, 1); found (3,)"),
+    ],
+)  # fmt: skip
+def test_wrong_positions(positions, message):
+    model = MinistralForQuestionAnswering(MinistralConfig(50, 16, 16, 1, 2, 1))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        model(torch.ones(2, 4).long(), **positions)
+
+
+def test_label_names():
+    def three(**given):
+        config = MinistralConfig(**given)
+        assert MinistralConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+        return config.num_labels, config.id2label, config.label2id
+
+    two = {0: "LABEL_0", 1: "LABEL_1"}
+    assert three() == three(num_labels=2) == three(id2label=two) == (2, two, {"LABEL_0": 0, "LABEL_1": 1})
+    names = (2, {0: "no", 1: "yes"}, {"no": 0, "yes": 1})
+    assert three(id2label=names[1]) == three(label2id=names[2]) == three(id2label={"1": "yes", "0": "no"}) == names
+    assert three(num_labels=3, id2label=two)[1] == three(num_labels=3)[1] == {**two, 2: "LABEL_2"}
+    assert not {"id2label", "label2id", "problem_type"} & MinistralConfig().to_dict().keys()
+    for wrong, message in (
+        ({"num_labels": 0}, "num_labels=0 is impossible; allowed: a whole number not below 1"),
+        ({"num_labels": 3, "id2label": names[1]}, "num_labels=3 is impossible; allowed: 2, as id2label has it"),
+        ({"id2label": {1: "a", 2: "b"}}, "a name for each of 0, 1, 2"),
+        ({"id2label": names[1], "label2id": {"no": 1, "yes": 0}}, "allowed: none, or as id2label has it"),
+        ({"id2label": ["no", "yes"]}, "allowed: an object, or none"),
+        ({"problem_type": "ranking"}, "problem_type='ranking' is impossible; allowed: None, regression"),
+        ({"num_labels": 1, "problem_type": PROBLEMS[1]}, "allowed: regression, for num_labels=1"),
+        ({"classifier_dropout": 1.5}, "classifier_dropout=1.5 is impossible"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            MinistralConfig(**wrong)
+
+
+# ----------------------------------------------------------------------------------------------------- files
+
+
+@torch.no_grad()
+@given(rngs)
+def test_directories_go_both_ways(tmp_path_factory, rng):
+    """Saved here, loaded by Transformers; saved there, loaded here: weights, and what config.json says of labels."""
+    case, arguments = draw_head_case(rng)
+    run(case.ours, arguments), run(case.theirs, arguments)  # sets problem_type
+    attn, cls = case.ours.config.attn_implementation, type(case.ours)
+    for source, target in ((case.ours, type(case.theirs)), (case.theirs, cls)):
+        path = tmp_path_factory.mktemp("head")
+        source.save_pretrained(path)
+        again = target.from_pretrained(path, attn_implementation=attn)
+        assert_same_weights(case.ours, again)
+        for name in ("num_labels", "id2label", "label2id", "problem_type", "classifier_dropout"):
+            theirs = getattr(again.config, name, None)
+            assert theirs == getattr(case.ours.config, name), name
+    assert json.loads((path / "config.json").read_text())["architectures"] == [cls.__name__]
+
+
+@pytest.mark.parametrize("task", HEADS)
+@pytest.mark.parametrize("family", ["ministral", "ministral3"])
+def test_a_language_model_becomes_a_classifier(family, task, tmp_path):
+    """From a causal language model's files and from a backbone's, here and in Transformers'."""
+    for seed in range(4):
+        rng = random.Random(f"{family}{task}{seed}")
+        language_model = draw_case(rng, dtype=torch.bfloat16, family=family, pad_token_id=0, initializer_range=0.5)
+        cls, layer = our_class(family, task), "qa_outputs" if task == "QuestionAnswering" else "score"
+        new = [f"{layer}.weight"] if task == "SequenceClassification" else [f"{layer}.bias", f"{layer}.weight"]
+        for i, source in enumerate((language_model.ours, language_model.ours.model, language_model.theirs)):
+            path = tmp_path / f"{seed}-{i}"
+            source.save_pretrained(path)
+            with pytest.warns(UserWarning, match=rf"has no {', '.join(new)}: initialised, to be trained") as caught:
+                model = cls.from_pretrained(path, torch.float32, num_labels=7)
+            assert len(caught) == 1 and caught[0].filename == __file__
+            assert not model.training and all(p.dtype == torch.float32 for p in model.parameters())
+            for name, p in model.base_model.state_dict().items():
+                assert p.equal(language_model.ours.model.state_dict()[name].float()), name
+            head = getattr(model, layer)
+            assert head.weight.shape == (2 if layer == "qa_outputs" else 7, model.config.hidden_size)
+            assert 0.2 < head.weight.std() < 1.0 and (head.bias is None or not head.bias.any())
+        # And back: the fine-tuned backbone is a backbone, and a tied language model.
+        model.save_pretrained(path)
+        backbone = our_class(family, "").from_pretrained(path)
+        assert_same_weights(backbone, model.base_model)
+
+
+def test_files_that_do_not_fit(tmp_path):
+    config = MinistralConfig(50, 16, 16, 1, 2, 1, num_labels=3)
+    MinistralForSequenceClassification(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"1 tensors misshapen: score.weight is \[3, 16\]"):
+        MinistralForSequenceClassification.from_pretrained(tmp_path, num_labels=4)
+    with pytest.raises(ValueError, match=r"1 tensors missing: score.bias"):
+        MinistralForTokenClassification.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"1 tensors missing: lm_head.weight"):
+        load_model(tmp_path)
+    with pytest.raises(ValueError, match=r"labels: no argument here and no field of MinistralConfig"):
+        MinistralForSequenceClassification.from_pretrained(tmp_path, labels=4)
+    config = MinistralForSequenceClassification.from_pretrained(tmp_path, id2label={0: "a", 1: "b", 2: "c"}).config
+    assert config.label2id == {"a": 0, "b": 1, "c": 2}
+
+
+# --------------------------------------------------------------------------------------------------- example
+
+
+def test_the_example():
+    """Its data are what it says they are, and a short run beats the baseline on the held-out plays."""
+    train, test = verse.load_data()
+    assert len(train) > 7000 and len(test) > 400 and not {text for text, _ in train} & {text for text, _ in test}
+    by_text = dict(test)
+    assert sum(by_text.values()) / len(test) == pytest.approx(0.7, abs=0.05)
+    assert by_text[next(text for text in by_text if text.startswith("To be, or not to be,--that is the"))] == 1
+    assert by_text[next(text for text in by_text if text.startswith("Speak the speech, I pray you"))] == 0
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match="has no score.weight"):
+        model = Ministral3ForSequenceClassification.from_pretrained(BUNDLED, torch.float32, id2label=verse.LABELS)
+    tokenizer = Tokenizer.from_dir(BUNDLED)
+    rare = [speech for speech in train if speech[1] == 0]
+    verse.fine_tune(model, tokenizer, rare[:300] + [s for s in train if s[1] == 1][::20], epochs=1)
+    balanced = [s for s in test if s[1] == 0] + [s for s in test if s[1] == 1][: sum(label == 0 for _, label in test)]
+    found = verse.probabilities(model, tokenizer, balanced) > 0.5
+    right = (found == torch.tensor([label for _, label in balanced])).float().mean()
+    assert right > 0.6, right
