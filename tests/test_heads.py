@@ -19,6 +19,7 @@ from heads import (
     MinistralForTokenClassification,
 )
 from ministral import KVCache, MinistralConfig, MinistralForCausalLM
+from ministral3 import Ministral3Config
 from tests.cases import DTYPES, HEADS, SCALES_BY_POSITION, draw_case, our_class
 from tests.test_checkpoint import assert_same_weights
 from tests.test_parity import assert_same
@@ -277,6 +278,28 @@ def test_wrong_labels_of_a_text(config, labels, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         model(torch.ones(2, 4).long(), labels=labels)
     assert model.config.problem_type == before
+
+
+@torch.no_grad()
+def test_forms_of_labels():
+    """Any type of whole number, one column or none; Transformers fails on int32."""
+    for labels, count in ((torch.tensor([2, 0]), 3), (torch.tensor([0.5, -3.0]), 1)):
+        config = MinistralConfig(50, 16, 16, 1, 2, 1, pad_token_id=0, num_labels=count)
+        model = MinistralForSequenceClassification(config)
+        losses = [model(torch.ones(2, 4).long(), labels=form).loss for form in (labels, labels[:, None])]
+        if count == 3:
+            model.config.problem_type = None
+            losses.append(model(torch.ones(2, 4).long(), labels=labels.int()).loss)
+            assert model.config.problem_type == PROBLEMS[1]
+        assert len({loss.item() for loss in losses}) == 1
+
+
+@pytest.mark.parametrize("task", HEADS)
+def test_a_fresh_head_is_drawn_as_transformers_draws_it(task):
+    config = Ministral3Config(50, 512, 16, 1, 2, 1, num_labels=9, initializer_range=0.3)
+    model = our_class("ministral3", task)(config)
+    head = model.get_submodule(model.new_layer)
+    assert 0.25 < head.weight.std() < 0.35 and (head.bias is None or not head.bias.any())
 
 
 @pytest.mark.parametrize(
