@@ -123,36 +123,38 @@ def label_maps(
     num_labels: int | None = None, id2label: dict[Any, str] | None = None, label2id: dict[str, Any] | None = None
 ) -> tuple[int, dict[int, str], dict[str, int]]:
     """What a config.json says of a classifier's labels, complete: their number, the name of each, the number of each
-    name. One of the three is enough; none means two labels. Labels without names are called LABEL_0, LABEL_1, ..., as
-    in Transformers; these names give way when `num_labels` asks for more or fewer.
+    name. One of the three is enough; none means two labels.
+
+    As in Transformers, labels without names are called LABEL_0, LABEL_1, ...; such names give way to a `num_labels`
+    that asks for more or fewer, and to other names in `label2id`. For the rest, `id2label` is right and `label2id`
+    follows from it: Transformers writes files in which they differ.
 
     Raises:
-        ValueError: the three contradict each other, or a number is left out.
+        ValueError: no or an impossible number of labels, or a number without a name.
     """
 
-    def unnamed(count: int) -> dict[int, str]:
-        return {i: f"LABEL_{i}" for i in range(count)}
+    def unnamed(names: dict[Any, str]) -> bool:
+        return names == {i: f"LABEL_{i}" for i in range(len(names))}
 
     def number(key: Any) -> Any:
         return int(key) if str(key).isdecimal() else key  # keys in JSON are text
 
-    for name, value in (("id2label", id2label), ("label2id", label2id)):
+    for field, value in (("id2label", id2label), ("label2id", label2id)):
         if not isinstance(value, (dict, type(None))):
-            raise ValueError(f"{name}={value!r} is impossible; allowed: an object, or none")
-    if num_labels is not None and (not isinstance(num_labels, int) or num_labels < 1):
+            raise ValueError(f"{field}={value!r} is impossible; allowed: an object, or none")
+    if num_labels is not None and (type(num_labels) is not int or num_labels < 1):
         raise ValueError(f"num_labels={num_labels!r} is impossible; allowed: a whole number not below 1")
-    numbers = {name: number(key) for name, key in (label2id or {}).items()}
-    names = {number(key): name for key, name in (id2label or {i: name for name, i in numbers.items()}).items()}
-    if names == unnamed(len(names)):
-        names, numbers = unnamed(num_labels or len(names) or 2), {}
-    expected = {name: i for i, name in names.items()}
+    names = {number(key): str(name) for key, name in (id2label or {}).items()}
+    others = {number(key): str(name) for name, key in (label2id or {}).items()}
+    if unnamed(names) and not unnamed(others):
+        names = others
+    if unnamed(names):
+        names = {i: f"LABEL_{i}" for i in range(num_labels or len(names) or 2)}
     if names.keys() != set(range(len(names))):
-        raise ValueError(f"id2label={id2label!r} is impossible; allowed: a name for each of 0, 1, 2, ...")
+        raise ValueError(f"labels numbered {', '.join(map(str, names))}; allowed: 0, 1, 2, ... with a name for each")
     if num_labels not in (None, len(names)):
-        raise ValueError(f"num_labels={num_labels} is impossible; allowed: {len(names)}, as id2label has it")
-    if numbers not in ({}, expected):
-        raise ValueError(f"label2id={label2id!r} is impossible; allowed: none, or as id2label has it, {expected}")
-    return len(names), names, expected
+        raise ValueError(f"num_labels={num_labels} is impossible; allowed: {len(names)}, the number of given names")
+    return len(names), names, {name: i for i, name in names.items()}
 
 
 class Checkpoint:

@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import checkpoint
 from ministral import (
     PROBLEM_TYPES,
     KVCache,
@@ -42,6 +43,7 @@ from ministral import (
     expect,
     expect_classes,
     init_weights,
+    is_whole,
 )
 from ministral3 import Ministral3Config, Ministral3Model
 
@@ -57,6 +59,9 @@ class ModelWithHead(PreTrainedModel):
 
     def __init__(self, config: MinistralConfig, outputs: int, bias: bool) -> None:
         super().__init__(config)
+        labels = config.num_labels, config.id2label, config.label2id
+        config.num_labels, config.id2label, config.label2id = checkpoint.label_maps(*labels)  # one may have been set
+        self.num_labels = config.num_labels
         setattr(self, self.base_model_prefix, self.model_class(config))
         setattr(self, self.new_layer, Linear(config.hidden_size, outputs, bias))
         init_weights(getattr(self, self.new_layer), config.initializer_range)
@@ -85,21 +90,21 @@ class GenericForSequenceClassification(ModelWithHead):
         Raises:
             ValueError: several texts and no `pad_token_id`; impossible labels; as `MinistralModel.forward`.
         """
-        pad = self.config.pad_token_id
+        pad, text = self.config.pad_token_id, input_ids if input_ids is not None else inputs_embeds
+        if pad is None and text is not None and len(text) > 1:
+            raise ValueError(f"{len(text)} texts without config.pad_token_id: set it, or give one text at a time")
         outputs = self.base_model(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, **kwargs
         )
         # All tokens, though one is read: a product of fewer rows is rounded differently.
         logits = self.score(outputs.last_hidden_state)  # (B, S, N)
         B, S, _ = logits.shape
-        if pad is None and B > 1:
-            raise ValueError(f"a batch of {B} texts without config.pad_token_id: set it, or give one text at a time")
         last = torch.full((B,), S - 1, device=logits.device)
         if pad is not None and input_ids is not None:
             places = torch.arange(S, device=logits.device)
             last = (places * (input_ids != pad)).argmax(-1)  # (B,), 0 for a row of nothing but padding
         elif attention_mask is not None and input_ids is None and not attention_mask[:, -1].all():
-            warnings.warn("inputs_embeds that end in padding: it is read as text; put padding first", stacklevel=2)
+            warnings.warn("inputs_embeds that end in padding: it is read as text; put padding first", stacklevel=4)
         logits = logits[torch.arange(B, device=logits.device), last]  # (B, N)
         loss = None if labels is None else sequence_classification_loss(logits, labels, self.config)
         return SequenceClassifierOutputWithPast(
@@ -111,12 +116,12 @@ def sequence_classification_loss(logits: Tensor, labels: Tensor, config: Ministr
     """The loss of `config.problem_type`, a mean over the batch. When that is None, the labels decide, and it is set,
     so that it is saved with the model.
 
-    problem_type                  decided by                 labels                           loss
-    regression                    N = 1                      (B,) or (B, 1), (B, N) if N > 1  squared error
-    single_label_classification   whole numbers              (B,) or (B, 1), 0 to N - 1       cross-entropy
-    multi_label_classification    floating-point numbers     (B, N), each from 0 to 1         binary cross-entropy
+    problem_type                  decided by                 labels                             loss
+    regression                    N = 1                      (B,) or (B, 1); (B, N) if N > 1    squared error
+    single_label_classification   whole numbers              (B,) or (B, 1), 0 to N - 1, -100   cross-entropy
+    multi_label_classification    floating-point numbers     (B, N), each from 0 to 1           binary cross-entropy
 
-    -100 as the label of a class is ignored.
+    A text whose single label is -100 does not count.
 
     Raises:
         ValueError: labels of another shape, type or range.
@@ -124,14 +129,15 @@ def sequence_classification_loss(logits: Tensor, labels: Tensor, config: Ministr
     B, N = logits.shape
     labels, kind = labels.to(logits.device), config.problem_type
     if kind is None:
-        whole = labels.dtype in (torch.int64, torch.int32)
-        kind = REGRESSION if N == 1 else SINGLE_LABEL if whole else MULTI_LABEL
+        kind = REGRESSION if N == 1 else SINGLE_LABEL if is_whole(labels) else MULTI_LABEL
     one_each = kind == SINGLE_LABEL or (kind == REGRESSION and N == 1)
     expect(f"labels for {kind}", labels, *(((B,), (B, 1)) if one_each else ((B, N),)))
     if kind == SINGLE_LABEL:
         expect_classes(labels, N)
         loss = F.cross_entropy(logits, labels.flatten().long())
     else:
+        if kind == REGRESSION and is_whole(labels):
+            labels = labels.to(logits.dtype)
         if not labels.is_floating_point():
             raise ValueError(f"labels of {labels.dtype} for {kind}; allowed: floating-point numbers")
         if kind == MULTI_LABEL and labels.device.type == "cpu" and not ((labels >= 0) & (labels <= 1)).all():
@@ -200,12 +206,11 @@ class GenericForQuestionAnswering(ModelWithHead):
         Raises:
             ValueError: one without the other, or no whole numbers; as `MinistralModel.forward`.
         """
-        outputs = self.base_model(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, **kwargs
-        )
-        start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(-1)  # (B, S) each
         if (start_positions is None) != (end_positions is None):
             raise ValueError("give both start_positions and end_positions, or neither")
+        outputs = self.base_model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, **kwargs)
+        logits = self.qa_outputs(outputs.last_hidden_state)  # (B, S, 2)
+        start_logits, end_logits = (column.contiguous() for column in logits.unbind(-1))
         loss = None
         if start_positions is not None and end_positions is not None:
             start_loss = position_loss("start_positions", start_logits, start_positions)
@@ -217,7 +222,7 @@ def position_loss(name: str, logits: Tensor, positions: Tensor) -> Tensor:
     """Mean cross-entropy of the right place among S: logits (B, S), positions (B,) or (B, 1)."""
     B, S = logits.shape
     expect(name, positions, (B,), (B, 1))
-    if positions.is_floating_point() or positions.dtype == torch.bool:
+    if not is_whole(positions):
         raise ValueError(f"{name} of {positions.dtype}; allowed: whole numbers")
     return F.cross_entropy(logits, positions.flatten().long().clamp(0, S).to(logits.device), ignore_index=S)
 

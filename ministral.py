@@ -144,7 +144,7 @@ class MinistralConfig:
             ("classifier_dropout", dropout is None or (is_number(dropout, float, 0) and dropout < 1),
              "None or a number from 0 to below 1"),
             ("problem_type", kind in (None, *PROBLEM_TYPES), f"None, {', '.join(PROBLEM_TYPES)}"),
-            ("problem_type", kind != PROBLEM_TYPES[1] or self.num_labels > 1, "regression, for num_labels=1"),
+            ("problem_type", kind != PROBLEM_TYPES[1] or self.num_labels > 1, "the two others, for num_labels=1"),
             ("attn_implementation", self.attn_implementation in ATTENTION, ", ".join(ATTENTION)),
         ):
             self._check(name, valid, allowed)
@@ -369,16 +369,17 @@ class LayerCache:
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
 
-    def _reserve(self, like: Tensor, slots: int) -> tuple[Tensor, Tensor]:
-        """Make room for `slots` positions, at least doubling, so that appending stays cheap."""
+    def _reserve(self, k: Tensor, v: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+        """Make room for `slots` positions, at least doubling, so that appending stays cheap. (Under autocast, keys and
+        values differ in dtype.)"""
         if self.keys is not None and self.values is not None and slots <= self.keys.shape[2]:
             return self.keys, self.values
         held = 0 if self.keys is None else self.keys.shape[2]
         capacity = max(slots, 2 * held, self.expected)
         if self.window is not None:
             capacity = min(capacity, self.window)
-        shape = (like.shape[0], like.shape[1], capacity, like.shape[3])
-        keys, values = like.new_empty(shape), like.new_empty(shape)
+        shape = (k.shape[0], k.shape[1], capacity, k.shape[3])
+        keys, values = k.new_empty(shape), v.new_empty(shape)
         if self.keys is not None and self.values is not None:
             keys[:, :, :held], values[:, :, :held] = self.keys, self.values
         self.keys, self.values = keys, values
@@ -401,13 +402,13 @@ class LayerCache:
         start, new = self.length, k.shape[2]
         end, self.length = start + new, start + new
         if self.window is None or end <= self.window:  # nothing has left the window: slots are positions
-            keys, values = self._reserve(k, end)
+            keys, values = self._reserve(k, v, end)
             keys[:, :, start:end], values[:, :, start:end] = k, v
             if start == 0:  # in the layout of Transformers' cache: strides choose the kernel, and that the last bit
                 return k.contiguous(), v.contiguous()
             return keys[:, :, :end], values[:, :, :end]
 
-        keys, values = self._reserve(k, self.window)
+        keys, values = self._reserve(k, v, self.window)
         if new == 1:  # overwrite the one key that leaves the window; the order of keys does not matter
             slot = start % self.window
             keys[:, :, slot : slot + 1], values[:, :, slot : slot + 1] = k, v
@@ -484,8 +485,8 @@ def eager_attention(
     k, v = repeat_kv(k, groups), repeat_kv(v, groups)
     scores = torch.matmul(q, k.transpose(2, 3)) * scaling  # (B, H, S, K)
     if mask is not None:
-        # The lowest number, not -inf: a row with nothing to see (padding) becomes uniform instead of NaN. It is added,
-        # so that gradients pass such a row as in Transformers, and clamped, because float16 would overflow to -inf.
+        # The lowest number, not -inf, keeps a row with nothing to see (padding) from becoming NaN. It is added, so that
+        # gradients pass such a row as in Transformers, and clamped, because in float16 the sum may overflow to -inf.
         lowest = torch.finfo(scores.dtype).min
         bias = torch.zeros_like(mask, dtype=scores.dtype).masked_fill(~mask, lowest)  # (B or 1, 1, S, K)
         scores = (scores + bias).clamp(min=lowest)
@@ -500,13 +501,15 @@ def sdpa_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """The same by PyTorch's fused kernel, which keeps no (S, K) matrix. mask None: causal, or all keys if S = 1."""
     (B, H, S, D), G = q.shape, k.shape[1]
-    if S == 1:  # the heads of a group become rows of queries over their one key head: nothing is repeated
+    if S == 1 and not q.requires_grad:
+        # The heads of a group become rows of queries over their one key head: nothing is repeated. (The gradient of
+        # this is rounded differently from Transformers'.)
         q = q.reshape(B, G, H // G, D)
         return F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=scaling).reshape(B, H, S, D), None
     gqa = mask is None and H > G and D <= 256  # fused grouping exists only without a mask
     if H > G and not gqa:
         k, v = repeat_kv(k, H // G), repeat_kv(v, H // G)
-    causal = mask is None
+    causal = mask is None and S > 1
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, scale=scaling, enable_gqa=gqa), None
 
 
@@ -611,7 +614,7 @@ class PreTrainedModel(nn.Module):
     @property
     def gradient_checkpointing(self) -> bool:
         """Whether training keeps only the input of each layer and computes the rest again in the backward pass: less
-        memory, a third more time, the same bits (https://arxiv.org/abs/1604.06174). Off until set."""
+        memory, one more forward pass, the same bits (https://arxiv.org/abs/1604.06174). Off until set."""
         return self.base_model._recompute
 
     @gradient_checkpointing.setter
@@ -669,8 +672,9 @@ class PreTrainedModel(nn.Module):
         fields_in_file = checkpoint.read_config(directory)
         if unknown := sorted(changes.keys() - {field.name for field in fields(cls.config_class)}):
             raise ValueError(f"{', '.join(unknown)}: no argument here and no field of {cls.config_class.__name__}")
-        if changes.keys() & {"id2label", "label2id"}:  # new labels, so none of the file's
-            fields_in_file = {k: v for k, v in fields_in_file.items() if k not in ("id2label", "label2id")}
+        labels = {"num_labels", "id2label", "label2id"}
+        if labels & changes.keys() and changes.get("num_labels") != len(fields_in_file.get("id2label") or ()):
+            fields_in_file = {k: v for k, v in fields_in_file.items() if k not in labels}  # new ones instead
         config = cls.config_class.from_dict(fields_in_file | changes)
         if attn_implementation is not None:
             config = replace(config, attn_implementation=attn_implementation)
@@ -691,7 +695,8 @@ class PreTrainedModel(nn.Module):
 
     def own_name(self, stored: str) -> str | None:
         """The name in this model of a stored tensor, None if this model does without: a backbone needs no head, a
-        classifier no language model head. The files of a backbone lack the prefix under which heads keep it."""
+        classifier no language model head. (Other heads are not left out in silence.) The files of a backbone lack the
+        prefix under which heads keep it."""
         if stored.endswith("rotary_emb.inv_freq"):
             return None  # written by old versions of Transformers, computed here
         layer, _, rest = stored.partition(".")
@@ -860,9 +865,14 @@ def same_text(position_ids: Tensor) -> Tensor | None:
     return text[:, :, None] == text[:, None, :]
 
 
+def is_whole(tensor: Tensor) -> bool:
+    """Whether a tensor holds whole numbers (of 8 to 64 bits)."""
+    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+
+
 def expect_classes(labels: Tensor, count: int) -> None:
     """Raise ValueError unless labels are whole numbers from 0 to count - 1, or -100, which the losses ignore."""
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+    if not is_whole(labels):
         raise ValueError(f"labels of {labels.dtype}; allowed: whole numbers, torch.int64 for example")
     # (On another device than the CPU the check would wait for it.)
     if labels.device.type == "cpu" and not ((labels == -100) | (labels >= 0) & (labels < count)).all():

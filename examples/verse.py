@@ -1,6 +1,6 @@
-"""Verse or prose? The bundled language model becomes a classifier, in about a minute on two CPU cores.
+"""Verse or prose? The bundled language model becomes a classifier, in 80 seconds on two CPU cores.
 
-    python -m examples.verse
+    python -m examples.verse [--seed N]
 
 Shakespeare's plays mix blank verse and prose, and their layout tells which is which: a line of verse begins with a
 capital, a line of prose ends where the page does. Speeches are labelled by that rule; then the layout is taken away,
@@ -10,6 +10,7 @@ works that the language model was trained on. It is tested on two plays that nei
 
 from __future__ import annotations
 
+import argparse
 import random
 import re
 import time
@@ -42,7 +43,8 @@ def lower_case_words(works: list[str]) -> set[str]:
 
 def speeches(work: str, small: set[str]) -> Iterator[Speech]:
     """Text without layout, and label, of every speech with at least four lines and one clear layout."""
-    for block in re.sub(r"\[.*?\]", "", work, flags=re.DOTALL).split("\n\n"):  # without stage directions
+    play = re.split(r"\bact i\b", work, maxsplit=1, flags=re.IGNORECASE)[-1]  # without the list of persons
+    for block in re.sub(r"\[.*?\]", "", play, flags=re.DOTALL).split("\n\n"):  # without stage directions
         speaker, *lines = [line.strip() for line in block.strip().split("\n")]
         if len(lines) < 4 or not re.fullmatch(r"[A-Z][A-Za-z' ]{,30}[.:]?", speaker):
             continue
@@ -70,7 +72,8 @@ def fine_tune(
     batch_size: int = 32, learning_rate: float = 1e-3, seed: int = 0,
 ) -> None:  # fmt: skip
     """Train all weights. Each epoch takes all examples of the rarer class, and as many of the other."""
-    rng, pad = random.Random(seed), model.config.pad_token_id or 0
+    rng, pad = random.Random(seed), model.config.pad_token_id
+    assert pad is not None
     rare, common = sorted(([e for e in examples if e[1] == label] for label in LABELS), key=len)
     order: list[Speech] = []
     for _ in range(epochs):
@@ -94,9 +97,10 @@ def fine_tune(
 @torch.inference_mode()
 def probabilities(
     model: Ministral3ForSequenceClassification, tokenizer: Tokenizer, examples: list[Speech]
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """How likely each speech is to be verse, (number of speeches,)."""
-    pad, found = model.config.pad_token_id or 0, []
+    pad, found = model.config.pad_token_id, []
+    assert pad is not None
     for start in range(0, len(examples), 64):
         ids, _ = to_tensors(tokenizer, examples[start : start + 64], pad)
         found.append(model(ids, attention_mask=ids != pad).logits.softmax(-1)[:, 1])
@@ -113,15 +117,17 @@ def load_data() -> tuple[list[Speech], list[Speech]]:
 
 def main() -> None:
     """Fine-tune, and print the accuracy on the held-out plays beside the majority baseline."""
-    began = time.monotonic()
-    torch.manual_seed(0)
+    parser = argparse.ArgumentParser(description="Fine-tune the bundled model to tell verse from prose.")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
+    seed, began = parser.parse_args().seed, time.monotonic()
+    torch.manual_seed(seed)
     train, test = load_data()
     tokenizer = Tokenizer.from_dir(BUNDLED)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "has no score.weight")  # that is the plan
+        warnings.filterwarnings("ignore", ".*has no score.weight")  # that is the plan
         model = Ministral3ForSequenceClassification.from_pretrained(BUNDLED, torch.float32, id2label=LABELS)
     print(f"{len(train)} speeches to learn from, {len(test)} of two unseen plays to be tested on")
-    fine_tune(model, tokenizer, train)
+    fine_tune(model, tokenizer, train, seed=seed)
     verse = probabilities(model, tokenizer, test)
     labels = torch.tensor([label for _, label in test])
     right = ((verse > 0.5) == labels).float().mean().item()

@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, strategies as st
 
 from examples import verse
@@ -20,7 +21,7 @@ from heads import (
 )
 from ministral import KVCache, MinistralConfig, MinistralForCausalLM
 from ministral3 import Ministral3Config
-from tests.cases import DTYPES, HEADS, SCALES_BY_POSITION, draw_case, our_class
+from tests.cases import DTYPES, HEADS, SCALES_BY_POSITION, draw_case, draw_config, our_class, pair, their_arguments
 from tests.test_checkpoint import assert_same_weights
 from tests.test_parity import assert_same
 from tokenizer import Tokenizer
@@ -146,6 +147,26 @@ def test_the_gradient_of_every_parameter_is_bit_identical(rng):
     assert one or any(gradient.any() for gradient in ours.values())
 
 
+@pytest.mark.parametrize("family", ["ministral", "ministral3"])
+def test_gradients_of_single_tokens_and_under_autocast(family):
+    """One token, grouped heads, fused attention; and products in bfloat16, where keys and values differ in dtype, with
+    a cache whose window wraps, and with gradient checkpointing."""
+    for seed in range(30):
+        rng = random.Random(f"{family}{seed}")
+        config = draw_config(rng, family, num_attention_heads=4, num_key_value_heads=rng.choice([1, 2]), pad_token_id=0,
+                             num_labels=3, sliding_window=4, head_dim=rng.choice([8, 32]))  # fmt: skip
+        ours, theirs = pair(config, torch.float32, seed, task="SequenceClassification")
+        for length, autocast in ((1, False), (rng.choice([1, 3, 9]), True)):
+            arguments = {"input_ids": torch.randint(1, 50, (3, length)), "labels": torch.tensor([0, 1, 2])}
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                found = [gradients(model, arguments) for model in (ours, theirs)]
+                ours.train().gradient_checkpointing = True
+                found.append(gradients(ours, arguments))
+                ours.eval().gradient_checkpointing = False
+            for name, gradient in found[0].items():
+                assert torch.equal(gradient, found[1][name]) and torch.equal(gradient, found[2][name]), name
+
+
 @given(rngs)
 def test_gradient_checkpointing_changes_no_bit(rng):
     """Whatever dropout draws and however texts are packed; and it is switched by any model, for its backbone."""
@@ -199,13 +220,14 @@ def test_three_steps_of_adamw_end_in_the_same_weights(family, task):
         for model in (case.ours.train(), case.theirs.train()):
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
             for step in range(3):
-                if not (loss := run(model, arguments, step).loss).isnan():
-                    loss.backward()
+                loss = run(model, arguments, step).loss
+                assert not loss.isnan()
+                loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
         assert_same_weights(case.ours, case.theirs)
         moved = [name for name, p in case.ours.state_dict().items() if not p.equal(start[name])]
-        assert len(moved) > len(start) / 2 or loss.isnan()
+        assert len(moved) > len(start) / 2
 
 
 # ----------------------------------------------------------------------------------------------- which token
@@ -230,7 +252,7 @@ def test_padding_that_cannot_be_seen():
     config = MinistralConfig(50, 16, 16, 1, 2, 1, num_labels=3)
     model = MinistralForSequenceClassification(config).eval()
     ids = torch.randint(1, 50, (2, 5))
-    with pytest.raises(ValueError, match=r"a batch of 2 texts without config\.pad_token_id"):
+    with pytest.raises(ValueError, match=r"2 texts without config\.pad_token_id"):
         model(ids)
     every = model.score(model.model(ids).last_hidden_state)
     assert model(ids[:1]).logits.equal(model.score(model.model(ids[:1]).last_hidden_state)[:, -1])
@@ -259,7 +281,7 @@ def test_a_cache_continues_a_text():
 @pytest.mark.parametrize(
     "config, labels, message",
     [
-        ({"num_labels": 1}, torch.tensor([1, 0]), "labels of torch.int64 for regression; allowed: floating-point"),
+        ({"num_labels": 1}, torch.tensor([True, False]), "labels of torch.bool for regression; allowed: floating"),
         ({"num_labels": 1}, torch.rand(2, 2), r"labels for regression must be (2,) or (2, 1); found (2, 2)"),
         ({"num_labels": 3, "problem_type": "regression"}, torch.rand(2), "labels for regression must be (2, 3); found"),
         ({"num_labels": 3}, torch.tensor([0, 3]), "labels from 0 to 3; allowed: 0 to 2, or -100"),
@@ -283,14 +305,14 @@ def test_wrong_labels_of_a_text(config, labels, message):
 @torch.no_grad()
 def test_forms_of_labels():
     """Any type of whole number, one column or none; Transformers fails on int32."""
-    for labels, count in ((torch.tensor([2, 0]), 3), (torch.tensor([0.5, -3.0]), 1)):
+    for labels, count in ((torch.tensor([2, 0]), 3), (torch.tensor([5, -3]), 1)):
         config = MinistralConfig(50, 16, 16, 1, 2, 1, pad_token_id=0, num_labels=count)
         model = MinistralForSequenceClassification(config)
         losses = [model(torch.ones(2, 4).long(), labels=form).loss for form in (labels, labels[:, None])]
-        if count == 3:
+        for dtype in (torch.int32, torch.int8, *((torch.float32,) if count == 1 else ())):
             model.config.problem_type = None
-            losses.append(model(torch.ones(2, 4).long(), labels=labels.int()).loss)
-            assert model.config.problem_type == PROBLEMS[1]
+            losses.append(model(torch.ones(2, 4).long(), labels=labels.to(dtype)).loss)
+            assert model.config.problem_type == PROBLEMS[count > 1]
         assert len({loss.item() for loss in losses}) == 1
 
 
@@ -346,14 +368,19 @@ def test_label_names():
     assert three(id2label=names[1]) == three(label2id=names[2]) == three(id2label={"1": "yes", "0": "no"}) == names
     assert three(num_labels=3, id2label=two)[1] == three(num_labels=3)[1] == {**two, 2: "LABEL_2"}
     assert not {"id2label", "label2id", "problem_type"} & MinistralConfig().to_dict().keys()
+    # Transformers writes these when labels are named after their number was given.
+    assert three(id2label={0: "a", 1: "b"}, label2id={"LABEL_0": 0, "LABEL_1": 1})[2] == {"a": 0, "b": 1}
+    assert three(id2label=two, label2id={"a": 0, "b": 1})[1] == {0: "a", 1: "b"}
+    assert three(id2label={0: "O", 1: "O"}, label2id={"O": 0})[1] == {0: "O", 1: "O"}
     for wrong, message in (
+        ({"num_labels": True}, "num_labels=True is impossible"),
         ({"num_labels": 0}, "num_labels=0 is impossible; allowed: a whole number not below 1"),
-        ({"num_labels": 3, "id2label": names[1]}, "num_labels=3 is impossible; allowed: 2, as id2label has it"),
-        ({"id2label": {1: "a", 2: "b"}}, "a name for each of 0, 1, 2"),
-        ({"id2label": names[1], "label2id": {"no": 1, "yes": 0}}, "allowed: none, or as id2label has it"),
+        ({"num_labels": 3, "id2label": names[1]}, "num_labels=3 is impossible; allowed: 2, the number of given names"),
+        ({"id2label": {1: "a", 2: "b"}}, "labels numbered 1, 2; allowed: 0, 1, 2, ..."),
+        ({"label2id": {"a": 0, "b": 0, "c": 2}}, "labels numbered 0, 2; allowed"),
         ({"id2label": ["no", "yes"]}, "allowed: an object, or none"),
         ({"problem_type": "ranking"}, "problem_type='ranking' is impossible; allowed: None, regression"),
-        ({"num_labels": 1, "problem_type": PROBLEMS[1]}, "allowed: regression, for num_labels=1"),
+        ({"num_labels": 1, "problem_type": PROBLEMS[1]}, "allowed: the two others, for num_labels=1"),
         ({"classifier_dropout": 1.5}, "classifier_dropout=1.5 is impossible"),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
@@ -402,7 +429,7 @@ def test_a_language_model_becomes_a_classifier(family, task, tmp_path):
             head = getattr(model, layer)
             assert head.weight.shape == (2 if layer == "qa_outputs" else 7, model.config.hidden_size)
             assert 0.2 < head.weight.std() < 1.0 and (head.bias is None or not head.bias.any())
-        # And back: the fine-tuned backbone is a backbone, and a tied language model.
+        # And back: the fine-tuned backbone is a backbone.
         model.save_pretrained(path)
         backbone = our_class(family, "").from_pretrained(path)
         assert_same_weights(backbone, model.base_model)
@@ -423,13 +450,51 @@ def test_files_that_do_not_fit(tmp_path):
     assert config.label2id == {"a": 0, "b": 1, "c": 2}
 
 
+def test_labels_of_the_call_replace_those_of_the_file(tmp_path):
+    MinistralForCausalLM(MinistralConfig(50, 16, 16, 1, 2, 1, id2label={0: "a", 1: "b"})).save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text()) | {"num_labels": 2}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    for changes, names in (
+        ({}, ["a", "b"]),
+        ({"num_labels": 2}, ["a", "b"]),
+        ({"num_labels": 3}, ["LABEL_0", "LABEL_1", "LABEL_2"]),
+        ({"id2label": {0: "x", 1: "y", 2: "z"}}, ["x", "y", "z"]),
+        ({"label2id": {"y": 1, "x": 0}}, ["x", "y"]),
+        ({"num_labels": 2, "id2label": {0: "x", 1: "y"}}, ["x", "y"]),
+    ):
+        with pytest.warns(UserWarning, match=r"has no score\.weight"):
+            model = MinistralForSequenceClassification.from_pretrained(tmp_path, **changes)
+        assert [model.config.id2label[i] for i in range(len(names))] == names and model.num_labels == len(names)
+
+
+def test_labels_set_after_construction():
+    config = MinistralConfig(50, 16, 16, 1, 2, 1)
+    config.num_labels = 5
+    assert MinistralForSequenceClassification(config).config.id2label[4] == "LABEL_4"
+    assert MinistralConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_files_in_which_the_label_maps_differ(tmp_path):
+    """Transformers writes them when labels are named as well as counted."""
+    config = MinistralConfig(50, 16, 16, 1, 2, 1)
+    theirs = transformers.MinistralForCausalLM(transformers.MinistralConfig(**their_arguments(config)))
+    theirs.save_pretrained(tmp_path / "base")
+    transformers.MinistralForSequenceClassification.from_pretrained(
+        tmp_path / "base", num_labels=3, id2label={0: "a", 1: "b", 2: "c"}
+    ).save_pretrained(tmp_path / "head")
+    written = json.loads((tmp_path / "head" / "config.json").read_text())
+    assert written["label2id"] != {"a": 0, "b": 1, "c": 2}
+    ours = MinistralForSequenceClassification.from_pretrained(tmp_path / "head")
+    assert ours.config.label2id == {"a": 0, "b": 1, "c": 2}
+
+
 # --------------------------------------------------------------------------------------------------- example
 
 
 def test_the_example():
     """Its data are what it says they are, and a short run beats the baseline on the held-out plays."""
     train, test = verse.load_data()
-    assert len(train) > 7000 and len(test) > 400 and not {text for text, _ in train} & {text for text, _ in test}
+    assert len(train) > 6600 and len(test) == 391 and not {text for text, _ in train} & {text for text, _ in test}
     by_text = dict(test)
     assert sum(by_text.values()) / len(test) == pytest.approx(0.7, abs=0.05)
     assert by_text[next(text for text in by_text if text.startswith("To be, or not to be,--that is the"))] == 1
