@@ -1,4 +1,4 @@
-"""Verse or prose? The bundled language model becomes a classifier, in 80 seconds on two CPU cores.
+"""Verse or prose? The bundled language model becomes a classifier, in 75 seconds on two CPU cores.
 
     python -m examples.verse [--seed N]
 
