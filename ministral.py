@@ -46,8 +46,16 @@ Model = TypeVar("Model", bound="PreTrainedModel")
 # ---------------------------------------------------------------------------------------------- configuration
 
 
+class PreTrainedConfig:
+    """What all configurations do: refuse impossible values."""
+
+    def _check(self, name: str, valid: object, allowed: str) -> None:
+        if not valid:
+            raise ValueError(f"{name}={getattr(self, name)!r} is impossible; allowed: {allowed}")
+
+
 @dataclass
-class MinistralConfig:
+class MinistralConfig(PreTrainedConfig):
     """The numbers that define a Ministral. Fields and defaults are those of Transformers' `MinistralConfig`.
 
     `layer_types=None` means what Transformers makes of it: every layer slides when `sliding_window` is set, and
@@ -168,9 +176,9 @@ class MinistralConfig:
             if least is not None and value is not None and not is_number(value, float, least):
                 raise ValueError(f"rope_parameters[{key!r}]={value!r}: allowed: a number not below {least}")
 
-    def _check(self, name: str, valid: object, allowed: str) -> None:
-        if not valid:
-            raise ValueError(f"{name}={getattr(self, name)!r} is impossible; allowed: {allowed}")
+    def get_text_config(self) -> MinistralConfig:
+        """This configuration: it has no other part."""
+        return self
 
     @staticmethod
     def published_layer_types(num_hidden_layers: int) -> list[str]:
@@ -591,7 +599,7 @@ def init_weights(module: nn.Module, std: float) -> None:
     """Normal(0, std) for every matrix in `module`, zeros for biases and the padding embedding, as Transformers does.
     Norms start at one. On the meta device there is nothing to fill."""
     for part in module.modules():
-        if isinstance(part, (nn.Linear, nn.Embedding)) and not part.weight.is_meta:
+        if isinstance(part, (nn.Linear, nn.Embedding, nn.Conv2d)) and not part.weight.is_meta:
             part.weight.normal_(0.0, std)
             if isinstance(part, nn.Linear) and part.bias is not None:
                 part.bias.zero_()
@@ -602,11 +610,11 @@ def init_weights(module: nn.Module, std: float) -> None:
 class PreTrainedModel(nn.Module):
     """What every model here can do besides computing: be read from a directory and written to one."""
 
-    config_class: ClassVar[type[MinistralConfig]] = MinistralConfig
+    config_class: ClassVar[type[Any]] = MinistralConfig
     base_model_prefix: ClassVar[str] = "model"  # under which attribute the backbone sits
     new_layer: ClassVar[str | None] = None  # a layer that files may lack, which is initialised then
 
-    def __init__(self, config: MinistralConfig) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__()
         self.config = config
         self._recompute = False
@@ -615,11 +623,13 @@ class PreTrainedModel(nn.Module):
     def gradient_checkpointing(self) -> bool:
         """Whether training keeps only the input of each layer and computes the rest again in the backward pass: less
         memory, one more forward pass, the same bits (https://arxiv.org/abs/1604.06174). Off until set."""
-        return self.base_model._recompute
+        return self._recompute
 
     @gradient_checkpointing.setter
     def gradient_checkpointing(self, on: bool) -> None:
-        self.base_model._recompute = on
+        for module in self.modules():
+            if isinstance(module, PreTrainedModel):
+                module._recompute = on
 
     @property
     def base_model(self) -> PreTrainedModel:
