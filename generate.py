@@ -26,28 +26,34 @@ import checkpoint
 from ministral import KVCache, MinistralConfig, MinistralForCausalLM, at_least_float32
 from ministral3 import Ministral3ForCausalLM
 from tokenizer import TextStream, Tokenizer
+from vision import (
+    ImageSizes,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    batch_images,
+    image_tokens,
+    load_image,
+    preprocess,
+)
 
 BUNDLED = Path(__file__).resolve().parent / "models" / "shakespeare"
-MODELS: dict[str, type[MinistralForCausalLM]] = {
+GenerativeModel = MinistralForCausalLM | Mistral3ForConditionalGeneration
+MODELS: dict[str, type[GenerativeModel]] = {
     "ministral": MinistralForCausalLM,
     "mistral": MinistralForCausalLM,
     "llama": MinistralForCausalLM,
     "ministral3": Ministral3ForCausalLM,
+    "mistral3": Mistral3ForConditionalGeneration,
 }
 
 
-def model_class(config: dict[str, object]) -> type[MinistralForCausalLM]:
+def model_class(config: dict[str, object]) -> type[GenerativeModel]:
     """The class that computes what a config.json describes.
 
     Raises:
         ValueError: none does.
     """
     kind = str(config.get("model_type"))
-    if kind == "mistral3":
-        raise ValueError(
-            "model_type 'mistral3' (Ministral 3 with its vision encoder) cannot be loaded yet; allowed: a text model,"
-            f" {', '.join(MODELS)}"
-        )
     if kind not in MODELS:
         raise ValueError(f"config.json has model_type {config.get('model_type')!r}; allowed: {', '.join(MODELS)}")
     return MODELS[kind]
@@ -58,7 +64,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
     attn_implementation: str | None = None,
-) -> MinistralForCausalLM:
+) -> GenerativeModel:
     """`from_pretrained` of the class that config.json asks for; arguments and errors are those of
     `PreTrainedModel.from_pretrained`."""
     directory = checkpoint.find(path_or_hub_id)
@@ -143,7 +149,7 @@ def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator | None
 
 @torch.inference_mode()
 def generate(
-    model: MinistralForCausalLM,
+    model: GenerativeModel,
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
     max_new_tokens: int = 128,
@@ -156,6 +162,8 @@ def generate(
     seed: int | Sequence[int] | None = None,
     on_token: Callable[[int, int], bool | None] | None = None,
     prefill_chunk_size: int = 512,
+    pixel_values: Tensor | None = None,
+    image_sizes: ImageSizes | None = None,
 ) -> Tensor:
     """Continue each row of `input_ids` until it ends with an end-of-sequence token or is long enough.
 
@@ -171,7 +179,8 @@ def generate(
         on_token: called as on_token(row, id) for every new token, the ending one included, as soon as it is known;
             if it returns True, that row ends.
         prefill_chunk_size: the prompt is read in chunks of this size, so that the memory for attention masks grows
-            with the length of the prompt and not with its square.
+            with the length of the prompt and not with its square. A cut may go through a picture.
+        pixel_values, image_sizes: the pictures whose [IMG] tokens are in the prompts, see `vision.batch_images`.
 
     Returns:
         (B, T + n): prompts and continuations; a row that ended early is filled up with `pad_token_id` (with the
@@ -182,7 +191,7 @@ def generate(
             of `max_position_embeddings` for a new token.
     """
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
-    config, device = model.config, model.device
+    config, device = model.config.get_text_config(), model.device
     for name, value in (("max_new_tokens", max_new_tokens), ("prefill_chunk_size", prefill_chunk_size)):
         if value < 1:
             raise ValueError(f"{name}={value} is impossible; allowed: a whole number not below 1")
@@ -209,13 +218,20 @@ def generate(
     mask = None if real.all() else torch.cat((real, torch.ones(B, max_new_tokens, dtype=torch.bool)), 1).to(device)
     first_positions = torch.tensor([[length - T] for length in lengths], device=device)
 
+    embeds = None
+    if isinstance(model, Mistral3ForConditionalGeneration) and pixel_values is not None:
+        embeds, _ = model.model.embed(input_ids, pixel_values.to(device), image_sizes)
+    elif pixel_values is not None:
+        raise ValueError(f"pixel_values for a {type(model).__name__}, which has no eyes; allowed: a mistral3 model")
+
     def step(start: int, ids: Tensor) -> Tensor:
         """Feed ids (B, S) that begin at slot `start`; the logits after the last of them, (B, V)."""
         end = start + ids.shape[1]
         positions = (first_positions + torch.arange(start, end, device=device)).clamp(min=0)
         seen = None if mask is None else mask[:, :end]
-        out = model(ids, seen, positions, cache, use_cache=True, logits_to_keep=1)
-        return out.logits[:, -1]
+        text = {"input_ids": ids} if embeds is None or start >= T else {"inputs_embeds": embeds[:, start:end]}
+        arguments = dict(attention_mask=seen, position_ids=positions, past_key_values=cache, **text)
+        return model(**arguments, use_cache=True, logits_to_keep=1).logits[:, -1]
 
     cache, tokens = KVCache(config, expected=total), input_ids
     for start in range(0, T, prefill_chunk_size):
@@ -279,6 +295,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(description="Continue a text with a Ministral model.")
     parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="the text to continue")
     parser.add_argument("--prompt-file", metavar="FILE", help="read the prompt from a file, - for standard input")
+    parser.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture, before the text; also"
+                        " a web address or data: URI (repeatable)")  # fmt: skip
     parser.add_argument("--model", default=str(BUNDLED), metavar="DIR_OR_HUB_ID", help="default: the bundled model")
     parser.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="default: 200")
     parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0 is greedy; default: 0.8")
@@ -326,6 +344,20 @@ def read_prompt(options: argparse.Namespace) -> str:
     if not text:
         raise ValueError("the prompt is empty; give at least one character")
     return text
+
+
+def picture_ids(picture: Tensor, config: Mistral3Config, tokenizer: Tokenizer) -> list[int]:
+    """The ids that stand for a preprocessed picture (3, height, width) in a prompt.
+
+    Raises:
+        ValueError: the tokenizer has no such tokens, or the model means another id by [IMG].
+    """
+    names = ("[IMG]", "[IMG_BREAK]", "[IMG_END]")
+    image, between, end = (tokenizer.special_tokens.get(name) for name in names)
+    if between is None or end is None or image != config.image_token_id:
+        found = ", ".join(f"{name} {tokenizer.special_tokens.get(name)}" for name in names)
+        raise ValueError(f"the tokenizer has {found}; allowed: these three, [IMG] being {config.image_token_id}")
+    return image_tokens((picture.shape[1], picture.shape[2]), config, between, end)
 
 
 def choose_device(name: str) -> torch.device:
@@ -423,13 +455,20 @@ def run(options: argparse.Namespace) -> int:
     directory = checkpoint.find(options.model)
     content = checkpoint.read_config(directory)
     cls = model_class(content)
-    config = cls.config_class.from_dict(content)
+    whole = cls.config_class.from_dict(content)
+    config: MinistralConfig = whole.get_text_config()
+    if options.image and cls is not Mistral3ForConditionalGeneration:
+        found = f"{directory} has no eyes (model_type {config.model_type!r})"
+        raise ValueError(f"--image: {found}; allowed: a model of type 'mistral3'")
     tokenizer = Tokenizer.from_dir(directory)
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(
             f"{directory}: the tokenizer has {tokenizer.vocab_size} ids, the model vocab_size={config.vocab_size}"
         )
-    ids = tokenizer.encode(prompt)
+    pictures = [preprocess(load_image(source), whole) for source in options.image]
+    ids = tokenizer.encode("") + [i for picture in pictures for i in picture_ids(picture, whole, tokenizer)]
+    ids += tokenizer.encode(prompt, bos=False)
+    pixel_values, image_sizes = batch_images(pictures) if pictures else (None, None)
     check_length(len(ids), config)
     plan_memory(directory, config, len(ids) + options.max_new_tokens, device, dtype)
     model = cls.from_pretrained(directory, dtype, device, options.attn)
@@ -443,6 +482,8 @@ def run(options: argparse.Namespace) -> int:
             max_new_tokens=options.max_new_tokens,
             seed=seed,
             on_token=writer.on_token,
+            pixel_values=pixel_values,
+            image_sizes=image_sizes,
             **asdict(sampling),
         )
     except KeyboardInterrupt:
@@ -457,7 +498,8 @@ def run(options: argparse.Namespace) -> int:
         settings |= asdict(sampling) | {"max_new_tokens": options.max_new_tokens, "seed": seed, "stop": options.stop}
         first = writer.times[0] - start if writer.times else None
         timing = {"first_token_seconds": first, "seconds": seconds, "tokens_per_second": rate}
-        result: dict[str, object] = {"prompt": prompt, "text": writer.text, "prompt_ids": ids, "ids": writer.ids}
+        result: dict[str, object] = {"prompt": prompt, "images": options.image, "text": writer.text}
+        result |= {"prompt_ids": ids, "ids": writer.ids}
         result |= {"settings": settings, "timing": timing, "interrupted": interrupted}
         print(json.dumps(result, ensure_ascii=False))
     else:

@@ -1,0 +1,635 @@
+"""Pictures: the encoder and the whole model equal Transformers', sizes and tokens equal mistral-common's."""
+
+import base64
+import dataclasses
+import io
+import json
+import random
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from hypothesis import given, strategies as st
+from mistral_common.tokens.tokenizers import image as mistral_image
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.models.pixtral import image_processing_pil_pixtral as their_images
+
+import vision
+from generate import BUNDLED, generate, load_model
+from ministral import KVCache
+from tests.cases import draw_chunks, draw_config
+from tests.test_checkpoint import assert_same_weights
+from tests.test_parity import assert_same
+from vision import (
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    Mistral3Model,
+    PixtralVisionConfig,
+    PixtralVisionModel,
+    batch_images,
+    image_tokens,
+    load_image,
+    mistral_size,
+    preprocess,
+    transformers_size,
+)
+
+rngs = st.randoms(use_true_random=False)
+ROOT = Path(__file__).resolve().parent.parent
+BREAK, END = 12, 13
+
+
+@dataclasses.dataclass
+class Case:
+    """Our model, Transformers' with equal weights, and a batch of texts with pictures."""
+
+    ours: Mistral3ForConditionalGeneration
+    theirs: object
+    ids: torch.Tensor  # (B, S)
+    mask: torch.Tensor | None
+    pixels: torch.Tensor | None  # (N, 3, height, width)
+    sizes: list[tuple[int, int]]
+
+    def arguments(self, **more):
+        """For either side's forward."""
+        pictures = {} if self.pixels is None else {"pixel_values": self.pixels, "image_sizes": self.sizes}
+        return {"input_ids": self.ids, "attention_mask": self.mask} | pictures | more
+
+    def truth(self):
+        """Our model with the same weights in float64, eager."""
+        model = Mistral3ForConditionalGeneration(dataclasses.replace(self.ours.config, attn_implementation="eager"))
+        model.load_state_dict(self.ours.state_dict())
+        return model.double().to(self.ids.device).eval()
+
+
+def draw_case(rng, device="cpu", dtype=None, pictures=None, **fixed):
+    """A tiny model in which everything differs that can, one to three texts, and the given number of pictures (default
+    0 to 3) spread over them: portrait, landscape, no multiples of the patch, other sizes in one batch."""
+    attn = fixed.pop("attn_implementation", rng.choice(["eager", "sdpa"]))
+    heads, layers = rng.choice([1, 2, 3]), rng.randint(1, 3)
+    eyes = PixtralVisionConfig(
+        hidden_size=heads * rng.choice([4, 8, 16]), intermediate_size=24, num_hidden_layers=layers,
+        num_attention_heads=heads, image_size=40, patch_size=rng.choice([2, 3, 4]),
+        hidden_act=rng.choice(["silu", "gelu"]), rope_theta=rng.choice([100.0, 1e4]),
+    )  # fmt: skip
+    # Layer 0 is left out: Transformers fails on it, because it passes the number on as "output hidden states?".
+    layer = rng.choice([-1, -1, *(i for i in range(-layers - 1, layers + 1) if i)])
+    config = Mistral3Config(
+        eyes, draw_config(rng, family="ministral3"), image_token_index=rng.choice([10, 49]),
+        projector_hidden_act=rng.choice(["gelu", "silu"]), vision_feature_layer=rng.choice([layer, [layer]]),
+        multimodal_projector_bias=rng.random() < 0.3, spatial_merge_size=rng.choice([1, 2, 3]),
+        tie_word_embeddings=rng.random() < 0.5, attn_implementation=attn,
+    )  # fmt: skip
+    config = dataclasses.replace(config, **fixed)
+    arguments = {k: v for k, v in config.to_dict().items() if k != "model_type"}
+    their_config = transformers.Mistral3Config(**arguments)
+    their_config._attn_implementation = attn
+    theirs = transformers.Mistral3ForConditionalGeneration._from_config(their_config)
+    g = torch.Generator().manual_seed(rng.randrange(2**31))
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.copy_(torch.randn(p.shape, generator=g) * (0.4 if p.ndim > 1 else 0.3) + (p.ndim == 1))
+    ours = Mistral3ForConditionalGeneration(config)
+    ours.load_state_dict(theirs.state_dict())
+    dtype = dtype or rng.choice([torch.float32, torch.bfloat16])
+
+    N, merged = rng.randint(0, 3) if pictures is None else pictures, config.vision_config.patch_size
+    merged *= config.spatial_merge_size
+    sizes = [(rng.randint(merged, 4 * merged), rng.randint(merged, 5 * merged)) for _ in range(N)]
+    if N and sum((h // merged) * (w // merged) for h, w in sizes) == 1:
+        sizes[0] = (2 * merged, merged)  # Transformers fails on a single embedding: it squeezes that dimension away
+    words = [i for i in range(1, 49) if i != 10]
+    texts = [[rng.choice(words) for _ in range(rng.randint(2, 8))] for _ in range(rng.randint(1, 3))]
+    for i, size in enumerate(sizes):
+        row = texts[min(i, len(texts) - 1)]
+        place = rng.choice([0, len(row)])
+        row[place:place] = image_tokens(size, config, BREAK, END)
+    S, left = max(map(len, texts)), rng.random() < 0.5
+    rows = [[0] * (S - len(row)) + row if left else row + [0] * (S - len(row)) for row in texts]
+    real = [[0] * (S - len(row)) + [1] * len(row) if left else [1] * len(row) + [0] * (S - len(row)) for row in texts]
+    height, width = (max((size[i] for size in sizes), default=0) + rng.randint(0, 3) for i in (0, 1))
+    pixels = torch.randn(N, 3, height, width, generator=g).to(device) if N else None
+    mask = None if all(map(all, real)) else torch.tensor(real, device=device)
+    pair = (model.to(device=device, dtype=dtype).eval() for model in (ours, theirs))
+    return Case(*pair, torch.tensor(rows, device=device), mask, pixels, sizes)
+
+
+def real_of(case):
+    return torch.ones_like(case.ids, dtype=torch.bool) if case.mask is None else case.mask.bool()
+
+
+# ------------------------------------------------------------------------------------------------------ parity
+
+
+@torch.no_grad()
+@given(rngs)
+def test_one_picture_is_bit_identical(device, rng):
+    """Every hidden state of the encoder, the embeddings, every hidden state of the language model, logits and loss."""
+    case = draw_case(rng, device, pictures=rng.choice([0, 1, 1, 1]))
+    if device == "cuda" and case.ours.config.attn_implementation == "sdpa":
+        return
+    real, labels = real_of(case), case.ids.masked_fill(~real_of(case), -100)
+    labels[:, 1:][~(real[:, 1:] & real[:, :-1])] = -100
+    sizes = torch.tensor(case.sizes) if rng.random() < 0.5 and case.sizes else case.sizes
+    more = dict(labels=labels, output_hidden_states=True) | ({"image_sizes": sizes} if case.sizes else {})
+    a, b = case.ours(**case.arguments(**more)), case.theirs(**case.arguments(**more))
+    if case.sizes:
+        x, y = (
+            model.model.vision_tower(case.pixels, image_sizes=sizes, output_hidden_states=True)
+            for model in (case.ours, case.theirs)
+        )
+        assert len(x.hidden_states) == len(y.hidden_states)
+        for one, other in zip((x.last_hidden_state, *x.hidden_states), (y.last_hidden_state, *y.hidden_states)):
+            assert_same(one, other)
+        assert_same(a.image_hidden_states, b.image_hidden_states)
+        whole = case.pixels[:, :, : case.sizes[0][0], : case.sizes[0][1]]
+        assert_same(case.ours.model.vision_tower(whole).last_hidden_state, case.theirs.model.vision_tower(whole)[0])
+    else:
+        assert a.image_hidden_states is None
+    for one, other in zip(a.hidden_states, b.hidden_states, strict=True):
+        assert_same(one, other, real)
+    assert_same(a.logits, b.logits, real)
+    assert torch.equal(a.loss, b.loss) or b.loss.isnan()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_several_pictures_are_no_further_from_float64(device, dtype, attn_implementation, capsys):
+    """Transformers attends over one long masked sequence, ours picture by picture: other sums, so other last bits.
+    Error of the embeddings against float64, median and maximum over random models."""
+    errors = {"ours": [], "theirs": []}
+    for seed in range(60):
+        rng = random.Random(seed)
+        case = draw_case(rng, device, dtype, pictures=2 + seed % 2, attn_implementation=attn_implementation)
+        truth = torch.cat(case.truth().model.get_image_features(case.pixels.double(), case.sizes))
+        for side, model in (("ours", case.ours), ("theirs", case.theirs)):
+            features = model(**case.arguments()).image_hidden_states
+            errors[side].append(((features.double() - truth).norm() / truth.norm()).item())
+    figures = {side: (statistics.median(e), max(e)) for side, e in errors.items()}
+    with capsys.disabled():
+        print(f"\n{device} {dtype} {attn_implementation}: median and maximum error {figures}", end=" ")
+    assert figures["ours"][0] <= 1.05 * figures["theirs"][0] and figures["ours"][1] <= 1.25 * figures["theirs"][1]
+
+
+@torch.no_grad()
+@given(rngs)
+def test_pictures_do_not_see_each_other(device, rng):
+    """In float64: in one batch, cut out of their padding, and one by one, they get the same embeddings, to 1e-12; and
+    nearly those of Transformers, which draws the mask of our docstring."""
+    case = draw_case(rng, device, torch.float32, pictures=rng.randint(2, 3))
+    model = case.truth().model
+    model.vision_tower.config.attn_implementation = rng.choice(["eager", "sdpa"])
+    together = model.get_image_features(case.pixels.double(), case.sizes)
+    for features, pixels, (h, w) in zip(together, case.pixels.double(), case.sizes, strict=True):
+        alone = model.get_image_features(pixels[None, :, :h, :w])[0]
+        torch.testing.assert_close(features, alone, rtol=1e-12, atol=1e-12)
+    case.theirs.double()
+    their_features = case.theirs(**case.arguments(pixel_values=case.pixels.double())).image_hidden_states
+    torch.testing.assert_close(torch.cat(together), their_features, rtol=1e-2, atol=1e-3)  # float32 in its norms
+
+
+@given(rngs)
+def test_the_gradient_of_every_parameter_is_bit_identical(rng):
+    """One picture, float32, CPU; with gradient checkpointing, too."""
+    case = draw_case(rng, dtype=torch.float32, pictures=1)
+    found = []
+    for model, checkpointing in ((case.ours, False), (case.ours, True), (case.theirs, False)):
+        model.train().zero_grad()
+        if model is case.ours:
+            model.gradient_checkpointing = checkpointing
+        labels = {"labels": case.ids.masked_fill(~real_of(case), -100)}
+        loss = model(**case.arguments(**labels)).loss
+        if loss.isnan():
+            return
+        loss.backward()
+        found.append({name: p.grad for name, p in model.named_parameters()})
+    for name, gradient in found[0].items():
+        theirs = found[2][name]
+        assert (gradient is None) == (theirs is None), name  # layers above the one that is read have none
+        for other in (found[1][name], theirs):
+            assert gradient is None or torch.equal(gradient, other), name
+
+
+# ------------------------------------------------------------------------------------------------- cache, loop
+
+
+@torch.no_grad()
+@given(rngs)
+def test_decoding_after_pictures_and_cuts_through_them(device, rng):
+    """In float64: any cut into chunks, single tokens after pictures, only some rows with pictures: as in one shot."""
+    case = draw_case(rng, device, torch.float32)
+    model, pixels = case.truth(), None if case.pixels is None else case.pixels.double()
+    model.config.text_config.attn_implementation = rng.choice(["eager", "sdpa"])
+    pictures = {} if pixels is None else {"pixel_values": pixels, "image_sizes": case.sizes}
+    whole = model(case.ids, attention_mask=case.mask, **pictures, use_cache=False).logits
+    embeds, _ = model.model.embed(case.ids, pixels, case.sizes)
+    cache, start, logits = KVCache(model.config.text_config), 0, []
+    for length in draw_chunks(rng, case.ids.shape[1]):
+        end = start + length
+        mask = None if case.mask is None else case.mask[:, :end]
+        out = model(inputs_embeds=embeds[:, start:end], attention_mask=mask, past_key_values=cache, use_cache=True)
+        logits.append(out.logits)
+        start = end
+    real = real_of(case)
+    torch.testing.assert_close(torch.cat(logits, 1)[real], whole[real], rtol=1e-12, atol=1e-12)
+
+
+@torch.no_grad()
+@given(rngs)
+def test_greedy_continuations_are_transformers(rng):
+    case = draw_case(rng, dtype=torch.float32, pictures=1, attn_implementation="eager")
+    row = next(i for i, ids in enumerate(case.ids) if (ids == case.ours.config.image_token_id).any())
+    ids = case.ids[row][real_of(case)[row]][None]
+    pictures = {"pixel_values": case.pixels, "image_sizes": case.sizes}
+    pictures["prefill_chunk_size"] = rng.choice([1, 3, 512])
+    ours = generate(case.ours, ids, max_new_tokens=8, eos_token_id=(), **pictures)
+    theirs = case.theirs.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, eos_token_id=None,
+        pixel_values=case.pixels, image_sizes=torch.tensor(case.sizes), pad_token_id=0,
+    )  # fmt: skip
+    assert torch.equal(ours, theirs)
+
+
+# ---------------------------------------------------------------------------------------------------- pictures
+
+sides = st.one_of(st.integers(1, 6000), st.integers(1, 60))
+PUBLISHED = Mistral3Config()
+
+
+class Sized:
+    """A picture that has only a size."""
+
+    def __init__(self, height, width):
+        self.size, self.width, self.height = (width, height), width, height
+
+
+@given(sides, sides)
+def test_sizes_and_tokens_are_mistral_commons(height, width):
+    special = mistral_image.SpecialImageIDs(10, 12, 13)
+    encoder = mistral_image.ImageEncoder(mistral_image.ImageConfig(14, 1540, 2), special)
+    columns, rows = encoder._image_to_num_tokens(Sized(height, width))
+    size = mistral_size(height, width, 1540, 28)
+    assert size == (28 * rows, 28 * columns)
+    expected = ([10] * columns + [12]) * rows
+    assert image_tokens(size, PUBLISHED, 12, 13) == expected[:-1] + [13]
+
+
+def test_tokens_are_mistral_commons_own(monkeypatch):
+    """The same through its encoder as a whole (whose resampling needs OpenCV)."""
+    from mistral_common.protocol.instruct.chunk import ImageChunk
+
+    monkeypatch.setattr(mistral_image, "transform_image", lambda image, size: np.zeros((3, size[1], size[0])))
+    special = mistral_image.SpecialImageIDs(10, 12, 13)
+    encoder = mistral_image.ImageEncoder(mistral_image.ImageConfig(14, 1540, 2), special)
+    for width, height in ((1, 1), (500, 300), (28, 29), (1600, 3000), (40, 6000)):
+        found = encoder(ImageChunk(image=Image.new("RGB", (width, height))))
+        pixels = preprocess(Image.new("RGB", (width, height)), PUBLISHED)
+        assert pixels.shape == found.image.shape
+        assert image_tokens(tuple(pixels.shape[1:]), PUBLISHED, 12, 13) == found.tokens
+
+
+@given(sides, sides)
+def test_sizes_are_transformers_where_it_has_one(height, width):
+    blank = np.broadcast_to(np.zeros((3, 1, 1), np.uint8), (3, height, width))
+    size = their_images.get_resize_output_image_size(blank, (1540, 1540), (28, 28), "channels_first")
+    if min(size) == 0:
+        with pytest.raises(ValueError, match="no pixel is left"):
+            transformers_size(height, width, 1540, 28)
+    else:
+        assert transformers_size(height, width, 1540, 28) == size
+
+
+def test_the_two_rules_differ():
+    """As often as stated, and in both directions of no consequence: never by more than one merged patch."""
+    rng, differ, total = random.Random(0), 0, 20_000
+    for _ in range(total):
+        height, width = rng.randint(1, 6000), rng.randint(1, 6000)
+        one = mistral_size(height, width, 1540, 28)
+        try:
+            other = transformers_size(height, width, 1540, 28)
+        except ValueError:
+            other = (0, 0)
+        differ += one != other
+    assert differ / total == pytest.approx(0.016, abs=0.003)
+    assert mistral_size(3491, 510, 1540, 28)[1] == 28 * 9 and transformers_size(3491, 510, 1540, 28)[1] == 28 * 8
+    assert mistral_size(5383, 2, 1540, 28) == (1540, 28)
+
+
+def draw_picture(rng, modes=("RGB", "L", "RGBA", "P", "LA", "1", "CMYK")):
+    width, height = rng.randint(1, 90), rng.randint(1, 90)
+    pixels = np.random.default_rng(rng.randrange(2**32)).integers(0, 256, (height, width, 4), dtype=np.uint8)
+    return Image.fromarray(pixels, "RGBA").convert(rng.choice(modes))
+
+
+@given(rngs)
+def test_pixels_are_transformers(rng):
+    """Several pictures in one batch, all modes: bit-identical values and sizes."""
+    patch, merge, edge = rng.choice([4, 14]), rng.choice([1, 2]), rng.choice([32, 56, 1540])
+    config = Mistral3Config(PixtralVisionConfig(patch_size=patch, image_size=edge), spatial_merge_size=merge)
+    pictures = [draw_picture(rng) for _ in range(rng.randint(1, 3))]
+    processor = their_images.PixtralImageProcessorPil(size={"longest_edge": edge}, patch_size=patch * merge)
+    try:
+        ours, sizes = batch_images([preprocess(picture, config, transformers_size) for picture in pictures])
+    except ValueError:  # Transformers has no grid for these
+        return
+    theirs = processor(pictures, patch_size={"height": patch * merge, "width": patch * merge}, return_tensors="pt")
+    assert sizes == [tuple(size) for size in theirs["image_sizes"].tolist()]
+    assert ours.dtype == theirs["pixel_values"].dtype and torch.equal(ours, theirs["pixel_values"])
+
+
+def test_what_is_transparent_becomes_white():
+    clear = preprocess(Image.new("RGBA", (28, 28), (0, 0, 0, 0)), PUBLISHED)
+    assert clear.equal(preprocess(Image.new("RGB", (28, 28), "white"), PUBLISHED))
+    palette = Image.new("P", (28, 28), 0)
+    palette.info["transparency"] = 0
+    assert preprocess(palette, PUBLISHED).equal(clear)
+
+
+# --------------------------------------------------------------------------------------------------- bad input
+
+
+def png(picture):
+    data = io.BytesIO()
+    picture.save(data, "PNG")
+    return data.getvalue()
+
+
+def test_where_pictures_come_from(tmp_path):
+    picture = draw_picture(random.Random(0), ["RGB"])
+    (tmp_path / "a.png").write_bytes(png(picture))
+    uri = "data:image/png;base64," + base64.b64encode(png(picture)).decode()
+    for source in (tmp_path / "a.png", str(tmp_path / "a.png"), png(picture), uri):
+        assert load_image(source).tobytes() == picture.tobytes()
+    turned = Image.new("RGB", (20, 10), "red")
+    exif = turned.getexif()
+    exif[0x0112] = 6  # held sideways
+    turned.save(tmp_path / "b.jpg", exif=exif)
+    assert load_image(tmp_path / "b.jpg").size == (10, 20)
+
+
+@pytest.fixture
+def server(tmp_path):
+    """Serves files of a directory on this machine."""
+    import functools
+    import http.server
+    import threading
+
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    handler.log_message = lambda *_: None
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}", tmp_path
+        running.shutdown()
+
+
+def test_pictures_from_the_web(server, monkeypatch):
+    address, directory = server
+    picture = draw_picture(random.Random(1), ["RGB"])
+    (directory / "a.png").write_bytes(png(picture))
+    assert load_image(f"{address}/a.png").tobytes() == picture.tobytes()
+    with pytest.raises(FileNotFoundError, match="cannot be fetched .*404"):
+        load_image(f"{address}/b.png")
+    monkeypatch.setattr(vision, "MAX_BYTES", 10)
+    with pytest.raises(ValueError, match="has more than 0 MB"):
+        load_image(f"{address}/a.png")
+    with pytest.raises(FileNotFoundError, match="cannot be fetched"):
+        load_image("http://127.0.0.1:9/a.png")
+
+
+def bomb():
+    """The header of a PNG of 60000 x 60000 pixels."""
+    data = bytearray(png(Image.new("L", (8, 8))))
+    header = b"IHDR" + (60000).to_bytes(4, "big") * 2 + bytes(data[24:29])
+    import zlib
+
+    data[12:33] = header + zlib.crc32(header).to_bytes(4, "big")
+    return bytes(data)
+
+
+BAD_FILES = [
+    (b"", "no picture that Pillow can read"),
+    (b"GIF89a", "no picture that Pillow can read"),
+    (b"not a picture", "no picture that Pillow can read"),
+    (png(draw_picture(random.Random(3), ["RGB"]))[:-400], "or is damaged"),
+    (bomb(), "60000 x 60000 pixels|is no picture that Pillow can read"),
+]
+
+
+@pytest.mark.parametrize("data, message", BAD_FILES)
+def test_bad_pictures(tmp_path, data, message):
+    (tmp_path / "bad.png").write_bytes(data)
+    for source in (tmp_path / "bad.png", data):
+        with pytest.raises(ValueError, match=message):
+            load_image(source)
+
+
+def test_bad_sources(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none\.png cannot be read \(No such file"):
+        load_image(tmp_path / "none.png")
+    with pytest.raises(FileNotFoundError, match="cannot be read"):
+        load_image(tmp_path)
+    for uri in ("data:image/png;base64,!!!", "data:image/png,abc", "data:"):
+        with pytest.raises(ValueError, match="is no data:"):
+            load_image(uri)
+
+
+@torch.no_grad()
+def test_counts_that_do_not_agree():
+    case = draw_case(random.Random(1), dtype=torch.float32, pictures=1)
+    count = int((case.ids == case.ours.config.image_token_id).sum())
+    fewer = case.ids.clone()
+    fewer[fewer == case.ours.config.image_token_id] = 5
+    with pytest.raises(ValueError, match=rf"^0 \[IMG\] tokens \(id \d+\) for pictures that have {count} embeddings"):
+        case.ours(**case.arguments(input_ids=fewer))
+    for wrong, message in (
+        ({"pixel_values": case.pixels[0]}, "pixel_values must be (images, 3, height, width); found (3, "),
+        ({"image_sizes": case.sizes * 2}, "image_sizes must be a (height, width) for each of 1 pictures; found"),
+        ({"image_sizes": [(1000, 4)]}, "an image size of 1000 x 4; allowed:"),
+        ({"image_sizes": [(0, 8)]}, "an image size of 0 x 8; allowed:"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            case.ours(**case.arguments(**wrong))
+    with pytest.raises(ValueError, match="allowed: 3 x 3 or more"):
+        Mistral3Model(dataclasses.replace(case.ours.config, spatial_merge_size=3)).get_image_features(
+            torch.zeros(1, 3, 2 * case.ours.config.vision_config.patch_size, 40)
+        )
+    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+        case.ours(pixel_values=case.pixels)
+    text_only = load_model(BUNDLED)
+    with pytest.raises(ValueError, match="pixel_values for a Ministral3ForCausalLM, which has no eyes"):
+        generate(text_only, torch.tensor([[1]]), pixel_values=case.pixels)
+
+
+@torch.no_grad()
+def test_pictures_among_given_embeddings():
+    case = draw_case(random.Random(1), dtype=torch.float32, pictures=1)
+    embeds = case.ours.model.language_model.embed_tokens(case.ids)
+    given_embeds = case.ours(**case.arguments(input_ids=None, inputs_embeds=embeds)).logits
+    assert_same(given_embeds, case.ours(**case.arguments()).logits)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"vision_config": {"hidden_size": 10, "num_attention_heads": 4}}, "hidden_size=10 is impossible"),
+        ({"vision_config": {"patch_size": 0}}, "patch_size=0 is impossible; allowed: a whole number not below 1"),
+        ({"vision_config": {"head_dim": 3}}, "head_dim=3 is impossible; allowed: hidden_size / num_attention_heads"),
+        ({"vision_config": {"rope_parameters": {"rope_type": "yarn"}}}, "allowed: rope_type default, or axial"),
+        ({"vision_config": {"model_type": "clip"}}, "model_type 'clip' computes another function; allowed: pixtral"),
+        ({"text_config": {"model_type": "gemma"}}, "allowed: model_type ministral3, ministral, mistral"),
+        ({"vision_feature_layer": 25}, "vision_feature_layer=25 is impossible; allowed: one number from -25 to 24"),
+        ({"vision_feature_layer": [-1, -2]}, "allowed: one number"),
+        ({"spatial_merge_size": 0}, "spatial_merge_size=0 is impossible"),
+        ({"image_token_index": 10**6}, "allowed: an id of the vocabulary"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantized weights (fp8) are not supported"),
+    ],
+)
+def test_impossible_configurations(change, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Mistral3Config.from_dict({"model_type": "mistral3"} | change)
+
+
+# ------------------------------------------------------------------------------------------------------- files
+
+
+@torch.no_grad()
+@given(rngs)
+def test_directories_go_both_ways(tmp_path_factory, rng):
+    case = draw_case(rng, pictures=1)
+    ours, theirs = (tmp_path_factory.mktemp(side) for side in ("ours", "theirs"))
+    attn = case.ours.config.attn_implementation
+    case.ours.save_pretrained(ours)
+    case.theirs.save_pretrained(theirs)
+    there, info = transformers.Mistral3ForConditionalGeneration.from_pretrained(
+        ours, output_loading_info=True, attn_implementation=attn
+    )
+    assert not any(info.values()), info
+    here = load_model(theirs, attn_implementation=attn)
+    assert_same_weights(case.ours, here)
+    assert_same_weights(case.ours, there)
+    again = load_model(ours, attn_implementation=attn)
+    assert again.config == case.ours.config
+    assert_same(again(**case.arguments()).logits, there(**case.arguments()).logits, real_of(case))
+    backbone = Mistral3Model.from_pretrained(theirs)
+    assert_same_weights(backbone, case.ours.model)
+
+
+def test_the_names_of_the_published_files(tmp_path):
+    """language_model.model.layers, language_model.lm_head, vision_tower, multi_modal_projector."""
+    case = draw_case(random.Random(4), tie_word_embeddings=False)
+    case.ours.save_pretrained(tmp_path)
+    tensors = {}
+    for name, tensor in load_file(tmp_path / "model.safetensors").items():
+        name = name.removeprefix("model.")
+        name = name.replace("language_model.", "language_model.model.").replace("lm_head.", "language_model.lm_head.")
+        tensors[name] = tensor
+    assert "language_model.lm_head.weight" in tensors and "language_model.model.norm.weight" in tensors
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert_same_weights(load_model(tmp_path), case.ours)
+
+
+def test_the_published_model_has_the_published_size():
+    """3B: numbers in the language model, the encoder and the projector."""
+    text = {"model_type": "ministral3", "hidden_size": 3072, "intermediate_size": 9216, "num_hidden_layers": 26,
+            "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": True}  # fmt: skip
+    with torch.device("meta"):
+        model = Mistral3ForConditionalGeneration(Mistral3Config(text_config=text)).model
+    parts = [model.language_model, model.vision_tower, model.multi_modal_projector]
+    assert [sum(p.numel() for p in part.parameters()) for part in parts] == [3_429_006_336, 403_305_472, 16_778_240]
+
+
+# ------------------------------------------------------------------------------------------------------ memory
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the number of elements of the largest tensor that any operation makes."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return out
+
+
+@torch.no_grad()
+def test_no_tensor_is_quadratic_in_the_pictures():
+    """Eight pictures of 256 patches: nothing as large as 2048 x 2048, and on the fused path nothing as large as
+    256 x 256 for all heads."""
+    config = PixtralVisionConfig(16, 16, 2, 2, image_size=64, patch_size=4)
+    for attn, limit in (("eager", 2 * 256 * 256), ("sdpa", 8 * 3 * 64 * 64)):
+        model = PixtralVisionModel(dataclasses.replace(config, attn_implementation=attn)).eval()
+        with Largest() as largest:
+            model(torch.zeros(8, 3, 64, 64))
+        assert largest.numel <= limit, attn
+
+
+# ------------------------------------------------------------------------------------------------ command line
+
+
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory):
+    """A directory with a tiny model that has eyes and the bundled tokenizer, and a picture."""
+    path = tmp_path_factory.mktemp("seeing")
+    text = {"model_type": "ministral3", "vocab_size": 2048, "hidden_size": 32, "intermediate_size": 32,
+            "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
+            "max_position_embeddings": 512}  # fmt: skip
+    eyes = PixtralVisionConfig(16, 16, 2, 2, image_size=64, patch_size=4)
+    torch.manual_seed(0)
+    Mistral3ForConditionalGeneration(Mistral3Config(eyes, text)).save_pretrained(path)
+    shutil.copy(BUNDLED / "tekken.json", path)
+    draw_picture(random.Random(0), ["RGB"]).save(path / "a.png")
+    return path
+
+
+def command(*arguments):
+    return subprocess.run(
+        [sys.executable, "generate.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_the_command_sees(seeing):
+    options = ["--model", str(seeing), "--max-new-tokens", "4", "--temperature", "0", "--json"]
+    done = command("What is this?", "--image", str(seeing / "a.png"), "--image", str(seeing / "a.png"), *options)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    config = Mistral3Config.from_dict(json.loads((seeing / "config.json").read_text()))
+    size = tuple(preprocess(Image.open(seeing / "a.png"), config).shape[1:])
+    tokens = image_tokens(size, config, BREAK, END)
+    assert result["prompt_ids"][: 1 + 2 * len(tokens)] == [1, *tokens, *tokens]
+    plain = json.loads(command("What is this?", *options).stdout)
+    assert plain["prompt_ids"][1:] == result["prompt_ids"][1 + 2 * len(tokens) :] and len(result["ids"]) <= 4
+    model = load_model(seeing)
+    pixels, sizes = batch_images([preprocess(Image.open(seeing / "a.png"), config)] * 2)
+    ids = torch.tensor([result["prompt_ids"]])
+    out = generate(model, ids, max_new_tokens=4, pixel_values=pixels, image_sizes=sizes)
+    assert out[0, ids.shape[1] :].tolist() == result["ids"]
+
+
+@pytest.mark.parametrize("data, message", BAD_FILES)
+def test_the_command_refuses_bad_pictures(seeing, tmp_path, data, message):
+    (tmp_path / "bad.png").write_bytes(data)
+    done = command("x", "--model", str(seeing), "--image", str(tmp_path / "bad.png"))
+    assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
+    assert re.fullmatch(rf"error: .*({message}).*\n", done.stderr)
+
+
+def test_the_command_without_eyes(seeing):
+    done = command("x", "--image", str(seeing / "a.png"))
+    assert done.returncode == 2 and done.stdout == ""
+    message = r"error: --image: .*shakespeare has no eyes \(model_type 'ministral3'\); allowed: .*\n"
+    assert re.fullmatch(message, done.stderr)
+    done = command("x", "--model", str(seeing), "--image", str(seeing / "none.png"))
+    assert done.returncode == 2 and "none.png cannot be read" in done.stderr and done.stderr.count("\n") == 1
