@@ -93,14 +93,14 @@ def draw_case(rng, device="cpu", dtype=None, pictures=None, **fixed):
     arguments = {k: v for k, v in config.to_dict().items() if k != "model_type"}
     their_config = transformers.Mistral3Config(**arguments)
     their_config._attn_implementation = attn
-    theirs = transformers.Mistral3ForConditionalGeneration._from_config(their_config)
+    dtype = dtype or rng.choice([torch.float32, torch.bfloat16])
+    theirs = transformers.Mistral3ForConditionalGeneration._from_config(their_config, dtype=dtype)
     g = torch.Generator().manual_seed(rng.randrange(2**31))
     with torch.no_grad():
         for p in theirs.parameters():
             p.copy_(torch.randn(p.shape, generator=g) * (0.4 if p.ndim > 1 else 0.3) + (p.ndim == 1))
-    ours = Mistral3ForConditionalGeneration(config)
+    ours = Mistral3ForConditionalGeneration(config).to(dtype)
     ours.load_state_dict(theirs.state_dict())
-    dtype = dtype or rng.choice([torch.float32, torch.bfloat16])
 
     N, merged = rng.randint(0, 3) if pictures is None else pictures, config.vision_config.patch_size
     merged *= config.spatial_merge_size
@@ -119,7 +119,7 @@ def draw_case(rng, device="cpu", dtype=None, pictures=None, **fixed):
     height, width = (max((size[i] for size in sizes), default=0) + rng.randint(0, 3) for i in (0, 1))
     pixels = torch.randn(N, 3, height, width, generator=g).to(device) if N else None
     mask = None if all(map(all, real)) else torch.tensor(real, device=device)
-    pair = (model.to(device=device, dtype=dtype).eval() for model in (ours, theirs))
+    pair = (model.to(device).eval() for model in (ours, theirs))
     return Case(*pair, torch.tensor(rows, device=device), mask, pixels, sizes)
 
 
@@ -397,7 +397,7 @@ def test_pictures_from_the_web(server, monkeypatch):
     picture = draw_picture(random.Random(1), ["RGB"])
     (directory / "a.png").write_bytes(png(picture))
     assert load_image(f"{address}/a.png").tobytes() == picture.tobytes()
-    with pytest.raises(FileNotFoundError, match="cannot be fetched .*404"):
+    with pytest.raises(FileNotFoundError, match=r"cannot be fetched .*404"):
         load_image(f"{address}/b.png")
     monkeypatch.setattr(vision, "MAX_BYTES", 10)
     with pytest.raises(ValueError, match="has more than 0 MB"):
