@@ -14,10 +14,10 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -358,6 +358,22 @@ def picture_ids(picture: Tensor, config: Mistral3Config, tokenizer: Tokenizer) -
         found = ", ".join(f"{name} {tokenizer.special_tokens.get(name)}" for name in names)
         raise ValueError(f"the tokenizer has {found}; allowed: these three, [IMG] being {config.image_token_id}")
     return image_tokens((picture.shape[1], picture.shape[2]), config, between, end)
+
+
+def encode_messages(
+    messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, config: Any
+) -> tuple[Tensor, Tensor | None, ImageSizes | None]:
+    """A conversation, with pictures from files, web addresses or `data:` URIs, as `generate` takes it: input_ids
+    (1, T), pixel_values and image_sizes (None without pictures). Raises as `Tokenizer.encode_chat` and `load_image`.
+    """
+    pictures: list[Tensor] = []
+
+    def encode_image(source: str) -> list[int]:
+        pictures.append(preprocess(load_image(source), config))
+        return picture_ids(pictures[-1], config, tokenizer)
+
+    ids = tokenizer.encode_chat(messages, encode_image if isinstance(config, Mistral3Config) else None)
+    return torch.tensor([ids]), *(batch_images(pictures) if pictures else (None, None))
 
 
 def choose_device(name: str) -> torch.device:

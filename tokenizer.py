@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import base64
 import codecs
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,84 @@ class Tokenizer:
         """Ids of a text, after the id of "<s>" (which the models expect at the start) unless `bos` is False."""
         start = [self.bos_token_id] if bos and self.bos_token_id is not None else []
         return start + self.backend.encode(text, add_special_tokens=False).ids
+
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], encode_image: Callable[[Any], list[int]] | None = None
+    ) -> list[int]:
+        """The ids of a conversation in the layout of Ministral 3 (Mistral's version 13), up to where the answer begins:
+
+            <s>[SYSTEM_PROMPT]system[/SYSTEM_PROMPT][INST]user[/INST]assistant</s>[INST]user[/INST]
+
+        Ids are joined, never text: what a user types stays text. As in mistral-common, consecutive messages of a user
+        (of the assistant) are one, their texts and those of neighbouring parts joined by an empty line; a picture that
+        follows one text is put before it; blanks at the end of the assistant's words are dropped.
+
+        Args:
+            messages: {"role": "system", "user" or "assistant", "content": text or list of parts}. A part is
+                {"type": "text", "text": text}, {"type": "image", "image": source}, or {"type": "image_url",
+                "image_url": source or {"url": source}}.
+            encode_image: gives the ids that stand for a source (see `generate.encode_messages`). Pictures are for users
+                only.
+
+        Raises:
+            ValueError: an unknown role or part, a picture in the wrong place, an empty assistant message, a last
+                message that is not the user's, or a tokenizer without these special tokens.
+        """
+        if not messages or messages[-1].get("role") != "user":
+            raise ValueError("the last message must be the user's; the answer follows it")
+        ids = self.encode("")
+        for role, group in groupby(messages, key=lambda message: message.get("role")):
+            if role == "system":
+                for message in group:
+                    ids += self._special("[SYSTEM_PROMPT]") + self._content([message], None)
+                    ids += self._special("[/SYSTEM_PROMPT]")
+            elif role == "user":
+                ids += self._special("[INST]") + self._content(group, encode_image) + self._special("[/INST]")
+            elif role == "assistant":
+                answer = self._content(group, None, blanks=False)
+                if not answer:
+                    raise ValueError("an assistant message is empty; leave it out, or give its words")
+                ids += answer + self._special("</s>")
+            else:
+                raise ValueError(f"role {role!r} is impossible; allowed: system, user, assistant")
+        return ids
+
+    def _special(self, name: str) -> list[int]:
+        if name not in self.special_tokens:
+            raise ValueError(f"the tokenizer has no special token {name}, which this chat format needs")
+        return [self.special_tokens[name]]
+
+    def _content(
+        self, messages: Iterable[Mapping[str, Any]], encode_image: Callable[[Any], list[int]] | None,
+        blanks: bool = True,
+    ) -> list[int]:  # fmt: skip
+        """The ids of the parts of one or several messages, texts joined."""
+        parts: list[tuple[str, Any]] = []
+        for message in messages:
+            content = message.get("content")
+            for part in [{"type": "text", "text": content}] if isinstance(content, str) else content or []:
+                kind = part.get("type") if isinstance(part, Mapping) else None
+                if kind == "text" and isinstance(part.get("text"), str):
+                    if part["text"] and parts and parts[-1][0] == "text":
+                        parts[-1] = ("text", parts[-1][1] + "\n\n" + part["text"])
+                    elif part["text"]:
+                        parts.append(("text", part["text"]))
+                elif kind in ("image", "image_url") and part.get(kind):
+                    source: Any = part[kind]
+                    parts.append(("image", source.get("url") if isinstance(source, Mapping) else source))
+                else:
+                    raise ValueError(f"a part {str(part)[:60]!r} is impossible; allowed: type text, image or image_url")
+        if [kind for kind, _ in parts] == ["text", "image"]:
+            parts.reverse()
+        ids: list[int] = []
+        for kind, value in parts:
+            if kind == "text":
+                ids += self.encode(value if blanks else value.rstrip(" "), bos=False)
+            elif encode_image is None:
+                raise ValueError("a picture can only be in a user's message, for a model with eyes")
+            else:
+                ids += encode_image(value)
+        return ids
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Text of ids. Bytes that are no UTF-8 become U+FFFD."""
