@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import io
 import json
+import math
 import random
 import re
 import shutil
@@ -23,12 +24,14 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.pixtral import image_processing_pil_pixtral as their_images
 
+import checkpoint
 import vision
-from generate import BUNDLED, generate, load_model
+from generate import BUNDLED, encode_messages, generate, load_model
 from ministral import KVCache
 from tests.cases import draw_chunks, draw_config
 from tests.test_checkpoint import assert_same_weights
 from tests.test_parity import assert_same
+from tokenizer import Tokenizer
 from vision import (
     Mistral3Config,
     Mistral3ForConditionalGeneration,
@@ -166,19 +169,33 @@ def test_one_picture_is_bit_identical(device, rng):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_several_pictures_are_no_further_from_float64(device, dtype, attn_implementation, capsys):
     """Transformers attends over one long masked sequence, ours picture by picture: other sums, so other last bits.
-    Error of the embeddings against float64, median and maximum over random models."""
+    The errors of the embeddings against float64 are compared by the mean of their ratio's logarithm over 120 models:
+    over 240 it was 1.007 at most, with a standard error of 0.006, so that 0.008 is expected here."""
     errors = {"ours": [], "theirs": []}
-    for seed in range(60):
+    for seed in range(120):
         rng = random.Random(seed)
         case = draw_case(rng, device, dtype, pictures=2 + seed % 2, attn_implementation=attn_implementation)
         truth = torch.cat(case.truth().model.get_image_features(case.pixels.double(), case.sizes))
         for side, model in (("ours", case.ours), ("theirs", case.theirs)):
             features = model(**case.arguments()).image_hidden_states
             errors[side].append(((features.double() - truth).norm() / truth.norm()).item())
-    figures = {side: (statistics.median(e), max(e)) for side, e in errors.items()}
+    ratio = math.exp(statistics.mean(math.log(a / b) for a, b in zip(errors["ours"], errors["theirs"], strict=True)))
+    figures = ", ".join(f"{side} {statistics.median(e):.2e} (maximum {max(e):.2e})" for side, e in errors.items())
     with capsys.disabled():
-        print(f"\n{device} {dtype} {attn_implementation}: median and maximum error {figures}", end=" ")
-    assert figures["ours"][0] <= 1.05 * figures["theirs"][0] and figures["ours"][1] <= 1.25 * figures["theirs"][1]
+        print(f"\n{device} {dtype} {attn_implementation}: median error {figures}, mean ratio {ratio:.3f}", end=" ")
+    assert ratio < 1.025
+
+
+@torch.no_grad()
+def test_the_hidden_state_before_the_first_layer():
+    """vision_feature_layer 0, on which Transformers fails."""
+    case = draw_case(random.Random(5), dtype=torch.float32, pictures=1)
+    states = case.ours.model.vision_tower(case.pixels, case.sizes, output_hidden_states=True).hidden_states
+    grids = case.ours.model.vision_tower.grids(case.pixels, case.sizes)
+    expected = case.ours.model.multi_modal_projector(states[0][0], grids)
+    for layer in (0, -case.ours.config.vision_config.num_hidden_layers - 1):
+        features = case.ours.model.get_image_features(case.pixels, case.sizes, vision_feature_layer=layer)
+        assert torch.cat(features).equal(expected)
 
 
 @torch.no_grad()
@@ -425,7 +442,7 @@ BAD_FILES = [
 ]
 
 
-@pytest.mark.parametrize("data, message", BAD_FILES)
+@pytest.mark.parametrize("data, message", BAD_FILES, ids=["empty", "header", "text", "truncated", "bomb"])
 def test_bad_pictures(tmp_path, data, message):
     (tmp_path / "bad.png").write_bytes(data)
     for source in (tmp_path / "bad.png", data):
@@ -618,7 +635,26 @@ def test_the_command_sees(seeing):
     assert out[0, ids.shape[1] :].tolist() == result["ids"]
 
 
-@pytest.mark.parametrize("data, message", BAD_FILES)
+def test_messages_with_pictures(seeing):
+    """A conversation with a file and a data: URI gives what the parts give one by one, and generates."""
+    config, tokenizer = Mistral3Config.from_dict(checkpoint.read_config(seeing)), Tokenizer.from_dir(seeing)
+    uri = "data:image/png;base64," + base64.b64encode((seeing / "a.png").read_bytes()).decode()
+    parts = [{"type": "image", "image": str(seeing / "a.png")}, {"type": "text", "text": "and"},
+             {"type": "image_url", "image_url": {"url": uri}}]  # fmt: skip
+    ids, pixels, sizes = encode_messages([{"role": "user", "content": parts}], tokenizer, config)
+    picture = preprocess(load_image(seeing / "a.png"), config)
+    tokens = image_tokens(tuple(picture.shape[1:]), config, BREAK, END)
+    assert ids[0].tolist() == [1, 3, *tokens, *tokenizer.encode("and", bos=False), *tokens, 4]
+    assert pixels.equal(torch.stack([picture, picture])) and sizes == [tuple(picture.shape[1:])] * 2
+    out = generate(load_model(seeing), ids, max_new_tokens=3, pixel_values=pixels, image_sizes=sizes)
+    assert out.shape[1] > ids.shape[1]
+    text = [{"role": "user", "content": "and"}]
+    assert encode_messages(text, tokenizer, config)[1:] == (None, None)
+    with pytest.raises(ValueError, match="for a model with eyes"):
+        encode_messages([{"role": "user", "content": parts}], tokenizer, config.text_config)
+
+
+@pytest.mark.parametrize("data, message", BAD_FILES, ids=["empty", "header", "text", "truncated", "bomb"])
 def test_the_command_refuses_bad_pictures(seeing, tmp_path, data, message):
     (tmp_path / "bad.png").write_bytes(data)
     done = command("x", "--model", str(seeing), "--image", str(tmp_path / "bad.png"))
