@@ -75,7 +75,7 @@ def read_config(directory: Path) -> dict[str, Any]:
 HARMLESS_KEYS = {
     *("architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "_name_or_path", "auto_map"),
     *("return_dict", "output_attentions", "output_hidden_states", "is_encoder_decoder", "chunk_size_feed_forward"),
-    *("pretraining_tp", "_attn_implementation_autoset"),
+    *("id2label", "label2id", "problem_type", "num_labels", "pretraining_tp", "_attn_implementation_autoset"),
 }
 
 

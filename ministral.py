@@ -23,6 +23,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -34,7 +35,7 @@ from torch.utils.checkpoint import checkpoint as run_again_in_backward
 import checkpoint
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu, "gelu": F.gelu, "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu,
+    "silu": F.silu, "gelu": F.gelu, "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"), "relu": F.relu,
 }
 LAYER_TYPES = ("full_attention", "sliding_attention")
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
@@ -449,7 +450,8 @@ class KVCache:
     Tensors are written in place, so gradients do not flow back through several calls.
     """
 
-    def __init__(self, config: MinistralConfig, expected: int = 64) -> None:
+    def __init__(self, config: Any, expected: int = 64) -> None:
+        config = config.get_text_config()
         windows = {"full_attention": None, "sliding_attention": config.sliding_window}
         self.layers = [LayerCache(windows[kind], expected) for kind in config.layer_types]
 

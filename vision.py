@@ -33,12 +33,13 @@ https://arxiv.org/abs/2601.08584. Letters in the shape comments, beside those of
 from __future__ import annotations
 
 import base64
-import binascii
 import io
 import math
+import threading
+import urllib.parse
 import urllib.request
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -114,6 +115,7 @@ class PixtralVisionConfig(PreTrainedConfig):
         theta = rope.get("rope_theta", 10000.0 if self.rope_theta is None else self.rope_theta)
         self._check("rope_theta", self.rope_theta in (None, theta), f"None, or rope_parameters' own, {theta}")
         self._check("rope_parameters", kind in ("default", "axial"), "rope_type default, or axial, which is the same")
+        self._check("rope_parameters", rope.keys() <= {"rope_type", "type", "rope_theta"}, "rope_type and rope_theta")
         self._check("rope_parameters", is_number(theta, float, 1.0), "a rope_theta not below 1")
         self.rope_theta, self.rope_parameters = theta, {"rope_type": "default", "rope_theta": theta}
         for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels",
@@ -126,6 +128,7 @@ class PixtralVisionConfig(PreTrainedConfig):
         self._check("hidden_act", self.hidden_act in ACTIVATIONS, ", ".join(ACTIVATIONS))
         dropout = is_number(self.attention_dropout, float, 0) and self.attention_dropout < 1
         self._check("attention_dropout", dropout, "a number from 0 to below 1")
+        self._check("initializer_range", is_number(self.initializer_range, float, 0), "a number not below 0")
         self._check("attn_implementation", self.attn_implementation in ATTENTION, ", ".join(ATTENTION))
         self.head_dim = size
 
@@ -133,7 +136,12 @@ class PixtralVisionConfig(PreTrainedConfig):
     def from_dict(cls, d: dict[str, Any]) -> PixtralVisionConfig:
         """Build a configuration from the vision part of a config.json (raises ValueError)."""
         known = {field.name for field in fields(cls)} - {"attn_implementation"}
-        return cls(**checkpoint.config_fields(d, known, {cls.model_type: {}}))
+        d = {k: v for k, v in d.items() if k != "vocab_size"}  # which Transformers writes here, for no reason
+        values = checkpoint.config_fields(d, known, {cls.model_type: {}})
+        try:
+            return cls(**values)
+        except TypeError as error:  # a list where a number belongs, and the like
+            raise ValueError(f"vision_config holds a value of the wrong kind: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
         """The vision part of a config.json that Transformers 5 loads."""
@@ -151,10 +159,11 @@ TEXT: dict[str, tuple[type[MinistralConfig], type[MinistralModel]]] = {
 @dataclass
 class Mistral3Config(PreTrainedConfig):
     """A Ministral 3 with eyes: `vision_config`, `text_config` (each a configuration or the dictionary for one), and
-    what joins them. None takes the published 8B model's.
+    what joins them. None takes the published 8B model's; a text part without `model_type` is a "ministral3".
+    `attn_implementation` is that of both parts.
 
-    `tie_word_embeddings=None` takes the text part's word. The published files have none at the top, where Transformers
-    looks for it.
+    `tie_word_embeddings=None` takes the text part's word, and without one ties. The published files have none at the
+    top, where Transformers looks for it.
 
     Raises:
         ValueError: a value is impossible; the message names the field, the value and what is allowed.
@@ -173,18 +182,22 @@ class Mistral3Config(PreTrainedConfig):
     model_type: ClassVar[str] = "mistral3"
 
     def __post_init__(self) -> None:
-        if self.vision_config is None:
-            self.vision_config = PixtralVisionConfig(patch_size=14, image_size=1540, hidden_act="silu")
-        if isinstance(self.vision_config, dict):
-            self.vision_config = PixtralVisionConfig.from_dict(self.vision_config)
-        if isinstance(self.text_config, dict):
-            kind = self.text_config.get("model_type", "ministral3")
+        vision, text, tied = self.vision_config, self.text_config, self.tie_word_embeddings
+        self._check("vision_config", isinstance(vision, (PixtralVisionConfig, dict, type(None))), "an object, or none")
+        self._check("text_config", isinstance(text, (MinistralConfig, dict, type(None))), "an object, or none")
+        if vision is None:
+            vision = PixtralVisionConfig(patch_size=14, image_size=1540, hidden_act="silu")
+        elif isinstance(vision, dict):
+            vision = PixtralVisionConfig.from_dict(vision)
+        if isinstance(text, dict):
+            tied = text.get("tie_word_embeddings", True) if tied is None else tied
+            kind = text.get("model_type") or "ministral3"
             self._check("text_config", kind in TEXT, f"model_type {', '.join(TEXT)}")
-            self.text_config = TEXT[kind][0].from_dict(self.text_config)
-        text = self.text_config or Ministral3Config()
-        self.vision_config = replace(self.vision_config, attn_implementation=self.attn_implementation)
-        if self.tie_word_embeddings is None:
-            self.tie_word_embeddings = text.tie_word_embeddings
+            text = TEXT[kind][0].from_dict(text)
+        elif text is None:
+            text = Ministral3Config()
+        self.tie_word_embeddings = text.tie_word_embeddings if tied is None else tied
+        self.vision_config = replace(vision, attn_implementation=self.attn_implementation)
         self.text_config = replace(text, attn_implementation=self.attn_implementation)
         layer, last = self.vision_feature_layer, self.vision_config.num_hidden_layers
         layers = layer if isinstance(layer, list) else [layer]
@@ -217,7 +230,13 @@ class Mistral3Config(PreTrainedConfig):
             ValueError: another architecture, quantised weights, or an impossible value.
         """
         known = {field.name for field in fields(cls)} - {"attn_implementation"}
-        return cls(**checkpoint.config_fields(d, known, {cls.model_type: {}}))
+        if "image_token_id" in d:  # the other name of the same
+            d = {"image_token_index": d["image_token_id"]} | {k: v for k, v in d.items() if k != "image_token_id"}
+        values = checkpoint.config_fields(d, known, {cls.model_type: {}})
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise ValueError(f"config.json holds a value of the wrong kind: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
         """The content of a config.json that Transformers 5 loads."""
@@ -229,56 +248,103 @@ class Mistral3Config(PreTrainedConfig):
 # ---------------------------------------------------------------------------------------------------- pictures
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of red, green and blue
-MAX_PIXELS, MAX_BYTES, TIMEOUT = 10**8, 50 * 10**6, 20  # of a picture, of a download, seconds for a download
+MAX_PIXELS, MAX_BYTES, TIMEOUT = 10**8, 50 * 10**6, 20  # of a picture, of its file, seconds for a download
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # (others run other programs, or are rare)
 
 
-def load_image(source: str | Path | bytes) -> Image.Image:
+def load_image(source: str | Path | bytes | Image.Image) -> Image.Image:
     """A picture from a file, a `data:` URI, a web address (http or https) or the bytes of a file, upright if its EXIF
-    data say how it was held.
+    data say how it was held. A picture of Pillow's is returned as it is.
 
     Raises:
         FileNotFoundError: no such file, or the address cannot be reached.
-        ValueError: no picture, a truncated one, or one of more than MAX_PIXELS pixels.
+        ValueError: Pillow is missing; no picture in one of FORMATS, a damaged one, or more than MAX_PIXELS pixels.
     """
-    from PIL import Image, ImageOps
-
+    try:
+        from PIL import Image, ImageOps, UnidentifiedImageError
+    except ImportError as error:
+        raise ValueError("pictures need Pillow: pip install pillow") from error
+    if isinstance(source, Image.Image):
+        return source
     name = "the picture" if isinstance(source, bytes) else str(source)
     name = name if len(name) <= 100 else name[:60] + "..."
     data = source if isinstance(source, bytes) else _read(str(source), name)
+    too_large = f"{name} has more than {MAX_PIXELS // 10**6} million pixels; scale it down"
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the check below is stricter
-            image = Image.open(io.BytesIO(data))
-        if image.width * image.height > MAX_PIXELS:
-            size = f"{image.width} x {image.height} pixels"
-            raise ValueError(f"{name} has {size}; allowed: {MAX_PIXELS // 10**6} million; scale it down")
-        return ImageOps.exif_transpose(image)  # reads all of it
-    except (OSError, SyntaxError, EOFError, Image.DecompressionBombError, ArithmeticError) as error:
-        raise ValueError(f"{name} is no picture that Pillow can read, or is damaged ({error})") from error
+            warnings.simplefilter("ignore")  # Pillow's remarks on what it can still read
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            small = image.width * image.height <= MAX_PIXELS
+            if small:
+                image.load()
+    except Image.DecompressionBombError as error:
+        raise ValueError(too_large) from error
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{name} is no picture; allowed: {', '.join(FORMATS)}") from error
+    except Exception as error:  # of many kinds, one for each format and defect
+        raise ValueError(f"{name} is damaged or no picture ({type(error).__name__}: {error})") from error
+    if not small:
+        raise ValueError(too_large)
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # EXIF data that cannot be read turn nothing
+        return image
 
 
 def _read(source: str, name: str) -> bytes:
-    if source.startswith("data:"):
+    if source[:5].lower() == "data:":
         head, _, data = source.partition(",")
         try:
-            if not head.endswith(";base64"):
+            if not head.lower().rstrip().endswith(";base64"):
                 raise ValueError("not base64")
-            return base64.b64decode(data, validate=True)
-        except (binascii.Error, ValueError) as error:
+            return base64.b64decode("".join(urllib.parse.unquote(data).split()), validate=True)
+        except ValueError as error:
             raise ValueError(f"{name} is no data:...;base64, address of a picture ({error})") from error
-    if not source.startswith(("http://", "https://")):
-        try:
-            return Path(source).expanduser().read_bytes()
-        except OSError as error:
-            raise FileNotFoundError(f"{name} cannot be read ({error.strerror or error})") from error
+    if source.lower().startswith(("http://", "https://")):
+        return _download(source, name)
     try:
-        with urllib.request.urlopen(source, timeout=TIMEOUT) as response:
-            data = response.read(MAX_BYTES + 1)
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(f"{name} cannot be fetched ({error})") from error
+        path = Path(source).expanduser()
+        if path.exists() and not path.is_file():
+            raise OSError("not a file")
+        with path.open("rb") as file:
+            data_read = file.read(MAX_BYTES + 1)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise FileNotFoundError(f"{name or 'an empty name'} cannot be read ({reason})") from error
+    return _limited(data_read, name)
+
+
+def _limited(data: bytes, name: str) -> bytes:
     if len(data) > MAX_BYTES:
-        raise ValueError(f"{name} has more than {MAX_BYTES // 10**6} MB; fetch it and scale it down")
-    return bytes(data)
+        raise ValueError(f"{name} has more than {MAX_BYTES // 10**6} MB; scale it down")
+    return data
+
+
+def _download(address: str, name: str) -> bytes:
+    """What a web address holds. It runs in a thread, because a server can dribble for ever below any socket's time-out.
+    """
+    opener = urllib.request.OpenerDirector()
+    for handler in (
+        urllib.request.ProxyHandler, urllib.request.HTTPHandler, urllib.request.HTTPSHandler,
+        urllib.request.HTTPRedirectHandler, urllib.request.HTTPDefaultErrorHandler, urllib.request.HTTPErrorProcessor,
+    ):  # fmt: skip
+        opener.add_handler(handler())  # and none for files or FTP, to which a server might redirect
+    result: list[bytes | Exception] = []
+
+    def fetch() -> None:
+        try:
+            with opener.open(address, timeout=TIMEOUT) as response:
+                result.append(response.read(MAX_BYTES + 1))
+        except Exception as error:
+            result.append(error)
+
+    thread = threading.Thread(target=fetch, daemon=True)
+    thread.start()
+    thread.join(TIMEOUT)
+    answer = result[0] if result else TimeoutError(f"no answer within {TIMEOUT} s")
+    if isinstance(answer, Exception):
+        raise FileNotFoundError(f"{name} cannot be fetched ({answer or type(answer).__name__})") from answer
+    return _limited(answer, name)
 
 
 def mistral_size(height: int, width: int, longest_edge: int, multiple: int) -> tuple[int, int]:
@@ -305,9 +371,12 @@ def transformers_size(height: int, width: int, longest_edge: int, multiple: int)
     return -(-height // multiple) * multiple, -(-width // multiple) * multiple
 
 
-def preprocess(image: Image.Image, config: Mistral3Config, rule: Any = mistral_size) -> Tensor:
+def preprocess(
+    image: Image.Image, config: Mistral3Config, rule: Callable[[int, int, int, int], tuple[int, int]] = mistral_size
+) -> Tensor:
     """A picture as the encoder wants it, float32 (3, height, width), both multiples of the merged patch. What is
     transparent becomes white. Resampled by Pillow's bicubic filter, as in Transformers (mistral-common has OpenCV's).
+    16-bit grey is clipped to 8 bits, as there.
 
     Args:
         rule: `mistral_size` or `transformers_size`.
@@ -320,14 +389,20 @@ def preprocess(image: Image.Image, config: Mistral3Config, rule: Any = mistral_s
     vision = config.vision_config
     size = rule(image.height, image.width, vision.image_size, vision.patch_size * config.spatial_merge_size)
     image = image.convert("RGB").resize(size[::-1], Image.Resampling.BICUBIC)
-    scaled = (np.asarray(image).astype(np.float64) * (1 / 255)).astype(np.float32)
+    scaled = np.asarray(image, np.float32) / np.float32(255)
     x = (scaled - np.array(MEAN, np.float32)) / np.array(STD, np.float32)
     return torch.from_numpy(x).permute(2, 0, 1).contiguous()
 
 
 def batch_images(images: Sequence[Tensor]) -> tuple[Tensor, list[tuple[int, int]]]:
     """Pictures (3, h, w) of any sizes -> pixel_values (N, 3, height, width), zeros to the right and below, and
-    image_sizes."""
+    image_sizes.
+
+    Raises:
+        ValueError: no picture.
+    """
+    if not images:
+        raise ValueError("no pictures to put into a batch; leave pixel_values out")
     sizes = [(image.shape[1], image.shape[2]) for image in images]
     height, width = (max(edges) for edges in zip(*sizes))
     return torch.stack([F.pad(x, (0, width - x.shape[2], 0, height - x.shape[1])) for x in images]), sizes
@@ -430,6 +505,10 @@ class PixtralVisionModel(PreTrainedModel):
         self.patch_positional_embedding = PixtralRotaryEmbedding(config)
         init_weights(self, config.initializer_range)
 
+    def own_name(self, stored: str) -> str | None:
+        """Its own files name tensors as it does."""
+        return stored
+
     def grids(self, pixel_values: Tensor, image_sizes: ImageSizes | None) -> list[tuple[int, int]]:
         """Rows and columns of whole patches that each picture has.
 
@@ -442,15 +521,17 @@ class PixtralVisionModel(PreTrainedModel):
             found = tuple(pixel_values.shape)
             raise ValueError(f"pixel_values must be (images, {channels}, height, width); found {found}")
         N, _, height, width = pixel_values.shape
-        if image_sizes is None:
-            return [(height // size, width // size)] * N
-        sizes = image_sizes.tolist() if isinstance(image_sizes, Tensor) else [list(pair) for pair in image_sizes]
-        if len(sizes) != N or any(len(pair) != 2 for pair in sizes):
+        if N == 0:
+            raise ValueError("pixel_values hold no picture; leave them out")
+        sizes: Any = [(height, width)] * N if image_sizes is None else image_sizes
+        sizes = sizes.tolist() if isinstance(sizes, Tensor) else sizes
+        pairs = isinstance(sizes, Sequence) and all(isinstance(pair, Sequence) and len(pair) == 2 for pair in sizes)
+        if not pairs or len(sizes) != N or any(int(edge) != edge for pair in sizes for edge in pair):
             raise ValueError(f"image_sizes must be a (height, width) for each of {N} pictures; found {sizes}")
         for h, w in sizes:
             if not (size <= h <= height and size <= w <= width):
                 raise ValueError(f"an image size of {h} x {w}; allowed: {size} x {size} to {height} x {width} pixels")
-        return [(h // size, w // size) for h, w in sizes]
+        return [(int(h) // size, int(w) // size) for h, w in sizes]
 
     def forward(
         self, pixel_values: Tensor, image_sizes: ImageSizes | None = None,
@@ -470,7 +551,7 @@ class PixtralVisionModel(PreTrainedModel):
         x = self.patch_conv(pixel_values.to(self.patch_conv.weight))  # (N, C, rows, columns)
         x = torch.cat([image[:, :h, :w].flatten(1).T for image, (h, w) in zip(x, grids)])[None]  # (1, P, C)
         x = self.ln_pre(x)
-        positions = torch.cat([torch.cartesian_prod(torch.arange(h), torch.arange(w)).view(-1, 2) for h, w in grids])
+        positions = torch.cat([torch.cartesian_prod(torch.arange(h), torch.arange(w)) for h, w in grids])
         tables = self.patch_positional_embedding(x, positions.to(x.device))
         patches = [h * w for h, w in grids]
         layers: list[Any] = list(self.transformer["layers"])  # type: ignore[call-overload]
@@ -572,8 +653,12 @@ class Mistral3Model(PreTrainedModel):
             vision_feature_layer: which hidden state is projected; None takes the configuration's word.
         """
         layer: Any = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
-        layers = self.config.vision_config.num_hidden_layers + 1
-        index = (layer[0] if isinstance(layer, list) else layer) % layers
+        layer = layer[0] if isinstance(layer, list) and len(layer) == 1 else layer
+        last = self.config.vision_config.num_hidden_layers
+        if not is_number(layer, int, -last - 1) or layer > last:
+            allowed = f"one number from {-last - 1} to {last}"
+            raise ValueError(f"vision_feature_layer={layer} is impossible; allowed: {allowed}")
+        index = layer % (last + 1)
         grids, m = self.vision_tower.grids(pixel_values, image_sizes), self.config.spatial_merge_size
         if min(min(grid) for grid in grids) < m:
             raise ValueError(f"pictures of {grids} patches; allowed: {m} x {m} or more, which are merged into one")
@@ -667,6 +752,8 @@ class Mistral3ForConditionalGeneration(PreTrainedModel):
             expect("labels", labels, tuple(text.shape[:2]))
             if isinstance(logits_to_keep, Tensor) or logits_to_keep:
                 raise ValueError("labels need all logits; leave logits_to_keep at 0")
+        if isinstance(logits_to_keep, int) and logits_to_keep < 0:
+            raise ValueError(f"logits_to_keep={logits_to_keep} is impossible; allowed: 0 (all), a count, or indices")
         out = self.model(
             input_ids, pixel_values, attention_mask, position_ids, past_key_values, inputs_embeds,
             vision_feature_layer, use_cache, image_sizes, **kwargs,

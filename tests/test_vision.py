@@ -2,6 +2,8 @@
 
 import base64
 import dataclasses
+import functools
+import http.server
 import io
 import json
 import math
@@ -9,8 +11,12 @@ import random
 import re
 import shutil
 import statistics
+import struct
 import subprocess
 import sys
+import threading
+import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +25,7 @@ import torch
 import transformers
 from hypothesis import example, given, strategies as st
 from mistral_common.tokens.tokenizers import image as mistral_image
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.pixtral import image_processing_pil_pixtral as their_images
@@ -328,7 +334,7 @@ def test_sizes_are_transformers_where_it_has_one(height, width):
 
 
 def test_the_two_rules_differ():
-    """As often as stated, and in both directions of no consequence: never by more than one merged patch."""
+    """As often as stated, and never by more than one merged patch."""
     rng, differ, total = random.Random(0), 0, 20_000
     for _ in range(total):
         height, width = rng.randint(1, 6000), rng.randint(1, 6000)
@@ -338,6 +344,7 @@ def test_the_two_rules_differ():
         except ValueError:
             other = (0, 0)
         differ += one != other
+        assert max(abs(a - b) for a, b in zip(one, other, strict=True)) <= 28 or other == (0, 0)
     assert differ / total == pytest.approx(0.016, abs=0.003)
     assert mistral_size(3491, 510, 1540, 28)[1] == 28 * 9 and transformers_size(3491, 510, 1540, 28)[1] == 28 * 8
     assert mistral_size(5383, 2, 1540, 28) == (1540, 28)
@@ -382,28 +389,48 @@ def png(picture):
     return data.getvalue()
 
 
-def test_where_pictures_come_from(tmp_path):
+def test_where_pictures_come_from(tmp_path, monkeypatch):
     picture = draw_picture(random.Random(0), ["RGB"])
     (tmp_path / "a.png").write_bytes(png(picture))
     uri = "data:image/png;base64," + base64.b64encode(png(picture)).decode()
-    for source in (tmp_path / "a.png", str(tmp_path / "a.png"), png(picture), uri):
+    wrapped = uri.replace("data:image/png;", "DATA:image/png;charset=utf-8;")[:-9] + "\n " + uri[-9:-1] + "%3D"
+    assert uri.endswith("=") or uri[-1].isalnum()
+    sources = [tmp_path / "a.png", str(tmp_path / "a.png"), png(picture), uri, picture]
+    for source in (*sources, *([wrapped] if uri.endswith("=") else [])):
         assert load_image(source).tobytes() == picture.tobytes()
     turned = Image.new("RGB", (20, 10), "red")
     exif = turned.getexif()
     exif[0x0112] = 6  # held sideways
     turned.save(tmp_path / "b.jpg", exif=exif)
     assert load_image(tmp_path / "b.jpg").size == (10, 20)
+    # Some EXIF data cannot be written again after turning: the picture is good for all that.
+    monkeypatch.setattr(ImageOps, "exif_transpose", lambda _: struct.pack("H", -1))
+    assert load_image(tmp_path / "b.jpg").size == (20, 10)
 
 
 @pytest.fixture
 def server(tmp_path):
-    """Serves files of a directory on this machine."""
-    import functools
-    import http.server
-    import threading
+    """Serves files of a directory on this machine, and misbehaves on request."""
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
 
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
-    handler.log_message = lambda *_: None
+        def do_GET(self):
+            if self.path == "/slow":  # a byte now and then, which no time-out of a socket notices
+                self.wfile.write(b"HTTP/1.0 200 OK\r\n\r\n")
+                for _ in range(50):
+                    self.wfile.write(b"x")
+                    time.sleep(0.1)
+            elif self.path == "/garbage":
+                self.wfile.write(b"nonsense\r\n\r\n")
+            elif self.path == "/redirect":
+                self.send_response(302)
+                self.send_header("Location", "file:///etc/hostname")
+                self.end_headers()
+            else:
+                super().do_GET()
+
+    handler = functools.partial(Handler, directory=tmp_path)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
         threading.Thread(target=running.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{running.server_port}", tmp_path
@@ -417,33 +444,45 @@ def test_pictures_from_the_web(server, monkeypatch):
     assert load_image(f"{address}/a.png").tobytes() == picture.tobytes()
     with pytest.raises(FileNotFoundError, match=r"cannot be fetched .*404"):
         load_image(f"{address}/b.png")
+    for wrong in ("/garbage", "/redirect"):
+        with pytest.raises(FileNotFoundError, match="cannot be fetched"):
+            load_image(address + wrong)
+    with pytest.raises(FileNotFoundError, match="cannot be fetched"):
+        load_image("http://localhost:abc/x")
+    monkeypatch.setattr(vision, "TIMEOUT", 0.5)
+    began = time.monotonic()
+    with pytest.raises(FileNotFoundError, match=r"no answer within 0\.5 s"):
+        load_image(f"{address}/slow")
+    assert time.monotonic() - began < 3
     monkeypatch.setattr(vision, "MAX_BYTES", 10)
-    with pytest.raises(ValueError, match="has more than 0 MB"):
-        load_image(f"{address}/a.png")
+    for source in (f"{address}/a.png", directory / "a.png"):
+        with pytest.raises(ValueError, match="has more than 0 MB"):
+            load_image(source)
     with pytest.raises(FileNotFoundError, match="cannot be fetched"):
         load_image("http://127.0.0.1:9/a.png")
 
 
-def bomb():
-    """The header of a PNG of 60000 x 60000 pixels."""
+def bomb(edge):
+    """The header of a PNG of edge x edge pixels."""
     data = bytearray(png(Image.new("L", (8, 8))))
-    header = b"IHDR" + (60000).to_bytes(4, "big") * 2 + bytes(data[24:29])
-    import zlib
-
+    header = b"IHDR" + edge.to_bytes(4, "big") * 2 + bytes(data[24:29])
     data[12:33] = header + zlib.crc32(header).to_bytes(4, "big")
     return bytes(data)
 
 
 BAD_FILES = [
-    (b"", "no picture that Pillow can read"),
-    (b"GIF89a", "no picture that Pillow can read"),
-    (b"not a picture", "no picture that Pillow can read"),
-    (png(draw_picture(random.Random(3), ["RGB"]))[:-400], "or is damaged"),
-    (bomb(), "60000 x 60000 pixels|is no picture that Pillow can read"),
+    (b"", "is no picture; allowed: PNG, JPEG"),
+    (b"GIF89a", r"is damaged or no picture \(|is no picture; allowed"),
+    (b"not a picture", "is no picture; allowed: PNG, JPEG"),
+    (png(draw_picture(random.Random(3), ["RGB"]))[:-400], r"is damaged or no picture \(OSError"),
+    (b"P6\n3 \xc30\n255\n", r"is damaged or no picture \(ValueError"),
+    (bomb(12_000), "has more than 100 million pixels; scale it down"),  # above our limit, below Pillow's
+    (bomb(60_000), "has more than 100 million pixels; scale it down"),
 ]
+BAD_NAMES = ["empty", "header", "text", "truncated", "number", "large", "bomb"]
 
 
-@pytest.mark.parametrize("data, message", BAD_FILES, ids=["empty", "header", "text", "truncated", "bomb"])
+@pytest.mark.parametrize("data, message", BAD_FILES, ids=BAD_NAMES)
 def test_bad_pictures(tmp_path, data, message):
     (tmp_path / "bad.png").write_bytes(data)
     for source in (tmp_path / "bad.png", data):
@@ -454,8 +493,11 @@ def test_bad_pictures(tmp_path, data, message):
 def test_bad_sources(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.png cannot be read \(No such file"):
         load_image(tmp_path / "none.png")
-    with pytest.raises(FileNotFoundError, match="cannot be read"):
-        load_image(tmp_path)
+    for wrong in (tmp_path, "/dev/null", "", "~nobody-of-this-name/a.png", "a\0b"):
+        with pytest.raises(FileNotFoundError, match="cannot be read"):
+            load_image(wrong)
+    with pytest.raises(ValueError, match="no pictures to put into a batch"):
+        batch_images([])
     for uri in ("data:image/png;base64,!!!", "data:image/png,abc", "data:"):
         with pytest.raises(ValueError, match="is no data:"):
             load_image(uri)
@@ -474,6 +516,12 @@ def test_counts_that_do_not_agree():
         ({"image_sizes": case.sizes * 2}, "image_sizes must be a (height, width) for each of 1 pictures; found"),
         ({"image_sizes": [(1000, 4)]}, "an image size of 1000 x 4; allowed:"),
         ({"image_sizes": [(0, 8)]}, "an image size of 0 x 8; allowed:"),
+        ({"image_sizes": [(8.5, 8)]}, "image_sizes must be a (height, width)"),
+        ({"image_sizes": [8]}, "image_sizes must be a (height, width)"),
+        ({"pixel_values": case.pixels[:0]}, "pixel_values hold no picture"),
+        ({"vision_feature_layer": 99}, "vision_feature_layer=99 is impossible; allowed: one number from -"),
+        ({"vision_feature_layer": [-1, -2]}, "vision_feature_layer=[-1, -2] is impossible"),
+        ({"logits_to_keep": -1}, "logits_to_keep=-1 is impossible"),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             case.ours(**case.arguments(**wrong))
@@ -507,6 +555,12 @@ def test_pictures_among_given_embeddings():
         ({"text_config": {"model_type": "gemma"}}, "allowed: model_type ministral3, ministral, mistral"),
         ({"vision_feature_layer": 25}, "vision_feature_layer=25 is impossible; allowed: one number from -25 to 24"),
         ({"vision_feature_layer": [-1, -2]}, "allowed: one number"),
+        ({"vision_config": [1]}, "vision_config=[1] is impossible; allowed: an object"),
+        ({"vision_config": {"hidden_act": ["silu"]}}, "vision_config holds a value of the wrong kind"),
+        ({"vision_config": {"initializer_range": "x"}}, "initializer_range='x' is impossible"),
+        ({"vision_config": {"rope_parameters": {"factor": 2.0}}}, "allowed: rope_type and rope_theta"),
+        ({"text_config": "abc"}, "text_config='abc' is impossible; allowed: an object"),
+        ({"projector_hidden_act": ["gelu"]}, "config.json holds a value of the wrong kind"),
         ({"spatial_merge_size": 0}, "spatial_merge_size=0 is impossible"),
         ({"image_token_index": 10**6}, "allowed: an id of the vocabulary"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantized weights (fp8) are not supported"),
@@ -540,6 +594,9 @@ def test_directories_go_both_ways(tmp_path_factory, rng):
     assert_same(again(**case.arguments()).logits, there(**case.arguments()).logits, real_of(case))
     backbone = Mistral3Model.from_pretrained(theirs)
     assert_same_weights(backbone, case.ours.model)
+    for source in (case.ours, case.theirs):  # the encoder alone
+        source.model.vision_tower.save_pretrained(theirs / "eyes")
+        assert_same_weights(PixtralVisionModel.from_pretrained(theirs / "eyes"), case.ours.model.vision_tower)
 
 
 def test_the_names_of_the_published_files(tmp_path):
@@ -554,6 +611,18 @@ def test_the_names_of_the_published_files(tmp_path):
     assert "language_model.lm_head.weight" in tensors and "language_model.model.norm.weight" in tensors
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     assert_same_weights(load_model(tmp_path), case.ours)
+
+
+def test_configurations_of_transformers(recwarn):
+    """Read without a warning, whatever their defaults; both names of the image token; tied unless something says no."""
+    assert Mistral3Config.from_dict(transformers.Mistral3Config().to_dict()).vision_config.hidden_act == "gelu"
+    assert Mistral3Config.from_dict({"image_token_id": 11}).image_token_index == 11
+    text = {"model_type": "ministral3", "num_hidden_layers": 1}
+    assert Mistral3Config(text_config=text).tie_word_embeddings
+    assert not Mistral3Config(text_config=text | {"tie_word_embeddings": False}).tie_word_embeddings
+    assert not Mistral3Config(text_config=text, tie_word_embeddings=False).tie_word_embeddings
+    assert not Mistral3Config().tie_word_embeddings
+    assert not recwarn.list
 
 
 def test_the_published_model_has_the_published_size():
@@ -655,12 +724,22 @@ def test_messages_with_pictures(seeing):
         encode_messages([{"role": "user", "content": parts}], tokenizer, config.text_config)
 
 
-@pytest.mark.parametrize("data, message", BAD_FILES, ids=["empty", "header", "text", "truncated", "bomb"])
+@pytest.mark.parametrize("data, message", BAD_FILES, ids=BAD_NAMES)
 def test_the_command_refuses_bad_pictures(seeing, tmp_path, data, message):
     (tmp_path / "bad.png").write_bytes(data)
     done = command("x", "--model", str(seeing), "--image", str(tmp_path / "bad.png"))
     assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
     assert re.fullmatch(rf"error: .*({message}).*\n", done.stderr)
+
+
+def test_the_command_without_pillow(seeing, tmp_path):
+    (tmp_path / "PIL.py").write_text("raise ImportError('no Pillow')")
+    program = "import sys; sys.path.insert(0, sys.argv.pop(1)); import generate; sys.exit(generate.main())"
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path), "x", "--model", str(seeing), "--image", str(seeing / "a.png")],
+        cwd=ROOT, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: pictures need Pillow: pip install pillow\n")
 
 
 def test_the_command_without_eyes(seeing):
