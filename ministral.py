@@ -67,7 +67,7 @@ class MinistralConfig(PreTrainedConfig):
     `rope_theta=x` is short for `rope_parameters={"rope_type": "default", "rope_theta": x}`; after construction both
     are filled in. `attn_implementation` is "sdpa" (PyTorch's fused attention) or "eager" (the formula written out).
 
-    `heads.py` reads the last five fields before it. Of num_labels, id2label and label2id, one is enough; none means
+    `heads.py` reads the five fields before that one. Of num_labels, id2label and label2id, one is enough; none means
     two labels. `problem_type` is one of PROBLEM_TYPES, or None until the first labels tell.
 
     Raises:
