@@ -28,7 +28,6 @@ from mistral_common.tokens.tokenizers import image as mistral_image
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers.models.pixtral import image_processing_pil_pixtral as their_images
 
 import checkpoint
 import vision
@@ -52,7 +51,13 @@ from vision import (
     transformers_size,
 )
 
+try:
+    from transformers.models.pixtral import image_processing_pil_pixtral as their_images
+except ImportError:  # versions that process pictures with torchvision only
+    their_images = None
+
 rngs = st.randoms(use_true_random=False)
+needs_their_images = pytest.mark.skipif(their_images is None, reason="this Transformers has no Pillow image processor")
 ROOT = Path(__file__).resolve().parent.parent
 BREAK, END = 12, 13
 
@@ -87,7 +92,7 @@ def draw_case(rng, device="cpu", dtype=None, pictures=None, **fixed):
     heads, layers = rng.choice([1, 2, 3]), rng.randint(1, 3)
     eyes = PixtralVisionConfig(
         hidden_size=heads * rng.choice([4, 8, 16]), intermediate_size=24, num_hidden_layers=layers,
-        num_attention_heads=heads, image_size=40, patch_size=rng.choice([2, 3, 4]),
+        num_attention_heads=heads, image_size=200, patch_size=rng.choice([2, 3, 4]),
         hidden_act=rng.choice(["silu", "gelu"]), rope_theta=rng.choice([100.0, 1e4]),
     )  # fmt: skip
     # Layer 0 is left out: Transformers fails on it, because it passes the number on as "output hidden states?".
@@ -126,7 +131,7 @@ def draw_case(rng, device="cpu", dtype=None, pictures=None, **fixed):
     rows = [[0] * (S - len(row)) + row if left else row + [0] * (S - len(row)) for row in texts]
     real = [[0] * (S - len(row)) + [1] * len(row) if left else [1] * len(row) + [0] * (S - len(row)) for row in texts]
     height, width = (max((size[i] for size in sizes), default=0) + rng.randint(0, 3) for i in (0, 1))
-    pixels = torch.randn(N, 3, height, width, generator=g).to(device) if N else None
+    pixels = torch.randn(N, 3, height, width, generator=g).to(device, dtype) if N else None
     mask = None if all(map(all, real)) else torch.tensor(real, device=device)
     pair = (model.to(device).eval() for model in (ours, theirs))
     return Case(*pair, torch.tensor(rows, device=device), mask, pixels, sizes)
@@ -322,6 +327,7 @@ def test_tokens_are_mistral_commons_own(monkeypatch):
         assert image_tokens(tuple(pixels.shape[1:]), PUBLISHED, 12, 13) == found.tokens
 
 
+@needs_their_images
 @given(sides, sides)
 def test_sizes_are_transformers_where_it_has_one(height, width):
     blank = np.broadcast_to(np.zeros((3, 1, 1), np.uint8), (3, height, width))
@@ -356,6 +362,7 @@ def draw_picture(rng, modes=("RGB", "L", "RGBA", "P", "LA", "1", "CMYK")):
     return Image.fromarray(pixels, "RGBA").convert(rng.choice(modes))
 
 
+@needs_their_images
 @given(rngs)
 def test_pixels_are_transformers(rng):
     """Several pictures in one batch, all modes: bit-identical values and sizes."""
@@ -534,6 +541,14 @@ def test_counts_that_do_not_agree():
     text_only = load_model(BUNDLED)
     with pytest.raises(ValueError, match="pixel_values for a Ministral3ForCausalLM, which has no eyes"):
         generate(text_only, torch.tensor([[1]]), pixel_values=case.pixels)
+
+
+@torch.no_grad()
+def test_pixels_are_cast_to_the_weights():
+    case = draw_case(random.Random(0), dtype=torch.bfloat16, pictures=1)
+    for dtype in (torch.float32, torch.float64):
+        cast = case.arguments(pixel_values=case.pixels.to(dtype))
+        assert_same(case.ours(**cast).logits, case.ours(**case.arguments()).logits)
 
 
 @torch.no_grad()
