@@ -346,18 +346,19 @@ def read_prompt(options: argparse.Namespace) -> str:
     return text
 
 
-def picture_ids(picture: Tensor, config: Mistral3Config, tokenizer: Tokenizer) -> list[int]:
-    """The ids that stand for a preprocessed picture (3, height, width) in a prompt.
+def read_picture(source: str, config: Mistral3Config, tokenizer: Tokenizer) -> tuple[Tensor, list[int]]:
+    """A picture, preprocessed (3, height, width), and the ids that stand for it in a prompt.
 
     Raises:
-        ValueError: the tokenizer has no such tokens, or the model means another id by [IMG].
+        ValueError: the tokenizer has no such tokens, or the model means another id by [IMG]; as `load_image`.
     """
+    picture = preprocess(load_image(source), config)
     names = ("[IMG]", "[IMG_BREAK]", "[IMG_END]")
     image, between, end = (tokenizer.special_tokens.get(name) for name in names)
     if between is None or end is None or image != config.image_token_id:
         found = ", ".join(f"{name} {tokenizer.special_tokens.get(name)}" for name in names)
         raise ValueError(f"the tokenizer has {found}; allowed: these three, [IMG] being {config.image_token_id}")
-    return image_tokens((picture.shape[1], picture.shape[2]), config, between, end)
+    return picture, image_tokens((picture.shape[1], picture.shape[2]), config, between, end)
 
 
 def encode_messages(
@@ -369,8 +370,9 @@ def encode_messages(
     pictures: list[Tensor] = []
 
     def encode_image(source: str) -> list[int]:
-        pictures.append(preprocess(load_image(source), config))
-        return picture_ids(pictures[-1], config, tokenizer)
+        picture, ids = read_picture(source, config, tokenizer)
+        pictures.append(picture)
+        return ids
 
     ids = tokenizer.encode_chat(messages, encode_image if isinstance(config, Mistral3Config) else None)
     return torch.tensor([ids]), *(batch_images(pictures) if pictures else (None, None))
@@ -481,10 +483,9 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(
             f"{directory}: the tokenizer has {tokenizer.vocab_size} ids, the model vocab_size={config.vocab_size}"
         )
-    pictures = [preprocess(load_image(source), whole) for source in options.image]
-    ids = tokenizer.encode("") + [i for picture in pictures for i in picture_ids(picture, whole, tokenizer)]
-    ids += tokenizer.encode(prompt, bos=False)
-    pixel_values, image_sizes = batch_images(pictures) if pictures else (None, None)
+    pictures = [read_picture(source, whole, tokenizer) for source in options.image]
+    ids = tokenizer.encode("") + [i for _, tokens in pictures for i in tokens] + tokenizer.encode(prompt, bos=False)
+    pixel_values, image_sizes = batch_images([pixels for pixels, _ in pictures]) if pictures else (None, None)
     check_length(len(ids), config)
     plan_memory(directory, config, len(ids) + options.max_new_tokens, device, dtype)
     model = cls.from_pretrained(directory, dtype, device, options.attn)

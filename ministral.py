@@ -40,15 +40,37 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 LAYER_TYPES = ("full_attention", "sliding_attention")
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 RopeTables = tuple[Tensor, ...]
-Config = TypeVar("Config", bound="MinistralConfig")
+Config = TypeVar("Config", bound="PreTrainedConfig")
 Model = TypeVar("Model", bound="PreTrainedModel")
 
 
 # ---------------------------------------------------------------------------------------------- configuration
 
 
+@dataclass
 class PreTrainedConfig:
-    """What all configurations do: refuse impossible values."""
+    """What all configurations do: refuse impossible values, and be read from a file."""
+
+    model_type: ClassVar[str]
+    # Other model types that compute the same function, with the defaults in which they differ.
+    same_function: ClassVar[dict[str, dict[str, Any]]] = {}
+    source: ClassVar[str] = "config.json"
+
+    @classmethod
+    def from_dict(cls: type[Config], d: dict[str, Any]) -> Config:
+        """Build a configuration from a published config.json, or this part of one, of either Transformers generation
+        (`rope_theta` and `rope_scaling`, or `rope_parameters`). A foreign `model_type` is taken when it computes the
+        same function.
+
+        Raises:
+            ValueError: another architecture, biases, quantised weights, or an impossible value.
+        """
+        known = {field.name for field in fields(cls)} - {"attn_implementation"}
+        values = checkpoint.config_fields(d, known, {cls.model_type: {}} | cls.same_function)
+        try:
+            return cls(**values)
+        except TypeError as error:  # a list where a number belongs, and the like
+            raise ValueError(f"{cls.source} holds a value of the wrong kind: {error}") from error
 
     def _check(self, name: str, valid: object, allowed: str) -> None:
         if not valid:
@@ -107,7 +129,6 @@ class MinistralConfig(PreTrainedConfig):
     # What rope_parameters may hold, each with the lowest number allowed (None: not a number).
     rope_keys: ClassVar[dict[str, float | None]] = {"rope_type": None, "rope_theta": 1.0, "partial_rotary_factor": 1.0}
     unwritten: ClassVar[tuple[str, ...]] = ("attn_implementation", "rope_theta", "num_labels")  # not in a config.json
-    # Other model types that compute the same function, with the defaults in which they differ.
     same_function: ClassVar[dict[str, dict[str, Any]]] = {
         "mistral": {},
         "llama": {"intermediate_size": 11008, "num_key_value_heads": None, "max_position_embeddings": 2048},
@@ -186,21 +207,6 @@ class MinistralConfig(PreTrainedConfig):
         """The layers of Ministral-8B-Instruct-2410: one full, three sliding, repeated (in its params.json the
         window is the list [null, 32768, 32768, 32768])."""
         return [LAYER_TYPES[layer % 4 > 0] for layer in range(num_hidden_layers)]
-
-    @classmethod
-    def from_dict(cls: type[Config], d: dict[str, Any]) -> Config:
-        """Build a configuration from a published config.json of either Transformers generation (`rope_theta` and
-        `rope_scaling`, or `rope_parameters`). A foreign `model_type` is taken when it computes the same function.
-
-        Raises:
-            ValueError: another architecture, biases, quantised weights, or an impossible value.
-        """
-        known = {field.name for field in fields(cls)} - {"attn_implementation"}
-        values = checkpoint.config_fields(d, known, {cls.model_type: {}} | cls.same_function)
-        try:
-            return cls(**values)
-        except TypeError as error:  # a list where a number belongs, and the like
-            raise ValueError(f"config.json holds a value of the wrong kind: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
         """The content of a config.json that Transformers 5 loads. What concerns heads is in it only when it was set."""
@@ -901,6 +907,26 @@ def causal_lm_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
 
 
+def expect_labels(labels: Tensor | None, text: Tensor | None, logits_to_keep: int | Tensor) -> None:
+    """Raise ValueError unless labels belong to the text, (B, S) ids or (B, S, E) embeddings, and all logits are kept
+    for them."""
+    if labels is not None and text is not None:
+        expect("labels", labels, tuple(text.shape[:2]))
+        if isinstance(logits_to_keep, Tensor) or logits_to_keep:
+            raise ValueError("labels need all logits; leave logits_to_keep at 0")
+    if isinstance(logits_to_keep, int) and logits_to_keep < 0:
+        raise ValueError(f"logits_to_keep={logits_to_keep} is impossible; allowed: 0 (all), a count, or indices")
+
+
+def logits_and_loss(
+    lm_head: nn.Module, hidden_states: Tensor, labels: Tensor | None, logits_to_keep: int | Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """The head on the positions to keep of (B, S, E): logits (B, S or fewer, V), and the loss if there are labels."""
+    keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+    logits = lm_head(hidden_states[:, keep])
+    return logits, None if labels is None else causal_lm_loss(logits, labels)
+
+
 class MinistralForCausalLM(PreTrainedModel):
     """The backbone and the head that turns hidden states into logits over the vocabulary."""
 
@@ -935,18 +961,10 @@ class MinistralForCausalLM(PreTrainedModel):
         Raises:
             ValueError: as `MinistralModel.forward`, or labels that do not match the logits.
         """
-        text = input_ids if input_ids is not None else inputs_embeds
-        if labels is not None and text is not None:
-            expect("labels", labels, text.shape[:2])
-            if isinstance(logits_to_keep, Tensor) or logits_to_keep:
-                raise ValueError("labels need all logits; leave logits_to_keep at 0")
-        if isinstance(logits_to_keep, int) and logits_to_keep < 0:
-            raise ValueError(f"logits_to_keep={logits_to_keep} is impossible; allowed: 0 (all), a count, or indices")
+        expect_labels(labels, input_ids if input_ids is not None else inputs_embeds, logits_to_keep)
         out = self.model(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, cache_position,
             output_hidden_states, output_attentions,
         )  # fmt: skip
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(out.last_hidden_state[:, keep])  # (B, S or fewer, V)
-        loss = None if labels is None else causal_lm_loss(logits, labels)
+        logits, loss = logits_and_loss(self.lm_head, out.last_hidden_state, labels, logits_to_keep)
         return CausalLMOutputWithPast(loss, logits, out.past_key_values, out.hidden_states, out.attentions)

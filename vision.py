@@ -50,7 +50,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as run_again_in_backward
 
-import checkpoint
 from ministral import (
     ACTIVATIONS,
     ATTENTION,
@@ -67,11 +66,11 @@ from ministral import (
     RopeTables,
     apply_rotary_pos_emb,
     at_least_float32,
-    causal_lm_loss,
     eager_attention,
-    expect,
+    expect_labels,
     init_weights,
     is_number,
+    logits_and_loss,
 )
 from ministral3 import Ministral3Config, Ministral3Model
 
@@ -108,6 +107,7 @@ class PixtralVisionConfig(PreTrainedConfig):
     attn_implementation: str = "sdpa"
 
     model_type: ClassVar[str] = "pixtral"
+    source: ClassVar[str] = "vision_config"
 
     def __post_init__(self) -> None:
         rope = dict(self.rope_parameters or {})
@@ -134,14 +134,8 @@ class PixtralVisionConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, d: dict[str, Any]) -> PixtralVisionConfig:
-        """Build a configuration from the vision part of a config.json (raises ValueError)."""
-        known = {field.name for field in fields(cls)} - {"attn_implementation"}
-        d = {k: v for k, v in d.items() if k != "vocab_size"}  # which Transformers writes here, for no reason
-        values = checkpoint.config_fields(d, known, {cls.model_type: {}})
-        try:
-            return cls(**values)
-        except TypeError as error:  # a list where a number belongs, and the like
-            raise ValueError(f"vision_config holds a value of the wrong kind: {error}") from error
+        """See `PreTrainedConfig.from_dict`. Transformers writes a vocab_size here, for no reason."""
+        return super().from_dict({k: v for k, v in d.items() if k != "vocab_size"})
 
     def to_dict(self) -> dict[str, Any]:
         """The vision part of a config.json that Transformers 5 loads."""
@@ -199,19 +193,27 @@ class Mistral3Config(PreTrainedConfig):
         self.tie_word_embeddings = text.tie_word_embeddings if tied is None else tied
         self.vision_config = replace(vision, attn_implementation=self.attn_implementation)
         self.text_config = replace(text, attn_implementation=self.attn_implementation)
-        layer, last = self.vision_feature_layer, self.vision_config.num_hidden_layers
-        layers = layer if isinstance(layer, list) else [layer]
+        self.feature_index()
         image = self.image_token_index
         for name, valid, allowed in (
             ("image_token_index", is_number(image, int, 0) and image < text.vocab_size, "an id of the vocabulary"),
             ("projector_hidden_act", self.projector_hidden_act in ACTIVATIONS, ", ".join(ACTIVATIONS)),
-            ("vision_feature_layer", len(layers) == 1 and is_number(layers[0], int, -last - 1) and layers[0] <= last,
-             f"one number from {-last - 1} to {last}"),
             ("multimodal_projector_bias", isinstance(self.multimodal_projector_bias, bool), "true or false"),
             ("spatial_merge_size", is_number(self.spatial_merge_size, int, 1), "a whole number not below 1"),
             ("tie_word_embeddings", isinstance(self.tie_word_embeddings, bool), "true or false"),
         ):
             self._check(name, valid, allowed)
+
+    def feature_index(self, layer: int | list[int] | None = None) -> int:
+        """The index, from 0, of the encoder's hidden state that is projected: of `vision_feature_layer`, or of `layer`
+        if given, a number or a list of one, where -1 is the last (raises ValueError)."""
+        layer = self.vision_feature_layer if layer is None else layer
+        number: Any = layer[0] if isinstance(layer, list) and len(layer) == 1 else layer
+        last = self.vision_config.num_hidden_layers
+        if not is_number(number, int, -last - 1) or number > last:
+            allowed = f"one number from {-last - 1} to {last}"
+            raise ValueError(f"vision_feature_layer={layer!r} is impossible; allowed: {allowed}")
+        return int(number) % (last + 1)
 
     def get_text_config(self) -> MinistralConfig:
         """The configuration of the language model."""
@@ -224,19 +226,10 @@ class Mistral3Config(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, d: dict[str, Any]) -> Mistral3Config:
-        """Build a configuration from a published config.json.
-
-        Raises:
-            ValueError: another architecture, quantised weights, or an impossible value.
-        """
-        known = {field.name for field in fields(cls)} - {"attn_implementation"}
-        if "image_token_id" in d:  # the other name of the same
+        """See `PreTrainedConfig.from_dict`. `image_token_id` is another name of `image_token_index`."""
+        if "image_token_id" in d:
             d = {"image_token_index": d["image_token_id"]} | {k: v for k, v in d.items() if k != "image_token_id"}
-        values = checkpoint.config_fields(d, known, {cls.model_type: {}})
-        try:
-            return cls(**values)
-        except TypeError as error:
-            raise ValueError(f"config.json holds a value of the wrong kind: {error}") from error
+        return super().from_dict(d)
 
     def to_dict(self) -> dict[str, Any]:
         """The content of a config.json that Transformers 5 loads."""
@@ -556,14 +549,13 @@ class PixtralVisionModel(PreTrainedModel):
         patches = [h * w for h, w in grids]
         layers: list[Any] = list(self.transformer["layers"])  # type: ignore[call-overload]
         wanted = range(len(layers) + 1) if output_hidden_states is True else output_hidden_states or ()
-        hidden_states: list[Any] = [None] * (len(layers) + 1)
-        for i, layer in enumerate([None, *layers]):
-            if layer is not None and self._recompute and self.training:
+        hidden_states: list[Any] = [x if 0 in wanted else None]
+        for i, layer in enumerate(layers, start=1):
+            if self._recompute and self.training:
                 x = run_again_in_backward(layer, x, tables, patches, use_reentrant=False)
-            elif layer is not None:
+            else:
                 x = layer(x, tables, patches)
-            if i in wanted:
-                hidden_states[i] = x
+            hidden_states.append(x if i in wanted else None)
         return BaseModelOutput(x, tuple(hidden_states) if wanted else None)
 
 
@@ -626,10 +618,27 @@ class Mistral3CausalLMOutputWithPast(CausalLMOutputWithPast):
     image_hidden_states: Tensor | None = None
 
 
-class Mistral3Model(PreTrainedModel):
-    """Encoder, projector and language model, without head."""
+class Mistral3PreTrainedModel(PreTrainedModel):
+    """What the model with and without head share: their files."""
 
     config_class = Mistral3Config
+
+    def own_name(self, stored: str) -> str | None:
+        """The published files say language_model.model.layers, vision_tower, language_model.lm_head; Transformers 5
+        writes model.language_model.layers, model.vision_tower, lm_head."""
+        if stored.endswith("rotary_emb.inv_freq"):
+            return None
+        name = stored.removeprefix("model.")
+        if name.startswith("language_model."):
+            rest = name.removeprefix("language_model.")
+            name = rest if rest.startswith("lm_head.") else "language_model." + rest.removeprefix("model.")
+        if name.startswith("lm_head."):
+            return name if hasattr(self, "lm_head") else None
+        return name if self.base_model is self else "model." + name
+
+
+class Mistral3Model(Mistral3PreTrainedModel):
+    """Encoder, projector and language model, without head."""
 
     def __init__(self, config: Mistral3Config) -> None:
         super().__init__(config)
@@ -637,11 +646,6 @@ class Mistral3Model(PreTrainedModel):
         self.multi_modal_projector = Mistral3MultiModalProjector(config)
         self.language_model = TEXT[config.text_config.model_type][1](config.text_config)
         init_weights(self.multi_modal_projector, config.text_config.initializer_range)
-
-    def own_name(self, stored: str) -> str | None:
-        """The published files say language_model.model.layers, vision_tower, language_model.lm_head; Transformers 5
-        writes model.language_model.layers, model.vision_tower, lm_head."""
-        return mistral3_name(self, stored)
 
     def get_image_features(
         self, pixel_values: Tensor, image_sizes: ImageSizes | None = None, vision_feature_layer: int | None = None
@@ -652,13 +656,7 @@ class Mistral3Model(PreTrainedModel):
             pixel_values, image_sizes: see `PixtralVisionModel.forward`.
             vision_feature_layer: which hidden state is projected; None takes the configuration's word.
         """
-        layer: Any = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
-        layer = layer[0] if isinstance(layer, list) and len(layer) == 1 else layer
-        last = self.config.vision_config.num_hidden_layers
-        if not is_number(layer, int, -last - 1) or layer > last:
-            allowed = f"one number from {-last - 1} to {last}"
-            raise ValueError(f"vision_feature_layer={layer} is impossible; allowed: {allowed}")
-        index = layer % (last + 1)
+        index = self.config.feature_index(vision_feature_layer)
         grids, m = self.vision_tower.grids(pixel_values, image_sizes), self.config.spatial_merge_size
         if min(min(grid) for grid in grids) < m:
             raise ValueError(f"pictures of {grids} patches; allowed: {m} x {m} or more, which are merged into one")
@@ -716,10 +714,8 @@ class Mistral3Model(PreTrainedModel):
         )
 
 
-class Mistral3ForConditionalGeneration(PreTrainedModel):
+class Mistral3ForConditionalGeneration(Mistral3PreTrainedModel):
     """The whole: pictures and text in, logits over the vocabulary out."""
-
-    config_class = Mistral3Config
 
     def __init__(self, config: Mistral3Config) -> None:
         super().__init__(config)
@@ -734,10 +730,6 @@ class Mistral3ForConditionalGeneration(PreTrainedModel):
         embeddings = "model.language_model.embed_tokens.weight"
         return {"lm_head.weight": embeddings} if self.config.tie_word_embeddings else {}
 
-    def own_name(self, stored: str) -> str | None:
-        """See `Mistral3Model.own_name`."""
-        return mistral3_name(self, stored)
-
     def forward(
         self, input_ids: Tensor | None = None, pixel_values: Tensor | None = None, attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None, past_key_values: KVCache | None = None,
@@ -747,33 +739,12 @@ class Mistral3ForConditionalGeneration(PreTrainedModel):
     ) -> Mistral3CausalLMOutputWithPast:  # fmt: skip
         """The arguments of `Mistral3Model.forward`, and `labels` and `logits_to_keep` of `MinistralForCausalLM.forward`
         (raises as these)."""
-        text = input_ids if input_ids is not None else inputs_embeds
-        if labels is not None and text is not None:
-            expect("labels", labels, tuple(text.shape[:2]))
-            if isinstance(logits_to_keep, Tensor) or logits_to_keep:
-                raise ValueError("labels need all logits; leave logits_to_keep at 0")
-        if isinstance(logits_to_keep, int) and logits_to_keep < 0:
-            raise ValueError(f"logits_to_keep={logits_to_keep} is impossible; allowed: 0 (all), a count, or indices")
+        expect_labels(labels, input_ids if input_ids is not None else inputs_embeds, logits_to_keep)
         out = self.model(
             input_ids, pixel_values, attention_mask, position_ids, past_key_values, inputs_embeds,
             vision_feature_layer, use_cache, image_sizes, **kwargs,
         )  # fmt: skip
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(out.last_hidden_state[:, keep])
-        loss = None if labels is None else causal_lm_loss(logits, labels)
+        logits, loss = logits_and_loss(self.lm_head, out.last_hidden_state, labels, logits_to_keep)
         return Mistral3CausalLMOutputWithPast(
             loss, logits, out.past_key_values, out.hidden_states, out.attentions, out.image_hidden_states
         )
-
-
-def mistral3_name(model: PreTrainedModel, stored: str) -> str | None:
-    """The name in `model` of a tensor stored under any of the three prefixes in use."""
-    if stored.endswith("rotary_emb.inv_freq"):
-        return None
-    name = stored.removeprefix("model.")
-    if name.startswith("language_model."):
-        rest = name.removeprefix("language_model.")
-        name = rest if rest.startswith("lm_head.") else "language_model." + rest.removeprefix("model.")
-    if name.startswith("lm_head."):
-        return name if hasattr(model, "lm_head") else None
-    return name if model.base_model is model else "model." + name

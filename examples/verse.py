@@ -73,7 +73,6 @@ def fine_tune(
 ) -> None:  # fmt: skip
     """Train all weights. Each epoch takes all examples of the rarer class, and as many of the other."""
     rng, pad = random.Random(seed), model.config.pad_token_id
-    assert pad is not None
     rare, common = sorted(([e for e in examples if e[1] == label] for label in LABELS), key=len)
     order: list[Speech] = []
     for _ in range(epochs):
@@ -100,7 +99,6 @@ def probabilities(
 ) -> Tensor:
     """How likely each speech is to be verse, (number of speeches,)."""
     pad, found = model.config.pad_token_id, []
-    assert pad is not None
     for start in range(0, len(examples), 64):
         ids, _ = to_tensors(tokenizer, examples[start : start + 64], pad)
         found.append(model(ids, attention_mask=ids != pad).logits.softmax(-1)[:, 1])
