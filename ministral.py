@@ -56,6 +56,19 @@ class PreTrainedConfig:
     same_function: ClassVar[dict[str, dict[str, Any]]] = {}
     source: ClassVar[str] = "config.json"
 
+    def _check_common(self: Any, *sizes: str) -> None:
+        """Check the fields named, which are sizes, and those that text and vision have in common."""
+        for name in sizes:
+            self._check(name, is_number(getattr(self, name), int, 1), "a whole number not below 1")
+        dropout = self.attention_dropout
+        for name, valid, allowed in (
+            ("hidden_act", self.hidden_act in ACTIVATIONS, ", ".join(ACTIVATIONS)),
+            ("initializer_range", is_number(self.initializer_range, float, 0), "a number not below 0"),
+            ("attention_dropout", is_number(dropout, float, 0) and dropout < 1, "a number from 0 to below 1"),
+            ("attn_implementation", self.attn_implementation in ATTENTION, ", ".join(ATTENTION)),
+        ):
+            self._check(name, valid, allowed)
+
     @classmethod
     def from_dict(cls: type[Config], d: dict[str, Any]) -> Config:
         """Build a configuration from a published config.json, or this part of one, of either Transformers generation
@@ -137,9 +150,8 @@ class MinistralConfig(PreTrainedConfig):
     def __post_init__(self) -> None:
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                     "num_key_value_heads", "max_position_embeddings"):  # fmt: skip
-            self._check(name, is_number(getattr(self, name), int, 1), "a whole number not below 1")
+        self._check_common("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                           "num_attention_heads", "num_key_value_heads", "max_position_embeddings")  # fmt: skip
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.layer_types is None:
@@ -156,11 +168,7 @@ class MinistralConfig(PreTrainedConfig):
         for name, valid, allowed in (
             ("num_key_value_heads", heads % self.num_key_value_heads == 0, f"a divisor of {heads} attention heads"),
             ("head_dim", is_number(self.head_dim, int, 2) and self.head_dim % 2 == 0, "an even number above 0"),
-            ("hidden_act", self.hidden_act in ACTIVATIONS, ", ".join(ACTIVATIONS)),
             ("rms_norm_eps", is_number(self.rms_norm_eps, float, 1e-30), "a number above 0"),
-            ("initializer_range", is_number(self.initializer_range, float, 0), "a number not below 0"),
-            ("attention_dropout", is_number(self.attention_dropout, float, 0) and self.attention_dropout < 1,
-             "a number from 0 to below 1"),
             ("use_cache", isinstance(self.use_cache, bool), "true or false"),
             ("tie_word_embeddings", isinstance(self.tie_word_embeddings, bool), "true or false"),
             ("pad_token_id", pad is None or (is_number(pad, int, 0) and pad < self.vocab_size),
@@ -175,7 +183,6 @@ class MinistralConfig(PreTrainedConfig):
              "None or a number from 0 to below 1"),
             ("problem_type", kind in (None, *PROBLEM_TYPES), f"None, {', '.join(PROBLEM_TYPES)}"),
             ("problem_type", kind != PROBLEM_TYPES[1] or self.num_labels > 1, "the two others, for num_labels=1"),
-            ("attn_implementation", self.attn_implementation in ATTENTION, ", ".join(ATTENTION)),
         ):
             self._check(name, valid, allowed)
 

@@ -52,7 +52,6 @@ from torch.utils.checkpoint import checkpoint as run_again_in_backward
 
 from ministral import (
     ACTIVATIONS,
-    ATTENTION,
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
     KVCache,
@@ -118,18 +117,12 @@ class PixtralVisionConfig(PreTrainedConfig):
         self._check("rope_parameters", rope.keys() <= {"rope_type", "type", "rope_theta"}, "rope_type and rope_theta")
         self._check("rope_parameters", is_number(theta, float, 1.0), "a rope_theta not below 1")
         self.rope_theta, self.rope_parameters = theta, {"rope_type": "default", "rope_theta": theta}
-        for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels",
-                     "image_size", "patch_size"):  # fmt: skip
-            self._check(name, is_number(getattr(self, name), int, 1), "a whole number not below 1")
+        self._check_common("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                           "num_channels", "image_size", "patch_size")  # fmt: skip
         heads, size = self.num_attention_heads, self.hidden_size // self.num_attention_heads
         whole = size * heads == self.hidden_size and size % 4 == 0
         self._check("hidden_size", whole, f"a multiple of 4 for each of {heads} heads")
         self._check("head_dim", self.head_dim in (None, size), f"hidden_size / num_attention_heads = {size}")
-        self._check("hidden_act", self.hidden_act in ACTIVATIONS, ", ".join(ACTIVATIONS))
-        dropout = is_number(self.attention_dropout, float, 0) and self.attention_dropout < 1
-        self._check("attention_dropout", dropout, "a number from 0 to below 1")
-        self._check("initializer_range", is_number(self.initializer_range, float, 0), "a number not below 0")
-        self._check("attn_implementation", self.attn_implementation in ATTENTION, ", ".join(ATTENTION))
         self.head_dim = size
 
     @classmethod
