@@ -8,24 +8,28 @@ runs the bundled model, a small Ministral 3 trained on Shakespeare; `--model` ta
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import math
 import os
+import re
+import signal
 import sys
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import checkpoint
+from checkpoint import DTYPES, Parser, exit_code, human
 from ministral import KVCache, MinistralConfig, MinistralForCausalLM, at_least_float32
 from ministral3 import Ministral3ForCausalLM
-from tokenizer import TextStream, Tokenizer
+from tokenizer import ChatStream, TextStream, Tokenizer, split_thinking
 from vision import (
     ImageSizes,
     Mistral3Config,
@@ -64,10 +68,11 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
     attn_implementation: str | None = None,
+    revision: str | None = None,
 ) -> GenerativeModel:
     """`from_pretrained` of the class that config.json asks for; arguments and errors are those of
     `PreTrainedModel.from_pretrained`."""
-    directory = checkpoint.find(path_or_hub_id)
+    directory = checkpoint.find(path_or_hub_id, revision)
     cls = model_class(checkpoint.read_config(directory))
     return cls.from_pretrained(directory, dtype, device, attn_implementation)
 
@@ -164,6 +169,7 @@ def generate(
     prefill_chunk_size: int = 512,
     pixel_values: Tensor | None = None,
     image_sizes: ImageSizes | None = None,
+    past_key_values: KVCache | None = None,
 ) -> Tensor:
     """Continue each row of `input_ids` until it ends with an end-of-sequence token or is long enough.
 
@@ -181,6 +187,8 @@ def generate(
         prefill_chunk_size: the prompt is read in chunks of this size, so that the memory for attention masks grows
             with the length of the prompt and not with its square. A cut may go through a picture.
         pixel_values, image_sizes: the pictures whose [IMG] tokens are in the prompts, see `vision.batch_images`.
+        past_key_values: the cache of an earlier call that holds the first tokens of every row; only the others are
+            read, and the pictures are those among them. It holds all but the last token in the end.
 
     Returns:
         (B, T + n): prompts and continuations; a row that ended early is filled up with `pad_token_id` (with the
@@ -192,6 +200,7 @@ def generate(
     """
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     config, device = model.config.get_text_config(), model.device
+    past = 0 if past_key_values is None else past_key_values.get_seq_length()
     for name, value in (("max_new_tokens", max_new_tokens), ("prefill_chunk_size", prefill_chunk_size)):
         if value < 1:
             raise ValueError(f"{name}={value} is impossible; allowed: a whole number not below 1")
@@ -199,6 +208,8 @@ def generate(
         raise ValueError(f"input_ids must be (batch, tokens) with at least one token; found {tuple(input_ids.shape)}")
     input_ids = input_ids.to(device)
     B, T = input_ids.shape
+    if past >= T:
+        raise ValueError(f"past_key_values holds {past} tokens of {T}; allowed: fewer, the last one has to be read")
     real = torch.ones(B, T, dtype=torch.bool) if attention_mask is None else attention_mask.cpu().bool()
     if real.shape != (B, T) or not real[:, -1].all():
         raise ValueError(f"attention_mask must be {(B, T)}, padding on the left: every row ends with a real token")
@@ -208,7 +219,7 @@ def generate(
     total = T + max_new_tokens
     if eos_token_id is None:
         eos_token_id = config.eos_token_id
-    ends = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id or ())
+    ends = ending_ids(eos_token_id)
     if not all(0 <= end < config.vocab_size for end in ends):
         raise ValueError(f"eos_token_id={sorted(ends)} is impossible; allowed: ids below {config.vocab_size}")
     filler = config.pad_token_id if config.pad_token_id is not None else min(ends, default=0)
@@ -220,7 +231,7 @@ def generate(
 
     embeds = None
     if isinstance(model, Mistral3ForConditionalGeneration) and pixel_values is not None:
-        embeds, _ = model.model.embed(input_ids, pixel_values.to(device), image_sizes)
+        embeds, _ = model.model.embed(input_ids[:, past:], pixel_values.to(device), image_sizes)
     elif pixel_values is not None:
         raise ValueError(f"pixel_values for a {type(model).__name__}, which has no eyes; allowed: a mistral3 model")
 
@@ -229,12 +240,14 @@ def generate(
         end = start + ids.shape[1]
         positions = (first_positions + torch.arange(start, end, device=device)).clamp(min=0)
         seen = None if mask is None else mask[:, :end]
-        text = {"input_ids": ids} if embeds is None or start >= T else {"inputs_embeds": embeds[:, start:end]}
+        text = {"input_ids": ids}
+        if embeds is not None and start < T:
+            text = {"inputs_embeds": embeds[:, start - past : end - past]}
         arguments = dict(attention_mask=seen, position_ids=positions, past_key_values=cache, **text)
         return model(**arguments, use_cache=True, logits_to_keep=1).logits[:, -1]
 
-    cache, tokens = KVCache(config, expected=total), input_ids
-    for start in range(0, T, prefill_chunk_size):
+    cache, tokens = KVCache(config, expected=total) if past_key_values is None else past_key_values, input_ids
+    for start in range(past, T, prefill_chunk_size):
         logits = step(start, input_ids[:, start : start + prefill_chunk_size])
     running = [True] * B
     for slot in range(T, total):
@@ -257,6 +270,17 @@ def generate(
     return tokens
 
 
+def ending_ids(eos_token_id: int | Sequence[int] | None) -> set[int]:
+    """The ids that end a text, from any of the forms that a configuration has them in."""
+    return {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id or ())
+
+
+def check_seed(seed: int | None) -> None:
+    """Raise ValueError if that is no seed."""
+    if seed is not None and not 0 <= seed < 2**63:
+        raise ValueError(f"seed={seed} is impossible; allowed: a whole number from 0 to 2**63 - 1")
+
+
 def check_length(tokens: int, config: MinistralConfig) -> None:
     """Raise ValueError if a prompt of that many tokens leaves no position for a new one."""
     limit = config.max_position_embeddings
@@ -270,8 +294,7 @@ def _generators(seed: int | Sequence[int] | None, rows: int, device: torch.devic
     if len(seeds) != rows:
         raise ValueError(f"seed must be one number or one for each of {rows} rows; found {len(seeds)}")
     for generator, number in zip(generators, seeds):
-        if number is not None and not 0 <= number < 2**63:
-            raise ValueError(f"seed={number} is impossible; allowed: a whole number from 0 to 2**63 - 1")
+        check_seed(number)
         if number is None:
             generator.seed()
         else:
@@ -279,56 +302,199 @@ def _generators(seed: int | Sequence[int] | None, rows: int, device: torch.devic
     return generators
 
 
+# ---------------------------------------------------------------------------------------------- conversations
+
+
+def read_picture(source: Any, config: Mistral3Config, tokenizer: Tokenizer) -> tuple[Tensor, list[int]]:
+    """A picture, preprocessed (3, height, width), and the ids that stand for it in a prompt.
+
+    Raises:
+        ValueError: the tokenizer has no such tokens, or the model means another id by [IMG]; as `load_image`.
+    """
+    picture = preprocess(load_image(source), config)
+    names = ("[IMG]", "[IMG_BREAK]", "[IMG_END]")
+    image, between, end = (tokenizer.special_tokens.get(name) for name in names)
+    if between is None or end is None or image != config.image_token_id:
+        found = ", ".join(f"{name} {tokenizer.special_tokens.get(name)}" for name in names)
+        raise ValueError(f"the tokenizer has {found}; allowed: these three, [IMG] being {config.image_token_id}")
+    return picture, image_tokens((picture.shape[1], picture.shape[2]), config, between, end)
+
+
+def batched(pictures: Sequence[Tensor]) -> tuple[Tensor | None, ImageSizes | None]:
+    """pixel_values and image_sizes for `generate`, None without pictures."""
+    return batch_images(pictures) if pictures else (None, None)
+
+
+class Conversation:
+    """Messages (see `Tokenizer.encode_chat`), and the KV cache of their beginning, which is kept between answers: only
+    what is new is read (unless a sliding window has moved on and the beginning has changed).
+
+    Attributes:
+        messages: may be changed between answers; the cache is cut back to what still is the beginning.
+        tools: see `Tokenizer.encode_chat`.
+        pictures: source -> (pixels, ids) of what was loaded from files and addresses; each is read once.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, config: Any, messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> None:  # fmt: skip
+        self.tokenizer, self.config, self.messages, self.tools = tokenizer, config, list(messages), tools
+        self.pictures: dict[str, tuple[Tensor, list[int]]] = {}
+        self._cache: KVCache | None = None
+        self._held: list[int] = []  # the ids whose keys are in the cache
+        self._seen: list[Tensor] = []  # the pictures among them
+
+    def picture(self, source: Any) -> tuple[Tensor, list[int]]:
+        """See `read_picture`."""
+        if not isinstance(self.config, Mistral3Config):
+            found = f"a picture, for a model without eyes (model_type {self.config.model_type!r})"
+            raise ValueError(f"{found}; allowed: a model of type 'mistral3'")
+        if not isinstance(source, str):
+            return read_picture(source, self.config, self.tokenizer)
+        if source not in self.pictures:
+            self.pictures[source] = read_picture(source, self.config, self.tokenizer)
+        return self.pictures[source]
+
+    def encode(self) -> tuple[list[int], list[Tensor]]:
+        """The ids of the conversation up to where the answer begins, and its pictures (raises as `encode_chat` and
+        `read_picture`)."""
+        pictures: list[Tensor] = []
+
+        def encode_image(source: Any) -> list[int]:
+            pixels, ids = self.picture(source)
+            pictures.append(pixels)
+            return ids
+
+        return self.tokenizer.encode_chat(self.messages, self.tools, encode_image), pictures
+
+    def _keep(self, ids: list[int], pictures: list[Tensor]) -> tuple[KVCache, int]:
+        """The cache of what `ids` and the ids that were read before have in common, and how many pictures it holds."""
+        cache, self._cache = self._cache, None  # given back when the answer is there
+        if cache is None:
+            return KVCache(self.config), 0
+        same = min(len(ids) - 1, len(self._held))
+        same = next((place for place in range(same) if ids[place] != self._held[place]), same)
+        names = self.tokenizer.special_tokens
+        inside = {names.get(name) for name in ("[IMG]", "[IMG_BREAK]", "[IMG_END]")}
+        kept = place = 0
+        for picture, old in zip(pictures, self._seen):  # equal ids, but another picture?
+            place = next(i for i in range(place, len(ids)) if ids[i] in inside)
+            end = ids.index(names["[IMG_END]"], place) + 1
+            if end > same or not (picture is old or torch.equal(picture, old)):
+                same = min(same, place)
+                break
+            kept, place = kept + 1, end
+        else:
+            if kept < len(pictures):
+                same = min(same, next(i for i in range(place, len(ids)) if ids[i] in inside))
+        try:
+            cache.crop(same)
+        except ValueError:  # a window has moved on
+            return KVCache(self.config), 0
+        return cache, kept
+
+    def answer(self, model: GenerativeModel, **settings: Any) -> dict[str, Any]:
+        """Let the model answer, and append the answer, as `Tokenizer.decode_chat` gives it, to the messages: a message
+        with "prefix" becomes the beginning of it, malformed calls are words in the history, and an empty answer is not
+        appended.
+
+        Args:
+            settings: those of `generate`.
+        """
+        ids, pictures = self.encode()
+        cache, kept = self._keep(ids, pictures)
+        pixel_values, image_sizes = batched(pictures[kept:])
+        tokens = generate(model, torch.tensor([ids]), pixel_values=pixel_values, image_sizes=image_sizes,
+                          past_key_values=cache, **settings)[0].tolist()  # fmt: skip
+        self._cache, self._held, self._seen = cache, tokens[: cache.get_seq_length()], pictures
+        message = self.tokenizer.decode_chat(tokens[len(ids) :], self.begins_with())
+        if self.messages[-1].get("prefix"):
+            begun = self.messages.pop()
+            message["content"] = _join(begun.get("content"), message["content"])
+            if calls := [*(begun.get("tool_calls") or ()), *message.get("tool_calls", ())]:
+                message["tool_calls"] = calls
+        said = _join(message["content"], "".join(call["text"] for call in message.get("malformed_calls", ())))
+        if said or message.get("tool_calls"):
+            self.messages.append(message | {"content": said})
+        return message
+
+    def begins_with(self) -> str:
+        """What kind of text the answer begins with: "thinking" if the last message is a prefix that ends in it."""
+        last: Any = self.messages[-1].get("content") if self.messages[-1].get("prefix") else None
+        part = last[-1] if isinstance(last, (list, tuple)) and last else {}
+        return "thinking" if part.get("type") == "thinking" and not part.get("closed", True) else "text"
+
+
+def _join(begun: Any, rest: Any) -> Any:
+    """The content of a message from what was given of it and what the model added."""
+    if isinstance(begun, str) and isinstance(rest, str):
+        return begun + rest
+    parts, more = (
+        [{"type": "text", "text": c}] * bool(c) if isinstance(c, str) else list(c or ()) for c in (begun, rest)
+    )
+    if parts and more and parts[-1]["type"] == more[0]["type"] == "thinking" and not parts[-1].get("closed", True):
+        thought = parts.pop()["thinking"]
+        thought = thought if isinstance(thought, str) else "".join(part["text"] for part in thought)
+        more[0] = more[0] | {"thinking": thought + more[0]["thinking"]}
+    return parts + more
+
+
+def encode_messages(
+    messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, config: Any,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+) -> tuple[Tensor, Tensor | None, ImageSizes | None]:  # fmt: skip
+    """A conversation, with pictures from files, web addresses or `data:` URIs, as `generate` takes it: input_ids
+    (1, T), pixel_values and image_sizes (None without pictures). Raises as `Conversation.encode`."""
+    ids, pictures = Conversation(tokenizer, config, messages, tools).encode()
+    return torch.tensor([ids]), *batched(pictures)
+
+
 # ------------------------------------------------------------------------------------------------ command line
-
-
-class Parser(argparse.ArgumentParser):
-    """Reports wrong use in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        print(f"error: {message} (--help lists the options)", file=sys.stderr)
-        sys.exit(2)
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options of the command line (None: of this process)."""
-    parser = Parser(description="Continue a text with a Ministral model.")
-    parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="the text to continue")
-    parser.add_argument("--prompt-file", metavar="FILE", help="read the prompt from a file, - for standard input")
-    parser.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture, before the text; also"
-                        " a web address or data: URI (repeatable)")  # fmt: skip
-    parser.add_argument("--model", default=str(BUNDLED), metavar="DIR_OR_HUB_ID", help="default: the bundled model")
-    parser.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="default: 200")
-    parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0 is greedy; default: 0.8")
-    parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K most likely tokens")
-    parser.add_argument("--top-p", type=float, metavar="P", help="draw from the most likely tokens that make up P")
-    parser.add_argument("--min-p", type=float, metavar="P", help="drop tokens below P times the most likely one")
-    parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1: repeat less")
-    parser.add_argument("--seed", type=int, metavar="N", help="the same seed draws the same text")
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT (repeatable)")
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="default: as stored")
-    parser.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
-    parser.add_argument("--attn", choices=("sdpa", "eager"), default="sdpa", help="attention implementation")
-    parser.add_argument("--json", action="store_true", help="print one JSON object with text, ids, settings, timing")
+    parser = Parser(description="Continue a text, or answer, with a Ministral model.")
+    add = parser.add_argument
+    add("prompt", nargs="?", metavar="PROMPT", help="the text to continue, or the user's message")
+    add("--prompt-file", metavar="FILE", help="read the prompt from a file, - for standard input")
+    add("--image", action="append", default=[], metavar="FILE", help="a picture, before the text; also a web address"
+        " or data: URI (repeatable)")  # fmt: skip
+    add("--model", default=str(BUNDLED), metavar="DIR_OR_HUB_ID", help="default: the bundled model")
+    add("--revision", metavar="NAME", help="branch, tag or commit of a Hub id")
+    add("--raw", action="store_true", help="continue the plain text, no chat format")
+    add("--chat", action="store_true", help="a conversation in the terminal; /help lists its commands")
+    add("--system", metavar="TEXT_OR_FILE", help="the system prompt; in a file, [THINK]...[/THINK] is thinking, and"
+        " {name}, {today}, {yesterday} are filled in")  # fmt: skip
+    add("--messages", metavar="FILE.json", help="answer a conversation: a list of messages with role and content")
+    add("--tools", metavar="FILE.json", help="tools the model may call; its calls are printed as JSON")
+    add("--show-thinking", action="store_true", help="print what the model thinks before it answers")
+    add("--max-new-tokens", type=int, metavar="N", help="default: 200; for chats 16384, with thinking 32768, or what"
+        " memory allows")  # fmt: skip
+    add("--temperature", type=float, metavar="T", help="0 is greedy; default: Mistral's advice for the model, or 0.8")
+    add("--top-k", type=int, metavar="K", help="draw from the K most likely tokens")
+    add("--top-p", type=float, metavar="P", help="draw from the most likely tokens that make up P")
+    add("--min-p", type=float, metavar="P", help="drop tokens below P times the most likely one")
+    add("--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1: repeat less")
+    add("--seed", type=int, metavar="N", help="the same seed draws the same text")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT (repeatable)")
+    add("--dtype", choices=("auto", *DTYPES), default="auto", help="default: as stored; FP8 becomes bfloat16")
+    add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
+    add("--attn", choices=("sdpa", "eager"), default="sdpa", help="attention implementation")
+    add("--json", action="store_true", help="print one JSON object with text, ids, settings, timing")
     return parser.parse_args(arguments)
 
 
-DTYPES = {
-    "auto": None,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float32": torch.float32,
-    "float64": torch.float64,
-}
-
-
-def read_prompt(options: argparse.Namespace) -> str:
-    """The prompt, from the command line, a file or standard input.
+def read_prompt(options: argparse.Namespace) -> str | None:
+    """The prompt, from the command line, a file or standard input; None where a conversation needs none.
 
     Raises:
         ValueError: none, two, an empty one, or one that is not UTF-8.
         OSError: the file cannot be read.
     """
+    if options.prompt is None and options.prompt_file is None and (options.chat or options.messages):
+        return None
     if (options.prompt is None) == (options.prompt_file is None):
         raise ValueError("give a PROMPT or --prompt-file FILE, one of the two")
     if options.prompt is not None:
@@ -344,38 +510,6 @@ def read_prompt(options: argparse.Namespace) -> str:
     if not text:
         raise ValueError("the prompt is empty; give at least one character")
     return text
-
-
-def read_picture(source: str, config: Mistral3Config, tokenizer: Tokenizer) -> tuple[Tensor, list[int]]:
-    """A picture, preprocessed (3, height, width), and the ids that stand for it in a prompt.
-
-    Raises:
-        ValueError: the tokenizer has no such tokens, or the model means another id by [IMG]; as `load_image`.
-    """
-    picture = preprocess(load_image(source), config)
-    names = ("[IMG]", "[IMG_BREAK]", "[IMG_END]")
-    image, between, end = (tokenizer.special_tokens.get(name) for name in names)
-    if between is None or end is None or image != config.image_token_id:
-        found = ", ".join(f"{name} {tokenizer.special_tokens.get(name)}" for name in names)
-        raise ValueError(f"the tokenizer has {found}; allowed: these three, [IMG] being {config.image_token_id}")
-    return picture, image_tokens((picture.shape[1], picture.shape[2]), config, between, end)
-
-
-def encode_messages(
-    messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, config: Any
-) -> tuple[Tensor, Tensor | None, ImageSizes | None]:
-    """A conversation, with pictures from files, web addresses or `data:` URIs, as `generate` takes it: input_ids
-    (1, T), pixel_values and image_sizes (None without pictures). Raises as `Tokenizer.encode_chat` and `load_image`.
-    """
-    pictures: list[Tensor] = []
-
-    def encode_image(source: str) -> list[int]:
-        picture, ids = read_picture(source, config, tokenizer)
-        pictures.append(picture)
-        return ids
-
-    ids = tokenizer.encode_chat(messages, encode_image if isinstance(config, Mistral3Config) else None)
-    return torch.tensor([ids]), *(batch_images(pictures) if pictures else (None, None))
 
 
 def choose_device(name: str) -> torch.device:
@@ -417,39 +551,60 @@ def available_memory(device: torch.device) -> int | None:
     return min(free, limit)
 
 
-def human(nbytes: float) -> str:
-    """1234567 -> "1.2 MB"."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.1f} TB"
-
-
 class Writer:
-    """Prints text as its tokens arrive, whole characters only, and nothing from a stop text on."""
+    """Prints text as its tokens arrive, whole characters only, and nothing from a stop text on. Of a chat's answer it
+    prints the words, and the thinking if it is to be shown; tool calls are read at the end.
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], print_now: bool) -> None:
-        self.stream, self.stops, self.print_now = TextStream(tokenizer), [s for s in stops if s], print_now
-        self.text, self.shown, self.stopped = "", 0, False
+    Attributes:
+        text: what was written so far, without thinking.
+        cut: whether a stop text ended it.
+        ids, times: the new tokens, and when each came.
+        stopped: ends the text before the next token; set by a stop text, or by somebody else.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, stops: Sequence[str], print_now: bool, chat: str | None = None,
+        thinking: bool = False,
+    ) -> None:  # fmt: skip
+        self.stream: TextStream | ChatStream = TextStream(tokenizer) if chat is None else ChatStream(tokenizer, chat)
+        self.stops, self.print_now, self.thinking = [s for s in stops if s], print_now, thinking
+        self.text, self.shown, self.stopped, self.cut, self.aside = "", 0, False, False, False
         self.ids: list[int] = []
         self.times: list[float] = []
 
     def on_token(self, row: int, token: int) -> bool:
         self.ids.append(token)
         self.times.append(time.perf_counter())
-        self._add(self.stream.push(token))
+        self._take(self.stream.push(token))
         return self.stopped
 
     def close(self) -> None:
         if not self.stopped:
-            self._add(self.stream.close(), last=True)
+            self._take(self.stream.close(), last=True)
+        self._show_thinking(False)
+
+    def _take(self, found: str | tuple[str, str], last: bool = False) -> None:
+        kind, piece = found if isinstance(found, tuple) else ("text", found)
+        if kind == "text" and (piece or last):
+            self._show_thinking(False)
+            self._add(piece, last)
+        elif kind == "thinking" and piece and self.thinking and self.print_now:
+            self._show_thinking(True)
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+
+    def _show_thinking(self, on: bool) -> None:
+        """Begin or end thinking on the screen: dim on a terminal, between markers elsewhere."""
+        if on != self.aside:
+            marks = ("\x1b[2m", "\x1b[0m\n\n") if sys.stdout.isatty() else ("[THINK]", "[/THINK]\n")
+            sys.stdout.write(marks[not on])
+            self.aside = on
 
     def _add(self, piece: str, last: bool = False) -> None:
         self.text += piece
         found = [place for place in (self.text.find(stop) for stop in self.stops) if place >= 0]
         if found:
-            self.text, self.stopped = self.text[: min(found)], True
+            self.text, self.stopped, self.cut = self.text[: min(found)], True, True
         ready = len(self.text)
         if not (self.stopped or last):  # the end of the text may be the beginning of a stop text
             lengths = (n for stop in self.stops for n in range(1, len(stop)) if self.text.endswith(stop[:n]))
@@ -460,116 +615,380 @@ class Writer:
         self.shown = max(self.shown, ready)
 
 
-def run(options: argparse.Namespace) -> int:
-    """The command: load, generate, print. Returns the exit code; raises what `main` turns into one line."""
-    sampling = Sampling(
-        options.temperature, options.top_k, options.top_p, options.min_p, options.repetition_penalty
-    )
-    if options.max_new_tokens < 1:
-        raise ValueError(f"--max-new-tokens {options.max_new_tokens}: allowed: a whole number not below 1")
-    prompt, device, dtype = read_prompt(options), choose_device(options.device), DTYPES[options.dtype]
-    seed = int.from_bytes(os.urandom(4), "big") if options.seed is None else options.seed
+def choose_format(options: argparse.Namespace, directory: Path) -> tuple[bool, str]:
+    """Whether the prompt is a message of a chat, and why: what the options say, else the name of the model, else
+    whether a template for chats lies beside it."""
+    asked = [f"--{name}" for name in ("chat", "messages", "system", "tools") if getattr(options, name)]
+    if options.raw and asked:
+        raise ValueError(f"--raw and {asked[0]}: plain text has no messages; allowed: one of the two")
+    if options.raw or asked:
+        return not options.raw, (asked or ["--raw"])[0]
+    words = model_words(options.model, directory)
+    for word, chat in (("base", False), ("instruct", True), ("reasoning", True)):
+        if word in words:
+            return chat, f"the name says {word}"
+    for name in ("chat_template.jinja", "SYSTEM_PROMPT.txt"):
+        if (directory / name).is_file():
+            return True, f"{name} is there"
+    return False, "neither name nor files say that the model knows chats"
 
-    directory = checkpoint.find(options.model)
+
+def model_words(name: str, directory: Path) -> list[str]:
+    """The words of a model's name: of its Hub id, or its directory."""
+    name = directory.resolve().name if Path(name).expanduser().is_dir() else name
+    return re.split("[^a-z0-9]+", name.lower())
+
+
+def system_prompt(text_or_file: str, model: str) -> Any:
+    """The content of a system message: the text itself; of a file its text, in which [THINK]...[/THINK] is thinking and
+    {name}, {today}, {yesterday} are filled in, as Mistral's prompts want it."""
+    path = os.path.expanduser(text_or_file)
+    if not os.path.isfile(path):
+        return text_or_file
+    today = datetime.date.today()
+    text, name = Path(path).read_text(encoding="utf-8"), Path(model).resolve().name
+    for key, value in (("name", name), ("today", today), ("yesterday", today - datetime.timedelta(days=1))):
+        text = text.replace(f"{{{key}}}", str(value))
+    return split_thinking(text)
+
+
+def begin(options: argparse.Namespace, directory: Path, prompt: str | None) -> list[Any]:
+    """The messages that a chat begins with: those of --messages, the prompt with its pictures, and a system prompt:
+    --system, or the repository's SYSTEM_PROMPT.txt where that shows how to think; without it, Reasoning models do not.
+
+    Raises:
+        ValueError: two system prompts, or no list of messages.
+    """
+    messages = read_list(options.messages, "--messages") if options.messages else []
+    system = next((m for m in messages if isinstance(m, dict) and m.get("role") == "system"), None)
+    file = directory / "SYSTEM_PROMPT.txt"
+    if options.system is not None and system is not None:
+        raise ValueError("--system, and --messages with a system message; allowed: one of the two")
+    if options.system:
+        messages.insert(0, {"role": "system", "content": system_prompt(options.system, options.model)})
+    elif options.system is None and system is None and file.is_file() and "[THINK]" in file.read_text(encoding="utf-8"):
+        print(f"system prompt: {file} (--system gives another)", file=sys.stderr)
+        messages.insert(0, {"role": "system", "content": system_prompt(str(file), options.model)})
+    parts: list[dict[str, Any]] = [{"type": "image", "image": source} for source in options.image]
+    if parts or prompt is not None:
+        parts += [] if prompt is None else [{"type": "text", "text": prompt}]
+        messages.append({"role": "user", "content": parts})
+    return messages
+
+
+def kind_of(options: argparse.Namespace, directory: Path, config: Any, messages: Sequence[Any]) -> str:
+    """Which of ADVICE fits a chat."""
+    if config.model_type not in ("ministral3", "mistral3"):
+        return "chat"
+    contents = [m.get("content") for m in messages if isinstance(m, dict) and m.get("role") == "system"]
+    parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)]
+    thinks = "reasoning" in model_words(options.model, directory) or any(p.get("type") == "thinking" for p in parts)
+    return "reasoning" if thinks else "instruct"
+
+
+def read_list(path: str, option: str) -> list[Any]:
+    """A JSON list from a file (raises ValueError, FileNotFoundError)."""
+    content = checkpoint.read_json(Path(path))
+    if not isinstance(content, list):
+        raise ValueError(f"{option} {path} holds {type(content).__name__}; allowed: a JSON list")
+    return content
+
+
+# Temperature, top_p, new tokens at most: Mistral's advice for the Instruct and Reasoning models of Ministral 3, as
+# Unsloth's guide to them gives it. For others none is known.
+ADVICE: dict[str, tuple[float, float | None, int]] = {
+    "text": (0.8, None, 200), "chat": (0.8, None, 16384), "instruct": (0.15, None, 16384),
+    "reasoning": (0.7, 0.95, 32768),
+}  # fmt: skip
+
+
+def choose_sampling(options: argparse.Namespace, kind: str) -> tuple[Sampling, int]:
+    """How tokens are drawn and how many at most: what the options say, else Mistral's advice for this kind of model.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+    temperature, top_p, budget = ADVICE[kind]
+    if options.temperature is not None:
+        temperature, top_p = options.temperature, None
+    top_p = top_p if options.top_p is None else options.top_p
+    if options.max_new_tokens is not None and options.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens {options.max_new_tokens}: allowed: a whole number not below 1")
+    check_seed(options.seed)
+    return Sampling(temperature, options.top_k, top_p, options.min_p, options.repetition_penalty), (
+        options.max_new_tokens or budget
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """The command: read everything, plan, load, generate, print. Returns the exit code; raises what `main` turns into
+    one line."""
+    prompt, device, dtype = read_prompt(options), choose_device(options.device), DTYPES.get(options.dtype)
+    if options.chat and options.json:
+        raise ValueError("--chat and --json: a conversation is no single object; allowed: one of the two")
+    choose_sampling(options, "text")
+    directory = checkpoint.find(options.model, options.revision)
     content = checkpoint.read_config(directory)
     cls = model_class(content)
-    whole = cls.config_class.from_dict(content)
-    config: MinistralConfig = whole.get_text_config()
-    if options.image and cls is not Mistral3ForConditionalGeneration:
-        found = f"{directory} has no eyes (model_type {config.model_type!r})"
-        raise ValueError(f"--image: {found}; allowed: a model of type 'mistral3'")
+    config = cls.config_class.from_dict(content)
     tokenizer = Tokenizer.from_dir(directory)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(
-            f"{directory}: the tokenizer has {tokenizer.vocab_size} ids, the model vocab_size={config.vocab_size}"
-        )
-    pictures = [read_picture(source, whole, tokenizer) for source in options.image]
-    ids = tokenizer.encode("") + [i for _, tokens in pictures for i in tokens] + tokenizer.encode(prompt, bos=False)
-    pixel_values, image_sizes = batch_images([pixels for pixels, _ in pictures]) if pictures else (None, None)
-    check_length(len(ids), config)
-    plan_memory(directory, config, len(ids) + options.max_new_tokens, device, dtype)
+    ids_there = config.get_text_config().vocab_size
+    if tokenizer.vocab_size > ids_there:
+        raise ValueError(f"{directory}: the tokenizer has {tokenizer.vocab_size} ids, the model vocab_size={ids_there}")
+    chat, why = choose_format(options, directory)
+    talk = Conversation(tokenizer, config, begin(options, directory, prompt) if chat else [],
+                        read_list(options.tools, "--tools") if options.tools else None)  # fmt: skip
+    sampling, budget = choose_sampling(options, kind_of(options, directory, config, talk.messages) if chat else "text")
+    if chat:
+        ids, pictures = check_chat(talk) if options.chat else talk.encode()
+    else:
+        found = [talk.picture(source) for source in options.image]
+        ids = tokenizer.encode("") + [i for _, tokens in found for i in tokens]
+        ids += tokenizer.encode(prompt or "", bos=False)
+        pictures = [pixels for pixels, _ in found]
+    check_length(len(ids), config.get_text_config())
+    print(f"{f'chat format {tokenizer.version}' if chat else 'plain text'}: {why}", file=sys.stderr)
+    budget = plan_memory(directory, config, len(ids), budget, options.max_new_tokens is None, device, dtype)
     model = cls.from_pretrained(directory, dtype, device, options.attn)
+    settings = asdict(sampling) | {"max_new_tokens": budget}
+    if options.chat:
+        return converse(talk, model, options, settings)
 
-    writer = Writer(tokenizer, options.stop, print_now=not options.json)
-    start, interrupted = time.perf_counter(), False
+    settings |= {"seed": int.from_bytes(os.urandom(4), "big") if options.seed is None else options.seed}
+    kind = talk.begins_with() if chat else None
+    writer = Writer(tokenizer, options.stop, not options.json, kind, options.show_thinking)
+    start, interrupted, message = time.perf_counter(), False, None
     try:
-        generate(
-            model,
-            torch.tensor([ids]),
-            max_new_tokens=options.max_new_tokens,
-            seed=seed,
-            on_token=writer.on_token,
-            pixel_values=pixel_values,
-            image_sizes=image_sizes,
-            **asdict(sampling),
-        )
+        if chat:
+            message = talk.answer(model, on_token=writer.on_token, **settings)
+        else:
+            pixel_values, image_sizes = batched(pictures)
+            generate(model, torch.tensor([ids]), on_token=writer.on_token, pixel_values=pixel_values,
+                     image_sizes=image_sizes, **settings)  # fmt: skip
     except KeyboardInterrupt:
         interrupted = True
+        message = tokenizer.decode_chat(writer.ids, kind) if kind else None
     writer.close()
-    seconds = (writer.times[-1] if writer.times else time.perf_counter()) - start
-    rate = len(writer.ids) / seconds if writer.ids else 0.0
-    dtype_name = str(model.dtype).removeprefix("torch.")
+    cut_message(message, writer)
+    said = {"model": str(directory), "device": str(device), "dtype": str(model.dtype).removeprefix("torch.")}
+    timing = measure(writer, start)
     if options.json:
-        settings: dict[str, object] = {"model": str(directory), "device": str(device), "dtype": dtype_name}
-        settings |= {"attn": options.attn}
-        settings |= asdict(sampling) | {"max_new_tokens": options.max_new_tokens, "seed": seed, "stop": options.stop}
-        first = writer.times[0] - start if writer.times else None
-        timing = {"first_token_seconds": first, "seconds": seconds, "tokens_per_second": rate}
         result: dict[str, object] = {"prompt": prompt, "images": options.image, "text": writer.text}
+        result |= {"message": message} if chat else {}
         result |= {"prompt_ids": ids, "ids": writer.ids}
-        result |= {"settings": settings, "timing": timing, "interrupted": interrupted}
-        print(json.dumps(result, ensure_ascii=False))
+        result |= {"settings": said | {"attn": options.attn} | settings | {"stop": options.stop}}
+        print(json.dumps(result | {"timing": timing, "interrupted": interrupted}, ensure_ascii=False))
     else:
         print(flush=True)
+        report_calls(message)
     print(
-        f"{len(writer.ids)} tokens, {rate:.1f} tokens/s, {directory}, {device}, {dtype_name}, seed {seed}"
-        + (", interrupted" if interrupted else ""),
+        f"{len(writer.ids)} tokens, {timing['tokens_per_second']:.1f} tokens/s, {', '.join(said.values())},"
+        f" seed {settings['seed']}" + (", interrupted" if interrupted else ""),
         file=sys.stderr,
     )
     return 130 if interrupted else 0
 
 
+def check_chat(talk: Conversation) -> tuple[list[int], list[Tensor]]:
+    """The ids and pictures that a conversation in the terminal begins with; its messages and tools are checked as if
+    the next message were there (raises as `Conversation.encode`)."""
+    if not awaits_user(talk.messages):
+        return talk.encode()
+    results = [{"role": "tool", "content": "", "tool_call_id": call.get("id")} for call in open_calls(talk.messages)]
+    rest: list[dict[str, Any]] = results or [{"role": "user", "content": "?"}]
+    probe = Conversation(talk.tokenizer, talk.config, [*talk.messages, *rest], talk.tools)
+    ids, pictures = probe.encode()
+    talk.pictures = probe.pictures
+    return ids, pictures
+
+
+def cut_message(message: Any, writer: Writer) -> None:
+    """Leave out of an answer what a stop text has cut off on the screen."""
+    if message is not None and writer.cut:
+        thoughts = [part for part in message["content"] if isinstance(part, dict) and part["type"] == "thinking"]
+        message["content"] = [*thoughts, {"type": "text", "text": writer.text}] if thoughts else writer.text
+
+
+def measure(writer: Writer, start: float) -> dict[str, float | None]:
+    """Seconds to the first token and to the last, and tokens per second."""
+    seconds = (writer.times[-1] if writer.times else time.perf_counter()) - start
+    first = writer.times[0] - start if writer.times else None
+    return {"first_token_seconds": first, "seconds": seconds, "tokens_per_second": len(writer.ids) / max(seconds, 1e-9)}
+
+
+def report_calls(message: Mapping[str, Any] | None) -> None:
+    """Print the tool calls of an answer as one line of JSON; what is malformed goes to standard error."""
+    if message and "tool_calls" in message:
+        print(json.dumps(message["tool_calls"], ensure_ascii=False), flush=True)
+    for call in (message or {}).get("malformed_calls", ()):
+        print(f"malformed tool call {call['text']!r}: {call['error']}", file=sys.stderr)
+
+
+def awaits_user(messages: Sequence[Any]) -> bool:
+    """Whether it is the user's turn, or that of a tool."""
+    last = messages[-1] if messages and isinstance(messages[-1], dict) else {}
+    answered = last.get("role") not in ("user", "tool") and not last.get("prefix")
+    return answered or (last.get("role") == "tool" and bool(open_calls(messages)))
+
+
+def open_calls(messages: Sequence[Any]) -> list[dict[str, Any]]:
+    """The tool calls of the last answer that have no result yet; none where they are not calls."""
+    known = [message if isinstance(message, dict) else {} for message in messages]
+    results = 0
+    while results < len(known) and known[-1 - results].get("role") == "tool":
+        results += 1
+    calls = known[-1 - results].get("tool_calls") if results < len(known) else None
+    whole = isinstance(calls, list) and all(
+        isinstance(call, dict) and isinstance(call.get("function"), dict) for call in calls
+    )
+    return list(calls)[results:] if whole and calls else []
+
+
+def take_back(messages: list[Any]) -> None:
+    """Remove what has got no answer, and calls without results."""
+    while messages and (not awaits_user(messages) or open_calls(messages)):
+        messages.pop()
+
+
+HELP = """/image FILE   show a picture with the next message      /system TEXT_OR_FILE   change the system prompt
+/save FILE    write the messages, for --messages        /reset                 begin anew
+/exit         end, as Ctrl-D does                       Ctrl-C                 stop the answer
+A message that begins with / needs a blank before it. While the result of a tool is asked for, all but /reset, /save and
+/exit is the result; Ctrl-C takes the call back."""
+
+
+def converse(talk: Conversation, model: GenerativeModel, options: argparse.Namespace, settings: dict[str, Any]) -> int:
+    """The conversation in the terminal, until its input ends. What goes wrong in one turn is a line, and undone."""
+    with suppress(ImportError):
+        import readline  # noqa: F401  # gives `input` line editing and history
+    system = [message for message in talk.messages[:1] if message.get("role") == "system"]
+    images: list[dict[str, Any]] = []  # to go with the next message
+    turn = 0
+    if sys.stdin.isatty():
+        print("/help lists the commands", file=sys.stderr)
+    while True:
+        sent: list[dict[str, Any]] = []
+        try:
+            if awaits_user(talk.messages):
+                calls = open_calls(talk.messages)
+                ask = f"result of {calls[0]['function'].get('name')}> " if calls else "> "
+                line = input(ask if sys.stdin.isatty() else "")
+                line = line.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # bytes that are no UTF-8
+                command, _, rest = line.partition(" ")
+                rest = os.path.expanduser(rest.strip())
+                if calls and command not in ("/reset", "/save", "/exit"):
+                    result = {"role": "tool", "name": calls[0]["function"].get("name"), "content": line}
+                    talk.messages.append(result | ({"tool_call_id": calls[0]["id"]} if "id" in calls[0] else {}))
+                elif command == "/exit":
+                    return 0
+                elif command == "/reset":
+                    talk.messages[:], images = system, []
+                    talk.pictures.clear()
+                elif command == "/save" and rest:
+                    checkpoint.write_json(Path(rest), talk.messages)
+                    print(f"{len(talk.messages)} messages in {rest}", file=sys.stderr)
+                elif command == "/system" and rest:
+                    system = [{"role": "system", "content": system_prompt(rest, options.model)}]
+                    talk.messages[:] = system + [m for m in talk.messages if m.get("role") != "system"]
+                elif command == "/image" and rest:
+                    source = str(Path(rest).resolve()) if os.path.isfile(rest) else rest
+                    talk.pictures.pop(source, None)  # the file may be another one by now
+                    talk.picture(source)
+                    images.append({"type": "image", "image": source})
+                elif command.startswith("/"):
+                    print(HELP if command == "/help" else f"unknown command {line}; /help lists them", file=sys.stderr)
+                elif line.strip():
+                    text = {"type": "text", "text": line.removeprefix(" ") if line.startswith(" /") else line}
+                    talk.messages.append({"role": "user", "content": [*images, text]})
+                    sent, images = images, []
+            if not awaits_user(talk.messages):
+                seed = None if options.seed is None else (options.seed + turn) % 2**63
+                reply(talk, model, options, settings | {"seed": seed})
+                turn += 1
+        except EOFError:
+            print(file=sys.stderr)
+            return 0
+        except BrokenPipeError:
+            raise
+        except KeyboardInterrupt:
+            print("\n(Ctrl-D or /exit ends)", file=sys.stderr)
+            take_back(talk.messages)
+            images = sent + images
+        except (ValueError, OSError, torch.OutOfMemoryError) as error:
+            print(f"error: {' '.join(str(error).split())} (/reset begins anew)", file=sys.stderr)
+            take_back(talk.messages)
+            images = sent + images
+
+
+def reply(talk: Conversation, model: GenerativeModel, options: argparse.Namespace, settings: dict[str, Any]) -> None:
+    """One answer, printed as it comes; without any words or calls the question is taken back. The first Ctrl-C ends the
+    answer before the next token, so that the cache stays whole; a second one breaks off."""
+    writer = Writer(talk.tokenizer, options.stop, True, talk.begins_with(), options.show_thinking)
+    interrupted = False
+
+    def stop(*_: Any) -> None:
+        nonlocal interrupted
+        if interrupted:
+            raise KeyboardInterrupt
+        writer.stopped = interrupted = True
+
+    start, previous = time.perf_counter(), signal.signal(signal.SIGINT, stop)
+    try:
+        message = talk.answer(model, on_token=writer.on_token, **settings)
+    finally:
+        signal.signal(signal.SIGINT, previous)
+        writer.close()
+        print(flush=True)
+    if talk.messages[-1].get("role") == "assistant":
+        cut_message(talk.messages[-1], writer)
+    report_calls(message)
+    if not awaits_user(talk.messages):
+        print("(the answer was empty; the question is taken back)", file=sys.stderr)
+        take_back(talk.messages)
+    ended = writer.ids and writer.ids[-1] in ending_ids(talk.config.get_text_config().eos_token_id)
+    note = "" if ended or writer.stopped else ", cut: --max-new-tokens or the context is used up (/reset begins anew)"
+    rate = measure(writer, start)["tokens_per_second"]
+    print(f"{len(writer.ids)} tokens, {rate:.1f} tokens/s{note}", file=sys.stderr)
+
+
 def plan_memory(
-    directory: Path, config: MinistralConfig, tokens: int, device: torch.device, dtype: torch.dtype | None
-) -> None:
-    """Say what will be loaded and what that takes.
+    directory: Path, config: Any, prompt: int, new: int, shrink: bool, device: torch.device, dtype: torch.dtype | None
+) -> int:
+    """Say what will be loaded and what that takes. Returns how many new tokens there is room for: `new`, or fewer if
+    `shrink` allows it.
 
     Raises:
         ValueError: more than the device has left.
     """
-    files = checkpoint.Checkpoint(directory)
+    text, files = config.get_text_config(), checkpoint.Checkpoint(directory)
+    new = min(new, text.max_position_embeddings - prompt)
     parameters = sum(math.prod(files.shape(name)) for name in files.names())
     weights = files.nbytes() if dtype is None else parameters * dtype.itemsize
-    cache = kv_cache_bytes(config, min(tokens, config.max_position_embeddings), weights // max(parameters, 1))
     there = available_memory(device)
+
+    def cache(new: int) -> int:
+        return kv_cache_bytes(text, prompt + new, weights // max(parameters, 1))
+
+    while shrink and there is not None and new > 256 and weights + cache(new) > there:
+        new //= 2
     print(
-        f"{directory}: {parameters / 1e6:,.1f} million parameters, {human(weights)} of weights and {human(cache)} of"
-        f" cache for {tokens} tokens on {device}" + (f", {human(there)} free" if there is not None else ""),
+        f"{directory}: {parameters / 1e6:,.1f} million parameters, {human(weights)} of weights and {human(cache(new))}"
+        f" of cache for {prompt + new} tokens on {device}" + (f", {human(there)} free" if there is not None else ""),
         file=sys.stderr,
     )
-    if there is not None and weights + cache > there:
+    if there is not None and weights + cache(new) > there:
         raise ValueError(
-            f"this takes {human(weights + cache)}, {device} has {human(there)} free; choose a smaller model, fewer"
+            f"this takes {human(weights + cache(new))}, {device} has {human(there)} free; choose a smaller model, fewer"
             " tokens, or a smaller --dtype"
         )
+    return new
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, run, and turn what goes wrong into one line on standard error. Returns the exit code."""
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(encoding="utf-8")
-    warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)
-    try:
-        return run(parse_arguments(arguments))
-    except BrokenPipeError:  # the reader of a pipe has gone: nobody is left to be told
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        sys.stdout.reconfigure(encoding="utf-8", errors="replace")
+    return exit_code(lambda: run(parse_arguments(arguments)))
 
 
 if __name__ == "__main__":

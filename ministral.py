@@ -21,10 +21,11 @@ Normalisation, rotary tables and softmax are computed in float32, or in float64 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -37,7 +38,7 @@ import checkpoint
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu, "gelu": F.gelu, "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"), "relu": F.relu,
 }
-LAYER_TYPES = ("full_attention", "sliding_attention")
+LAYER_TYPES = checkpoint.LAYER_TYPES  # full_attention, sliding_attention
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 RopeTables = tuple[Tensor, ...]
 Config = TypeVar("Config", bound="PreTrainedConfig")
@@ -417,6 +418,14 @@ class LayerCache:
         slots = torch.arange(self.window, device=device)
         return end - 1 - (end - 1 - slots) % self.window
 
+    def crop(self, max_length: int) -> None:
+        """See `KVCache.crop`."""
+        if not 0 <= max_length <= self.length:
+            raise ValueError(f"max_length={max_length} is impossible; allowed: 0 to {self.length}, the tokens held")
+        if max_length < self.length and self.window is not None and self.length > self.window:
+            raise ValueError(f"keys before the last {self.window} are gone; a window that is full cannot be cropped")
+        self.length = max_length
+
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store new keys and values (B, G, S, D); return all those the new queries need, (B, G, K, D)."""
         if self.keys is not None and self.keys.shape[0] != k.shape[0]:
@@ -471,6 +480,16 @@ class KVCache:
     def get_seq_length(self) -> int:
         """Tokens seen so far, padding included."""
         return self.layers[0].length
+
+    def crop(self, max_length: int) -> None:
+        """Forget all tokens but the first `max_length`, so that another text can follow those.
+
+        Raises:
+            ValueError: fewer are held, or a sliding layer has let go of keys that the next query would need; nothing is
+                changed then.
+        """
+        for layer in sorted(self.layers, key=lambda layer: layer.window is None):  # those that may refuse come first
+            layer.crop(max_length)
 
     def key_positions(self, config: MinistralConfig, new: int, device: torch.device) -> dict[str, Tensor]:
         """For each kind of layer, the (K,) positions of the keys that its updates with `new` tokens will return.
@@ -628,6 +647,8 @@ class PreTrainedModel(nn.Module):
     config_class: ClassVar[type[Any]] = MinistralConfig
     base_model_prefix: ClassVar[str] = "model"  # under which attribute the backbone sits
     new_layer: ClassVar[str | None] = None  # a layer that files may lack, which is initialised then
+    # Parameters that are another parameter's tensor where the configuration says so.
+    may_tie: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -661,40 +682,43 @@ class PreTrainedModel(nn.Module):
         """The type of the weights."""
         return next(self.parameters()).dtype
 
-    def tied(self) -> dict[str, str]:
-        """Names of parameters that are another parameter's tensor: {name: the other's name}."""
-        return {}
-
     def tie_weights(self) -> None:
         """Make each tied parameter one tensor with the other, again, after tensors were replaced."""
-        for name, other in self.tied().items():
+        for name, other in self.may_tie.items() if self.may_tie and self.config.tie_word_embeddings else ():
             module, _, attribute = name.rpartition(".")
             setattr(self.get_submodule(module), attribute, self.get_parameter(other))
 
     @classmethod
     def from_pretrained(
         cls: type[Model], path_or_hub_id: str | Path, dtype: torch.dtype | None = None,
-        device: str | torch.device | None = None, attn_implementation: str | None = None, **changes: Any,
+        device: str | torch.device | None = None, attn_implementation: str | None = None,
+        revision: str | None = None, **changes: Any,
     ) -> Model:  # fmt: skip
-        """Load a directory that holds config.json and safetensors weights, or a Hub id ("owner/name").
+        """Load a directory that holds config.json and safetensors weights, or params.json and consolidated ones, or a
+        Hub id ("owner/name"). A text model loads from the files of one with eyes, too, and leaves the eyes out.
 
         Args:
             dtype: cast the weights; None keeps the type they are stored in.
             device: where to put them; None is the CPU, where weights that need no cast stay mapped to the file.
             attn_implementation: "sdpa" or "eager"; None takes the configuration's.
+            revision: branch, tag or commit of a Hub id.
             changes: fields of the configuration to set, such as `num_labels=3`.
 
         Returns:
-            The model in eval mode. Embeddings that config.json ties to the head, though the file holds another
-            tensor for the head, are not tied, with a warning. The classification layer of a model in `heads.py` is
+            The model in eval mode. The head is the one that is stored, and tied to the embeddings if none is; a warning
+            says so where config.json says otherwise. FP8 weights become `dtype` (None: what config.json names, or
+            bfloat16), with a warning. The classification layer of a model in `heads.py` is
             initialised, with a warning that names it, if the files have none.
 
         Raises:
             FileNotFoundError: no such directory or repository, or a file is missing in it.
             ValueError: not a configuration of this class; tensors missing, unexpected, misshapen or unreadable.
         """
-        directory = checkpoint.find(path_or_hub_id)
+        directory = checkpoint.find(path_or_hub_id, revision)
         fields_in_file = checkpoint.read_config(directory)
+        without_eyes = "text_config" in fields_in_file and issubclass(cls.config_class, MinistralConfig)
+        text = checkpoint.text_config(fields_in_file)
+        fields_in_file = text if without_eyes else fields_in_file
         if unknown := sorted(changes.keys() - {field.name for field in fields(cls.config_class)}):
             raise ValueError(f"{', '.join(unknown)}: no argument here and no field of {cls.config_class.__name__}")
         labels = {"num_labels", "id2label", "label2id"}
@@ -707,10 +731,18 @@ class PreTrainedModel(nn.Module):
             model = cls(config)
         files = checkpoint.Checkpoint(directory)
         new = {name for name, _ in model.named_parameters() if name.partition(".")[0] == cls.new_layer}
-        if new & {model.own_name(name) for name in files.names()}:
+
+        def own_name(stored: str) -> str | None:
+            name = checkpoint.text_name(stored) if without_eyes else stored
+            return name and model.own_name(name)
+
+        if new & {own_name(name) for name in files.names()}:
             new = set()
-        if not checkpoint.fill(model, files, model.own_name, model.tied(), new, dtype, torch.device(device or "cpu")):
-            config.tie_word_embeddings = False
+        said_tied = changes.get("tie_word_embeddings", text.get("tie_word_embeddings"))
+        to = dtype, torch.device(device or "cpu")
+        tie = checkpoint.fill(model, files, own_name, model.may_tie, said_tied, new, *to)
+        if model.may_tie:
+            config.tie_word_embeddings = tie
         model.tie_weights()
         if cls.new_layer and new:
             warnings.warn(f"{directory} has no {', '.join(sorted(new))}: initialised, to be trained", stacklevel=2)
@@ -741,7 +773,8 @@ class PreTrainedModel(nn.Module):
         config = {"architectures": [type(self).__name__], **self.config.to_dict()}
         config["dtype"] = str(self.dtype).removeprefix("torch.")
         tensors = {name: tensor.detach() for name, tensor in self.named_parameters()}  # each tensor by its first name
-        checkpoint.write(directory, config, tensors, max_shard_bytes)
+        sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
+        checkpoint.write(directory, config, sizes, tensors.__getitem__, max_shard_bytes)
 
 
 class MinistralModel(PreTrainedModel):
@@ -938,6 +971,7 @@ class MinistralForCausalLM(PreTrainedModel):
     """The backbone and the head that turns hidden states into logits over the vocabulary."""
 
     model_class: ClassVar[type[MinistralModel]] = MinistralModel
+    may_tie = MappingProxyType({"lm_head.weight": "model.embed_tokens.weight"})
 
     def __init__(self, config: MinistralConfig) -> None:
         super().__init__(config)
@@ -947,9 +981,6 @@ class MinistralForCausalLM(PreTrainedModel):
             self.tie_weights()
         else:
             init_weights(self.lm_head, config.initializer_range)
-
-    def tied(self) -> dict[str, str]:
-        return {"lm_head.weight": "model.embed_tokens.weight"} if self.config.tie_word_embeddings else {}
 
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,

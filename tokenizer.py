@@ -1,4 +1,5 @@
-"""Text <-> ids, from `tekken.json` (Mistral's format) or `tokenizer.json` (the `tokenizers` library's). Knows no model.
+"""Text <-> ids and conversations <-> ids, from `tekken.json` (Mistral's format) or `tokenizer.json` (the `tokenizers`
+library's). Knows no model.
 
 Tekken is byte-level BPE: a regular expression cuts the text into pieces, each piece becomes bytes, and the adjacent
 pair whose concatenation has the lowest rank is merged until no pair is in the vocabulary. Ids below
@@ -10,16 +11,34 @@ from __future__ import annotations
 
 import base64
 import codecs
+import hashlib
+import json
+import os
+import re
+import sys
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import groupby
+from contextlib import suppress
+from itertools import groupby, takewhile
 from pathlib import Path
-from typing import Any
+from reprlib import repr as brief
+from typing import Any, NamedTuple
 
+import tokenizers
 from tokenizers import AddedToken, Regex, Tokenizer as Backend, decoders, models, pre_tokenizers
 
-from checkpoint import read_json
+from checkpoint import read_json, replace_file
 
 TEKKEN, TOKENIZER = "tekken.json", "tokenizer.json"
+# Tekken's expression: words with the blank before them, single digits, punctuation with the newlines after it,
+# newlines, blanks. And, in the library's JSON, the one that many a converted tokenizer.json has in its place: GPT-4's,
+# which cuts "'The" after "'T" and numbers into groups of three digits.
+SPLIT = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+WRONG_SPLIT = re.escape("\"(?i:'s|'t|'re|'ve|'m|'ll|'d)|") + r'[^"]*' + re.escape(r"\\p{N}{1,3}") + r'[^"]*"'
 
 
 def _byte_alphabet() -> dict[int, str]:
@@ -33,34 +52,78 @@ def _byte_alphabet() -> dict[int, str]:
 LETTERS = _byte_alphabet()
 BYTES = {letter: byte for byte, letter in LETTERS.items()}
 
+# How conversations are laid out. Names in brackets, <s> and </s> are special tokens, one id each; there are no blanks
+# between the parts, and "..." is where an answer begins. V3 is Ministral-8B-Instruct-2410, V13 is Ministral 3.
+#
+#   V3   <s>[INST]user[/INST]assistant</s>[AVAILABLE_TOOLS][{tool}, ...][/AVAILABLE_TOOLS][INST]system\n\nuser[/INST]...
+#        [TOOL_CALLS][{"name": "add", "arguments": {"a": 1}, "id": "123456789"}]</s>
+#        [TOOL_RESULTS]{"content": 2, "call_id": "123456789"}[/TOOL_RESULTS]...
+#   V7   <s>[SYSTEM_PROMPT]system[/SYSTEM_PROMPT][INST]user[/INST]assistant</s>[AVAILABLE_TOOLS]...[INST]user[/INST]...
+#        calls as in V3, also after words; [TOOL_RESULTS]123456789[TOOL_CONTENT]2[/TOOL_RESULTS]...
+#   V11  as V7, but [TOOL_CALLS]add[CALL_ID]123456789[ARGS]{"a": 1}[TOOL_CALLS]...</s>; results in the calls' order
+#   V13  <s>[SYSTEM_PROMPT]system[/SYSTEM_PROMPT][AVAILABLE_TOOLS]...[INST]user[/INST]assistant</s>[INST]user[/INST]...
+#        [THINK]thinking[/THINK]words[TOOL_CALLS]add[ARGS]{"a": 1}[TOOL_CALLS]...</s>, thinking also in system prompts
+#        [TOOL_RESULTS]2[/TOOL_RESULTS]...; results in the calls' order
+#
+# The tools stand before the last user's turn, in V13 before the first; V3's system prompts all go into the last one.
+VERSIONS = ("v3", "v7", "v11", "v13")
+ROLES = ("system", "user", "assistant", "tool")
+SWITCHES = {"[THINK]": "thinking", "[/THINK]": "text", "[TOOL_CALLS]": "call"}  # what an answer goes on with
+
+
+class _Message(NamedTuple):
+    """What the layouts need of a message, checked."""
+
+    role: str
+    parts: list[tuple[str, Any]]  # ("text", text), ("image", source) or ("thinking", (text, closed))
+    calls: Sequence[dict[str, Any]] = ()  # {"name", "arguments", "id"}, the id only if there is one
+    answers: str | None = None  # a tool's: the id of the call
+    order: int = 0  # a tool's: which of the calls that is
+    prefix: bool = False
+
 
 class Tokenizer:
-    """Encodes text into ids and decodes ids into text.
+    """Encodes text and conversations into ids and decodes ids.
 
     Attributes:
         vocab_size: number of ids.
         special_tokens: name -> id of the special tokens, for example {"<s>": 1, "</s>": 2}.
         bos_token_id, eos_token_id, pad_token_id: ids of "<s>", "</s>" and "<pad>", or None where there is none.
+        version: the layout of conversations, one of `VERSIONS`; with another one text works, `encode_chat` does not.
     """
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, version: str | None = None) -> None:
         if not isinstance(backend.decoder, decoders.ByteLevel):
             found = type(backend.decoder).__name__
             raise ValueError(f"the tokenizer's decoder is {found}; allowed: ByteLevel, as Mistral's byte-level BPE has")
         self.backend = backend
-        self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
+        # Control tokens that a file adds as ordinary ones would be found in what users type.
+        added = backend.get_added_tokens_decoder().values()
+        names = [token.content for token in added if token.content in SPECIAL_TOKENS and not token.special]
+        backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
         self._added = dict(sorted(backend.get_added_tokens_decoder().items()))
+        self.vocab_size: int = max(backend.get_vocab_size(with_added_tokens=False), *(i + 1 for i in self._added), 0)
         self.special_tokens = {token.content: i for i, token in self._added.items() if token.special}
         self.bos_token_id = self.special_tokens.get("<s>")
         self.eos_token_id = self.special_tokens.get("</s>")
         self.pad_token_id = self.special_tokens.get("<pad>")
+        # The newest layout that the special tokens allow. Vocabularies of V3 that were converted with the names of V7
+        # look like V7: `version` is for them.
+        signs = {"v13": "[THINK]", "v11": "[ARGS]", "v7": "[SYSTEM_PROMPT]"}
+        self.version = version or next((v for v, name in signs.items() if name in self.special_tokens), "v3")
         backend.encode_special_tokens = True  # "</s>" typed by a user stays four characters
         backend.no_truncation()  # a file can ask for these two, which would change prompts silently
         backend.no_padding()
 
     @classmethod
-    def from_dir(cls, directory: str | Path) -> Tokenizer:
-        """Read the tokenizer of a model directory; tekken.json is preferred, as Mistral's own tools do.
+    def from_dir(cls, directory: str | Path, version: str | None = None) -> Tokenizer:
+        """Read the tokenizer of a model directory; tekken.json is preferred, as Mistral's own tools do. A large one is
+        read faster the second time (see `_read_tekken`).
+
+        Args:
+            directory: holds tekken.json or tokenizer.json.
+            version: the layout of conversations; by default the one that tekken.json names, or that the special tokens
+                of tokenizer.json suggest ([THINK]: v13; [ARGS]: v11; [SYSTEM_PROMPT]: v7; else v3).
 
         Raises:
             FileNotFoundError: the directory holds neither file.
@@ -68,97 +131,321 @@ class Tokenizer:
         """
         directory = Path(directory)
         if (directory / TEKKEN).is_file():
-            return cls(from_tekken(read_json(directory / TEKKEN), str(directory / TEKKEN)))
+            backend, found = _read_tekken(directory / TEKKEN)
+            return cls(backend, version or found)
         if not (directory / TOKENIZER).is_file():
             raise FileNotFoundError(f"{directory} holds neither {TEKKEN} nor {TOKENIZER}")
         try:
             backend = Backend.from_file(str(directory / TOKENIZER))
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"{directory / TOKENIZER} is not a tokenizer: {error}") from error
-        return cls(backend)
+        tokenizer = cls(backend, version)
+        if "[INST]" in tokenizer.special_tokens and _repair_split(backend):  # others, as Llama 3, use it rightly
+            warnings.warn(f"{directory / TOKENIZER} splits text by GPT-4's expression; Tekken's is used", stacklevel=2)
+        return tokenizer
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
-        """Ids of a text, after the id of "<s>" (which the models expect at the start) unless `bos` is False."""
+        """Ids of a text, after the id of "<s>" (which the models expect at the start) unless `bos` is False. Halves of
+        surrogate pairs, which JSON can contain, are joined or become U+FFFD."""
         start = [self.bos_token_id] if bos and self.bos_token_id is not None else []
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         return start + self.backend.encode(text, add_special_tokens=False).ids
 
     def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], encode_image: Callable[[Any], list[int]] | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        encode_image: Callable[[Any], list[int]] | None = None,
     ) -> list[int]:
-        """The ids of a conversation in the layout of Ministral 3 (Mistral's version 13), up to where the answer begins:
+        """The ids of a conversation, up to where the answer begins, in the layout of `version` (shown at `VERSIONS`).
 
-            <s>[SYSTEM_PROMPT]system[/SYSTEM_PROMPT][INST]user[/INST]assistant</s>[INST]user[/INST]
-
-        Ids are joined, never text: what a user types stays text. As in mistral-common, consecutive messages of a user
-        (of the assistant) are one, their texts and those of neighbouring parts joined by an empty line; a picture that
-        follows one text is put before it; blanks at the end of the assistant's words are dropped.
+        Ids are joined, never text: what a user types stays text. The ids are mistral-common's; the order of roles is
+        free, though, but for the rules under Raises. As there, consecutive messages of a user (of the assistant) are
+        one, and their texts and those of neighbouring parts are joined by an empty line; a picture that follows one
+        text is put before it; blanks at the end of the assistant's words are dropped where there is no thinking.
+        Transformers' chat templates differ in four places: they round picture sizes in another way, keep those blanks,
+        add a default system prompt where there is none, and let special tokens typed by a user through. (They also keep
+        the JSON of tools, calls and results as it was written, and the results' order.)
 
         Args:
-            messages: {"role": "system", "user" or "assistant", "content": text or list of parts}. A part is
-                {"type": "text", "text": text}, {"type": "image", "image": source}, or {"type": "image_url",
-                "image_url": source or {"url": source}}.
+            messages: {"role": "system", "user", "assistant" or "tool", "content": text or list of parts}. A part is
+                {"type": "text", "text": text}, {"type": "image", "image": source}, {"type": "image_url", "image_url":
+                source or {"url": source}} (users), or {"type": "thinking", "thinking": text or list of text parts,
+                "closed": bool} (V13: system, assistant). An assistant's message may have "tool_calls": [{"id": text,
+                "type": "function", "function": {"name": text, "arguments": JSON text or object}}]; the last one with
+                "prefix": True is continued by the answer. A tool's has the "tool_call_id" that it answers.
+            tools: {"type": "function", "function": {"name", "description", "parameters": JSON schema}}.
             encode_image: gives the ids that stand for a source (see `generate.encode_messages`). Pictures are for users
                 only.
 
         Raises:
-            ValueError: an unknown role or part, a picture in the wrong place, an empty assistant message, a last
-                message that is not the user's, or a tokenizer without these special tokens.
+            ValueError: an unknown role, part or type, a part in the wrong place, an empty assistant message (in V3 also
+                one with words and calls), a last message that is neither the user's nor a tool's nor a prefix, a result
+                that answers no open call, a call still open when the assistant goes on, a call without the id that the
+                version needs (nine letters or digits; in V13 any, or none: results then answer the calls in turn),
+                tools without a user, or a tokenizer without the special tokens or of another version.
         """
-        if not messages or messages[-1].get("role") != "user":
-            raise ValueError("the last message must be the user's; the answer follows it")
+        if self.version not in VERSIONS:
+            raise ValueError(f"the tokenizer's chat version is {self.version!r}; allowed: {', '.join(VERSIONS)}")
+        turns = self._turns(messages)
+        system = ""
+        if self.version == "v3":
+            systems = [_joined(turn.parts) for turn in turns if turn.role == "system" and turn.parts]
+            system = "\n\n".join(parts[0][1] if parts else "" for parts in systems)
+            turns = [turn for turn in turns if turn.role != "system"]
+            if turns[0].role != "user":
+                turns.insert(0, _Message("user", []))
+        users = [place for place, turn in enumerate(turns) if turn.role == "user"]
+        if tools and not users:
+            raise ValueError("tools are shown with a user's message, and there is none")
         ids = self.encode("")
-        for role, group in groupby(messages, key=lambda message: message.get("role")):
-            if role == "system":
-                for message in group:
-                    ids += self._special("[SYSTEM_PROMPT]") + self._content([message], None)
-                    ids += self._special("[/SYSTEM_PROMPT]")
-            elif role == "user":
-                ids += self._special("[INST]") + self._content(group, encode_image) + self._special("[/INST]")
-            elif role == "assistant":
-                answer = self._content(group, None, blanks=False)
-                if not answer:
-                    raise ValueError("an assistant message is empty; leave it out, or give its words")
-                ids += answer + self._special("</s>")
+        for place, turn in enumerate(turns):
+            if turn.role == "system":
+                ids += self._between("SYSTEM_PROMPT", self._parts(_joined(turn.parts)))
+            elif turn.role == "user":
+                if tools and place == users[0 if self.version == "v13" else -1]:
+                    ids += self._between("AVAILABLE_TOOLS", self.encode(_dump(_tools(tools)), bos=False))
+                parts = turn.parts[::-1] if [kind for kind, _ in turn.parts] == ["text", "image"] else turn.parts
+                if system and place == users[-1]:
+                    parts = [("text", system + "\n\n"), *parts]
+                    if all(kind == "text" for kind, _ in parts):
+                        parts = [("text", "".join(text for _, text in parts))]
+                ids += self._between("INST", self._parts(parts, encode_image))
+            elif turn.role == "assistant":
+                if [kind for kind, _ in turn.parts] == ["text"]:
+                    ids += self.encode(turn.parts[0][1].rstrip(" "), bos=False)
+                else:
+                    ids += self._parts(turn.parts)
+                ids += self._calls(turn.calls) + ([] if turn.prefix else self._control("</s>"))
             else:
-                raise ValueError(f"role {role!r} is impossible; allowed: system, user, assistant")
+                ids += self._result(turn)
         return ids
 
-    def _special(self, name: str) -> list[int]:
-        if name not in self.special_tokens:
-            raise ValueError(f"the tokenizer has no special token {name}, which this chat format needs")
-        return [self.special_tokens[name]]
+    def _turns(self, messages: Any) -> list[_Message]:
+        """Checked messages, consecutive ones of the user (the assistant) joined, results in the order of the layout."""
+        if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)) or not messages:
+            raise ValueError(f"the messages are {brief(messages)}; allowed: a list of at least one message")
+        read = [self._read_message(message) for message in messages]
+        if read[-1].role not in ("user", "tool") and not read[-1].prefix:
+            raise ValueError(
+                "the last message must be the user's, a tool's, or one of the assistant with prefix: true; the answer "
+                f"follows it, but it is of role {read[-1].role}"
+            )
+        if any(message.prefix for message in read[:-1]):
+            raise ValueError("prefix: true is only for the last message, which the answer continues")
+        unanswered: dict[int, Any] = {}
+        for place, message in enumerate(read):
+            if message.role == "assistant":
+                if unanswered:
+                    raise ValueError(f"tool calls {brief([*unanswered.values()])} have no result; the assistant waits")
+                unanswered = {i: call.get("id") for i, call in enumerate(message.calls)}
+                named = [i for i in unanswered.values() if i is not None]
+                if len(set(named)) < len(named):
+                    raise ValueError(f"tool calls of one message have the ids {brief(named)}; allowed: different ones")
+            elif message.role == "tool":
+                order = next((i for i, call in unanswered.items() if call == message.answers), None)
+                if order is None:
+                    allowed = f"those of open calls, {brief([*unanswered.values()])}"
+                    raise ValueError(f"a result has tool_call_id {brief(message.answers)}; allowed: {allowed}")
+                del unanswered[order]
+                read[place] = message._replace(order=order)
+        turns = []
+        for role, group in groupby(read, key=lambda message: message.role):
+            found = list(group)
+            if role in ("user", "assistant"):
+                parts = _joined(part for message in found for part in message.parts)
+                calls = [call for message in found for call in message.calls]
+                if role == "assistant" and not parts and not calls:
+                    raise ValueError("an assistant message is empty; leave it out, or give its words")
+                if self.version == "v3" and parts and calls:
+                    raise ValueError("an assistant message has words and tool calls; v3 allows one of them")
+                found = [found[-1]._replace(parts=parts, calls=calls)]
+            elif role == "tool" and self.version in ("v11", "v13"):
+                found.sort(key=lambda message: message.order)
+            turns += found
+        return turns
 
-    def _content(
-        self, messages: Iterable[Mapping[str, Any]], encode_image: Callable[[Any], list[int]] | None,
-        blanks: bool = True,
-    ) -> list[int]:  # fmt: skip
-        """The ids of the parts of one or several messages, texts joined."""
-        parts: list[tuple[str, Any]] = []
-        for message in messages:
-            content = message.get("content")
-            for part in [{"type": "text", "text": content}] if isinstance(content, str) else content or []:
-                kind = part.get("type") if isinstance(part, Mapping) else None
-                if kind == "text" and isinstance(part.get("text"), str):
-                    if part["text"] and parts and parts[-1][0] == "text":
-                        parts[-1] = ("text", parts[-1][1] + "\n\n" + part["text"])
-                    elif part["text"]:
-                        parts.append(("text", part["text"]))
-                elif kind in ("image", "image_url") and part.get(kind):
-                    source: Any = part[kind]
-                    parts.append(("image", source.get("url") if isinstance(source, Mapping) else source))
-                else:
-                    raise ValueError(f"a part {str(part)[:60]!r} is impossible; allowed: type text, image or image_url")
-        if [kind for kind, _ in parts] == ["text", "image"]:
-            parts.reverse()
+    def _read_message(self, message: Any) -> _Message:
+        if not isinstance(message, Mapping):
+            raise ValueError(f"a message is {brief(message)}; allowed: an object with role and content")
+        role, content = message.get("role"), message.get("content")
+        if not isinstance(role, str) or role not in ROLES:
+            raise ValueError(f"role {brief(role)} is impossible; allowed: {', '.join(ROLES)}")
+        if isinstance(content, str) or (content is None and role == "assistant"):
+            content = [{"type": "text", "text": content}] if content else []
+        if not isinstance(content, (list, tuple)):
+            raise ValueError(f"the content of a message is {brief(content)}; allowed: text or a list of parts")
+        parts = [_read_part(part) for part in content]
+        kinds = {kind for kind, _ in parts}
+        if "image" in kinds and role != "user":
+            raise ValueError(f"a picture can only be in a user's message, not in one of role {role}")
+        if "thinking" in kinds and (role not in ("system", "assistant") or self.version != "v13"):
+            raise ValueError(f"thinking is impossible here ({role}, {self.version}); allowed: system, assistant in v13")
+        if role == "tool":
+            self._check_call_id(message.get("tool_call_id"))
+            if message.get("name") is not None:
+                _check_name(message["name"])
+            return _Message(role, parts, answers=message.get("tool_call_id"))
+        calls, prefix = message.get("tool_calls"), message.get("prefix", False)
+        if not isinstance(prefix, bool) or not isinstance(calls, (list, tuple, type(None))):
+            raise ValueError(f"prefix {brief(prefix)}, tool_calls {brief(calls)}; allowed: true or false, a list")
+        if role != "assistant" and (prefix or calls):
+            raise ValueError(f"a message of role {role} has prefix or tool_calls; only one of the assistant may")
+        return _Message(role, parts, [self._read_call(call) for call in calls or ()], prefix=prefix)
+
+    def _read_call(self, call: Any) -> dict[str, Any]:
+        """{"name", "arguments", "id"} of a tool call; arguments that are no JSON stay text, as in mistral-common."""
+        function = call.get("function") if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or call.get("type", "function") != "function":
+            raise ValueError(f"a tool call is {brief(call)}; allowed: type function, function: {{name, arguments}}")
+        arguments = function.get("arguments")
+        if arguments is not None and not isinstance(arguments, (str, Mapping)):
+            raise ValueError(f"a tool call's arguments are {brief(arguments)}; allowed: a JSON object, or its text")
+        text = arguments if isinstance(arguments, str) else _dump(arguments or {})
+        read = {"name": _check_name(function.get("name")), "arguments": _load(text)}
+        self._check_call_id(call.get("id"))
+        return read if call.get("id") is None else read | {"id": call["id"]}
+
+    def _check_call_id(self, found: Any) -> None:
+        if self.version == "v13":
+            if found is not None and (not isinstance(found, str) or found in ("", "null")):
+                raise ValueError(f"a tool call's id is {brief(found)}; allowed in v13: text but '' and 'null', or none")
+        elif not isinstance(found, str) or not re.fullmatch("[a-zA-Z0-9]{9}", found):
+            raise ValueError(f"a tool call's id is {brief(found)}; allowed in {self.version}: 9 letters or digits")
+
+    def _parts(
+        self, parts: Iterable[tuple[str, Any]], encode_image: Callable[[Any], list[int]] | None = None
+    ) -> list[int]:
         ids: list[int] = []
         for kind, value in parts:
             if kind == "text":
-                ids += self.encode(value if blanks else value.rstrip(" "), bos=False)
+                ids += self.encode(value, bos=False)
+            elif kind == "thinking":
+                text, closed = value
+                ids += self._control("[THINK]") + self.encode(text, bos=False)
+                ids += self._control("[/THINK]") if closed else []
             elif encode_image is None:
                 raise ValueError("a picture can only be in a user's message, for a model with eyes")
             else:
                 ids += encode_image(value)
         return ids
+
+    def _calls(self, calls: Sequence[dict[str, Any]]) -> list[int]:
+        if calls and self.version in ("v3", "v7"):
+            return self._control("[TOOL_CALLS]") + self.encode(_dump(calls), bos=False)
+        ids: list[int] = []
+        for call in calls:
+            ids += self._control("[TOOL_CALLS]") + self.encode(call["name"], bos=False)
+            if self.version == "v11":
+                ids += self._control("[CALL_ID]") + self.encode(call["id"], bos=False)
+            ids += self._control("[ARGS]") + self.encode(_dump(call["arguments"]), bos=False)
+        return ids
+
+    def _result(self, turn: _Message) -> list[int]:
+        text = "".join(text for _, text in _joined(turn.parts))  # there is one at most
+        if self.version == "v3":
+            text = _dump({"content": _load(text), "call_id": turn.answers})
+        ids = self.encode(text, bos=False)
+        if self.version in ("v7", "v11"):
+            ids = self.encode(turn.answers or "", bos=False) + self._control("[TOOL_CONTENT]") + ids
+        return self._between("TOOL_RESULTS", ids)
+
+    def _between(self, name: str, ids: list[int]) -> list[int]:
+        return self._control(f"[{name}]") + ids + self._control(f"[/{name}]")
+
+    def _control(self, name: str) -> list[int]:
+        if name not in self.special_tokens:
+            raise ValueError(f"the tokenizer has no special token {name}, which this chat format needs")
+        return [self.special_tokens[name]]
+
+    def switches(self) -> dict[int, str]:
+        """The ids after which an answer is of another kind: "thinking" (in V13), "text", or "call"."""
+        kinds = SWITCHES if self.version == "v13" else {"[TOOL_CALLS]": "call"}
+        return {self.special_tokens[name]: kind for name, kind in kinds.items() if name in self.special_tokens}
+
+    def decode_chat(self, ids: Iterable[int], kind: str = "text") -> dict[str, Any]:
+        """The assistant's message that generated ids are, up to "</s>", as `encode_chat` takes it: {"role":
+        "assistant", "content": text, or a list of parts where there is thinking}, and where there are some:
+
+            "tool_calls": [{"id", "type": "function", "function": {"name", "arguments": object}}], without id in V13;
+            "malformed_calls": [{"text": the call as it was written, "error": what is wrong with it}].
+
+        The form of a call is told by its special tokens, not by the version. [TOOL_CALLS] ends thinking: a call in it
+        is a call, and the thinking is not closed. [/THINK] without [THINK] ends thinking that the prompt began. A call
+        that `encode_chat` would refuse is malformed: an id that was given before, or, in V3, one after words.
+
+        Args:
+            kind: what the ids begin with; "thinking" if the prompt ends within thinking.
+        """
+        switches, close = self.switches(), self.special_tokens.get("[/THINK]")
+        runs: list[tuple[str, list[int]]] = [(kind, [])]
+        for i in takewhile(lambda i: i != self.eos_token_id, map(int, ids)):
+            if i == close and i in switches and runs[-1][0] != "call":
+                runs[-1] = ("thought", runs[-1][1])
+            if i in switches:
+                runs.append((switches[i], []))
+            else:
+                runs[-1][1].append(i)
+        parts: list[dict[str, Any]] = []
+        calls: list[dict[str, Any]] = []
+        malformed: list[dict[str, str]] = []
+        for kind, run in runs:
+            if kind == "call":
+                try:
+                    found = self._decode_calls(run)
+                    named = [call["id"] for call in (*calls, *found) if "id" in call]
+                    if len(set(named)) < len(named):
+                        raise ValueError(f"a tool call's id is given twice: {brief(named)}")
+                    if self.version == "v3" and parts:
+                        raise ValueError("a tool call after words; v3 allows one of them")
+                    calls += found
+                except (ValueError, RecursionError) as error:
+                    malformed.append({"text": "[TOOL_CALLS]" + self._written(run), "error": str(error)})
+            elif kind != "text":
+                if run or kind == "thought" or len(runs) > 1:
+                    text = self._written(run, True)
+                    parts.append({"type": "thinking", "thinking": text, "closed": kind == "thought"})
+            elif text := self._written(run, True):
+                parts.append({"type": "text", "text": text})
+        only_text = [part["type"] for part in parts] in ([], ["text"])
+        content = "".join(part["text"] for part in parts) if only_text else parts
+        message = {"role": "assistant", "content": content, "tool_calls": calls, "malformed_calls": malformed}
+        return {key: value for key, value in message.items() if value or key == "content"}
+
+    def _decode_calls(self, ids: list[int]) -> list[dict[str, Any]]:
+        """The calls after one [TOOL_CALLS]: a JSON list, or name[ARGS]arguments, or name[CALL_ID]id[ARGS]arguments.
+
+        Raises:
+            ValueError, RecursionError: they are none, or not as `encode_chat` takes them.
+        """
+        written = self._written(ids)
+        if self.special_tokens.get("[ARGS]") in ids:
+            head, _, arguments = written.partition("[ARGS]")
+            name, has_id, call_id = head.partition("[CALL_ID]")
+            found: Any = [{"name": name, "arguments": _strict(arguments)} | ({"id": call_id} if has_id else {})]
+        else:
+            found = _strict(written)
+        if not isinstance(found, list) or not found or not all(isinstance(call, dict) for call in found):
+            raise ValueError(f"tool calls are {brief(found)}; allowed: a list of objects")
+        calls = []
+        for call in found:
+            function = {"name": call.get("name"), "arguments": call.get("arguments")}
+            if not isinstance(function["arguments"], dict):
+                raise ValueError(f"a tool call's arguments are {brief(function['arguments'])}; allowed: a JSON object")
+            calls.append(({"id": call["id"]} if "id" in call else {}) | {"type": "function", "function": function})
+            self._read_call(calls[-1])
+        return calls
+
+    def _written(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
+        """As `decode`, also of ids that only the model has."""
+        return b"".join(self.any_to_bytes(i, skip_special_tokens) for i in ids).decode("utf-8", errors="replace")
+
+    def any_to_bytes(self, i: int, skip_special_tokens: bool = True) -> bytes:
+        """As `id_to_bytes`; a byte that is no UTF-8 for an id that only the model has, which may have more."""
+        try:
+            return self.id_to_bytes(i, skip_special_tokens)
+        except ValueError:
+            return b"\xff"
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Text of ids. Bytes that are no UTF-8 become U+FFFD."""
@@ -170,12 +457,12 @@ class Tokenizer:
         Raises:
             ValueError: no such id.
         """
-        token = self.backend.id_to_token(i)
+        token = self.backend.id_to_token(i) if 0 <= i < self.vocab_size else None
         if token is None:
             raise ValueError(f"id {i} is not in the vocabulary; allowed: 0 to {self.vocab_size - 1}")
         if i in self._added:
             return b"" if self._added[i].special and skip_special_tokens else token.encode()
-        return bytes(BYTES[letter] for letter in token)
+        return bytes(BYTES[letter] for letter in token) if BYTES.keys() >= set(token) else token.encode()
 
 
 class TextStream:
@@ -186,12 +473,172 @@ class TextStream:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, i: int) -> str:
-        if i >= self._tokenizer.vocab_size:  # a model may have more ids than its tokenizer
-            return self._decoder.decode(b"\xff")
-        return self._decoder.decode(self._tokenizer.id_to_bytes(i))
+        return self._decoder.decode(self._tokenizer.any_to_bytes(i))
 
     def close(self) -> str:
         return self._decoder.decode(b"", final=True)
+
+
+class ChatStream:
+    """`TextStream` for a chat's answer: `push` returns the kind ("text", "thinking" or "call") and the characters.
+
+    A special token that begins another kind returns what was left of the one before; `decode_chat` reads the calls.
+    An answer begins with words, or with another `kind`.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, kind: str = "text") -> None:
+        self.kind = kind
+        self._stream = TextStream(tokenizer)
+        self._switches = tokenizer.switches()
+
+    def push(self, i: int) -> tuple[str, str]:
+        if i not in self._switches:
+            return self.kind, self._stream.push(i)
+        left, self.kind = (self.kind, self._stream.close()), self._switches[i]
+        return left
+
+    def close(self) -> tuple[str, str]:
+        return self.kind, self._stream.close()
+
+
+def split_thinking(text: str) -> list[dict[str, Any]]:
+    """The parts of a system prompt in which [THINK]...[/THINK] stands for thinking, as in SYSTEM_PROMPT.txt of the
+    Reasoning models. For files that one trusts: it makes special tokens of text."""
+    parts: list[dict[str, Any]] = []
+    for words, begin, thinking, end in re.findall(r"(.*?)(?:(\[THINK\])(.*?)(\[/THINK\]|\Z)|\Z)", text, re.DOTALL):
+        parts += [{"type": "text", "text": words}] if words else []
+        parts += [{"type": "thinking", "thinking": thinking, "closed": bool(end)}] if begin else []
+    return parts
+
+
+def _read_part(part: Any) -> tuple[str, Any]:
+    """("text", text), ("image", source) or ("thinking", (text, closed)) of a part of a message."""
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    value = part.get(kind) if isinstance(kind, str) else None
+    if kind == "text" and isinstance(value, str):
+        return kind, value
+    if kind in ("image", "image_url"):
+        source = value.get("url") if isinstance(value, Mapping) else value
+        if source is not None and not (isinstance(source, str) and not source):
+            return "image", source
+    if kind == "thinking" and isinstance(part.get("closed", True), bool):
+        if isinstance(value, (list, tuple)):
+            found = [_read_part(inner) for inner in value]
+            value = "".join(text for _, text in found) if all(inner == "text" for inner, _ in found) else None
+        if isinstance(value, str):
+            return kind, (value, part.get("closed", True))
+    raise ValueError(f"a part {brief(part)} is impossible; allowed: type text, image, image_url or thinking")
+
+
+def _joined(parts: Iterable[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    """Neighbouring texts made one, with an empty line between them; empty ones left out."""
+    joined: list[tuple[str, Any]] = []
+    for kind, value in parts:
+        if kind == "text" and value and joined and joined[-1][0] == "text":
+            joined[-1] = ("text", joined[-1][1] + "\n\n" + value)
+        elif kind != "text" or value:
+            joined.append((kind, value))
+    return joined
+
+
+def _tools(tools: Any) -> list[dict[str, Any]]:
+    """The tools as the models know them: these keys, in this order."""
+    if not isinstance(tools, (list, tuple)):
+        raise ValueError(f"the tools are {brief(tools)}; allowed: a list")
+    found = []
+    for tool in tools:
+        function = tool.get("function") if isinstance(tool, Mapping) else None
+        if not isinstance(function, Mapping) or tool.get("type", "function") != "function":
+            raise ValueError(f"a tool is {brief(tool)}; allowed: type function, function: {{name, ...}}")
+        name, description, parameters = (function.get(key) for key in ("name", "description", "parameters"))
+        if not isinstance(description, (str, type(None))) or not isinstance(parameters, (dict, type(None))):
+            raise ValueError(f"a tool has {brief(description)}, {brief(parameters)}; allowed: text, JSON schema")
+        function = {"name": _check_name(name), "description": description or "", "parameters": parameters or {}}
+        found.append({"type": "function", "function": function})
+    return found
+
+
+def _check_name(name: Any) -> str:
+    if not isinstance(name, str) or not re.fullmatch("[a-zA-Z0-9_-]{1,64}", name):
+        raise ValueError(f"a function's name is {brief(name)}; allowed: 1 to 64 letters, digits, '_' or '-'")
+    return name
+
+
+def _load(text: str) -> Any:
+    """What JSON text means; {} if it is empty, itself if it is no JSON."""
+    try:
+        return json.loads(text or "{}")
+    except json.JSONDecodeError:
+        return text
+    except RecursionError as error:
+        raise ValueError(f"JSON text is nested too deeply: {brief(text)}") from error
+
+
+def _strict(text: str) -> Any:
+    """What JSON text means, without NaN and Infinity, which JSON does not have (raises ValueError)."""
+
+    def refuse(name: str) -> Any:
+        raise ValueError(f"{name} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def _dump(value: Any) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except (TypeError, RecursionError) as error:
+        raise ValueError(f"{brief(value)} cannot be written as JSON: {error}") from error
+
+
+CACHED_FROM = 2**20  # bytes of a tekken.json below which it is built in no time
+CACHE_FORMAT = 1
+
+
+def _read_tekken(path: Path) -> tuple[Backend, str]:
+    """The tokenizer and the version of a tekken.json.
+
+    Its merges are what takes time. They are kept in the user's cache folder, under the hash of the file; what is there
+    is used if it is whole, and what cannot be written there is built again the next time.
+    """
+    content = path.read_bytes()
+    cache = _cache_file(content) if len(content) >= CACHED_FROM else None
+    if cache is not None:
+        with suppress(Exception):  # no such file, a damaged one, or one that this version of the library does not read
+            head, _, body = cache.read_bytes().partition(b"\n")
+            digest, version = json.loads(head)
+            if digest == hashlib.sha256(body).hexdigest():
+                return Backend.from_buffer(body), str(version)
+    tekken = read_json(path)
+    backend = from_tekken(tekken, str(path))
+    version = str(tekken["config"].get("version", "missing"))
+    if cache is not None:
+        body = backend.to_str().encode()
+        head = json.dumps([hashlib.sha256(body).hexdigest(), version]).encode()
+        with suppress(OSError):
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(cache, lambda temporary: temporary.write_bytes(head + b"\n" + body))
+    return backend, version
+
+
+def _cache_file(content: bytes) -> Path | None:
+    """Where the tokenizer built from `content` is kept; None where the user has no folder for such files."""
+    here = {"win32": os.environ.get("LOCALAPPDATA") or "~/AppData/Local", "darwin": "~/Library/Caches"}
+    folder = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or here.get(sys.platform, "~/.cache"))
+    key = hashlib.sha256(f"{CACHE_FORMAT} {tokenizers.__version__} ".encode() + content).hexdigest()
+    return Path(folder, "ministral", f"tekken-{key}.json") if os.path.isabs(folder) else None
+
+
+def _repair_split(backend: Backend) -> bool:
+    """Put Tekken's expression in the place of GPT-4's, wherever that is among the pre-tokenizers; False if nowhere."""
+    if backend.pre_tokenizer is None:
+        return False
+    state = backend.pre_tokenizer.__getstate__().decode()
+    state, found = re.subn(WRONG_SPLIT, lambda _: json.dumps(SPLIT), state)
+    if found:
+        repaired = pre_tokenizers.Sequence([])
+        repaired.__setstate__(state.encode())
+        backend.pre_tokenizer = repaired
+    return found > 0
 
 
 def from_tekken(tekken: Any, source: str = TEKKEN) -> Backend:
@@ -210,11 +657,15 @@ def from_tekken(tekken: Any, source: str = TEKKEN) -> Backend:
         names = special_token_names(tekken)
         if len(set(words)) != size - specials or {len(word) for word in words[:256]} != {1}:
             raise ValueError("the vocabulary must be distinct, single bytes first, and as long as config says")
+        if len(set(names)) != specials:
+            raise ValueError("the special tokens must have different names")
+        letters = [word.decode("latin-1").translate(LETTERS) for word in words]
+        if both := sorted({*names} & {*letters}):
+            raise ValueError(f"{both[0]!r} is the name of a special token and an entry of the vocabulary")
         split = Regex(config["pattern"])
     except Exception as error:  # the library raises bare Exception for a bad expression
         raise ValueError(f"{source} is not a Tekken vocabulary: {type(error).__name__}: {error}") from error
 
-    letters = ["".join(LETTERS[byte] for byte in word) for word in words]
     vocab = {name: i for i, name in enumerate(names)} | {word: specials + i for i, word in enumerate(letters)}
     rank = {word: i for i, word in enumerate(letters)}
     merges = []

@@ -42,6 +42,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -50,6 +51,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as run_again_in_backward
 
+import checkpoint
 from ministral import (
     ACTIVATIONS,
     BaseModelOutputWithPast,
@@ -617,16 +619,13 @@ class Mistral3PreTrainedModel(PreTrainedModel):
     config_class = Mistral3Config
 
     def own_name(self, stored: str) -> str | None:
-        """The published files say language_model.model.layers, vision_tower, language_model.lm_head; Transformers 5
-        writes model.language_model.layers, model.vision_tower, lm_head."""
+        """See `checkpoint.text_name` for the names that files have."""
         if stored.endswith("rotary_emb.inv_freq"):
             return None
-        name = stored.removeprefix("model.")
-        if name.startswith("language_model."):
-            rest = name.removeprefix("language_model.")
-            name = rest if rest.startswith("lm_head.") else "language_model." + rest.removeprefix("model.")
-        if name.startswith("lm_head."):
-            return name if hasattr(self, "lm_head") else None
+        text = checkpoint.text_name(stored)
+        if text is not None and text.startswith("lm_head."):
+            return text if hasattr(self, "lm_head") else None
+        name = stored.removeprefix("model.") if text is None else "language_model." + text
         return name if self.base_model is self else "model." + name
 
 
@@ -710,6 +709,8 @@ class Mistral3Model(Mistral3PreTrainedModel):
 class Mistral3ForConditionalGeneration(Mistral3PreTrainedModel):
     """The whole: pictures and text in, logits over the vocabulary out."""
 
+    may_tie = MappingProxyType({"lm_head.weight": "model.language_model.embed_tokens.weight"})
+
     def __init__(self, config: Mistral3Config) -> None:
         super().__init__(config)
         self.model = Mistral3Model(config)
@@ -718,10 +719,6 @@ class Mistral3ForConditionalGeneration(Mistral3PreTrainedModel):
             self.tie_weights()
         else:
             init_weights(self.lm_head, config.text_config.initializer_range)
-
-    def tied(self) -> dict[str, str]:
-        embeddings = "model.language_model.embed_tokens.weight"
-        return {"lm_head.weight": embeddings} if self.config.tie_word_embeddings else {}
 
     def forward(
         self, input_ids: Tensor | None = None, pixel_values: Tensor | None = None, attention_mask: Tensor | None = None,

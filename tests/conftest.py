@@ -1,12 +1,14 @@
-"""Hypothesis profiles, and the devices the numerical tests run on."""
+"""Hypothesis profiles, the devices the numerical tests run on, and options for published weights."""
 
 import os
+import sys
 
 import hypothesis
 import pytest
 import torch
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in the tests may reach the network
+if not any(argument.startswith("--weights") for argument in sys.argv):
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing else in the tests may reach the network
 
 # 100 examples by default, more in CI (where the variable CI is set) or with `pytest --hypothesis-profile=ci`.
 for name, examples in (("default", 100), ("ci", 200)):
@@ -17,9 +19,19 @@ for name, examples in (("default", 100), ("ci", 200)):
         suppress_health_check=list(hypothesis.HealthCheck),
         print_blob=True,
     )
+hypothesis.settings.register_profile("mutants", hypothesis.settings.get_profile("default"), max_examples=40,
+                                     phases=[hypothesis.Phase.generate], database=None)  # fmt: skip
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 torch.set_num_threads(2)
+
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Published weights are given by the user: they are too large to come along."""
+    parser.addoption("--weights-8b-2410", metavar="DIR_OR_HUB_ID", help="Ministral-8B-Instruct-2410")
+    parser.addoption("--weights", metavar="DIR_OR_HUB_ID", help="any published Ministral, compared with Transformers")
+
 
 CUDA = pytest.param(
     "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")

@@ -1,6 +1,5 @@
 """Model directories: round trips with Transformers in both directions, shards, ties, and every way of being broken."""
 
-import fnmatch
 import json
 import os
 import random
@@ -19,6 +18,7 @@ from generate import load_model
 from ministral import MinistralConfig, MinistralForCausalLM, MinistralModel
 from ministral3 import Ministral3ForCausalLM, Ministral3Model
 from tests.cases import draw_case, draw_config, pair
+from tests.published import quantize
 from tests.test_parity import assert_same
 
 rngs = st.randoms(use_true_random=False)
@@ -80,8 +80,9 @@ def test_a_backbone_and_a_model_with_a_head_read_each_others_files(tmp_path):
         if case.ours.config.tie_word_embeddings:
             assert_same(load_model(base_path).lm_head.weight, case.ours.lm_head.weight)
         else:
-            with pytest.raises(ValueError, match=r"1 tensors missing: lm_head\.weight"):
-                load_model(base_path)
+            with pytest.warns(UserWarning, match=r"has no lm_head\.weight, so it is tied to model\.embed_tokens"):
+                tied = load_model(base_path)
+            assert tied.lm_head.weight is tied.model.embed_tokens.weight and tied.config.tie_word_embeddings
 
 
 def test_state_dict_keys_are_transformers():
@@ -120,6 +121,9 @@ def test_the_head_that_is_stored_is_used(saved):
     rewrite(path, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}))
     again = load_model(path)  # stored twice with equal values: tied
     assert again.lm_head.weight is again.model.embed_tokens.weight
+    rewrite(path, lambda tensors: tensors.update({"lm_head.weight": tensors["lm_head.weight"].to(torch.float8_e4m3fn)}))
+    with pytest.raises(ValueError, match=r"lm_head\.weight is F8_E4M3"), pytest.warns():
+        load_model(path)
     rewrite(path, lambda tensors: tensors.pop("lm_head.weight"))
     assert load_model(path).lm_head.weight.equal(model.model.embed_tokens.weight)
 
@@ -156,22 +160,6 @@ def test_frequencies_stored_by_old_versions_are_left_out(saved):
     model, path = saved
     rewrite(path, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}))
     assert load_model(path).lm_head.weight.equal(model.lm_head.weight)
-
-
-def test_a_hub_id_is_fetched_and_nothing_but_this_layout(saved, monkeypatch):
-    model, path = saved
-    asked = {}
-
-    def snapshot_download(repo_id, allow_patterns):
-        asked.update(repo_id=repo_id, allow_patterns=allow_patterns)
-        return str(path)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    assert load_model("owner/name").lm_head.weight.equal(model.lm_head.weight)
-    names = ["config.json", "model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json",
-             "tekken.json", "tokenizer.json", "consolidated.safetensors", "pytorch_model.bin", "README.md"]  # fmt: skip
-    fetched = [name for name in names if any(fnmatch.fnmatch(name, p) for p in asked["allow_patterns"])]
-    assert asked["repo_id"] == "owner/name" and fetched == names[:6]
 
 
 def test_broken_files_are_named(saved):
@@ -241,6 +229,28 @@ def test_a_failed_save_leaves_nothing_half_written(saved, monkeypatch):
     assert os.listdir(path / "new") == []  # no config.json without weights
 
 
+def test_shards_are_replaced_all_or_none(saved, monkeypatch):
+    """A second save that fails in the middle leaves the first one."""
+    model, path = saved
+    model.save_pretrained(path, max_shard_bytes=600)
+    before = {name: (path / name).read_bytes() for name in os.listdir(path)}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 1
+    written, save = [], checkpoint.save_file
+
+    def fail(tensors, file, metadata):
+        written.append(file)
+        if len(written) == 2:
+            raise OSError("disk full")
+        save(tensors, file, metadata)
+
+    monkeypatch.setattr(checkpoint, "save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        model.save_pretrained(path, max_shard_bytes=600)
+    assert {name: (path / name).read_bytes() for name in os.listdir(path)} == before and len(before) > 3
+
+
 def test_saving_over_the_files_a_model_is_mapped_to(saved):
     _, path = saved
     model = load_model(path)
@@ -265,11 +275,14 @@ def test_a_file_is_no_model(saved):
         model.save_pretrained(path / "config.json")
 
 
-def test_loading_peaks_at_the_weights_plus_one_tensor(tmp_path):
-    """Measured in a process of its own: 64 MB of float32 weights, cast to bfloat16 on the way."""
+@pytest.mark.parametrize("fp8", [False, True])
+def test_loading_peaks_at_the_weights_plus_one_tensor(tmp_path, fp8):
+    """Measured in a process of its own: 64 MB of float32 weights, cast to bfloat16 on the way, or 16 MB of FP8."""
     config = MinistralConfig(hidden_size=512, num_attention_heads=8, num_key_value_heads=8, num_hidden_layers=8,
                              intermediate_size=512, vocab_size=1024)  # fmt: skip
     MinistralForCausalLM(config).save_pretrained(tmp_path)
+    if fp8:
+        quantize(tmp_path)
     program = """
 import sys, torch, checkpoint
 from generate import load_model
@@ -277,9 +290,9 @@ def anonymous():  # memory of the process itself; the mapped file is the system'
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
 load_model(sys.argv[2])  # whatever is imported late
 peak, read, before = 0, checkpoint.Checkpoint.read, anonymous()
-def watched(self, name):
+def watched(self, *arguments):
     global peak
-    tensor = read(self, name)
+    tensor = read(self, *arguments)
     peak = max(peak, anonymous())
     return tensor
 checkpoint.Checkpoint.read = watched
@@ -293,7 +306,8 @@ print(sum(parameters), max(parameters), max(peak, anonymous()) - before)
     MinistralForCausalLM(MinistralConfig(hidden_size=8, num_attention_heads=2, num_key_value_heads=1,
                          num_hidden_layers=1, intermediate_size=8, vocab_size=9)).save_pretrained(tiny)  # fmt: skip
     run = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path), str(tiny)], capture_output=True, text=True, check=True
-    )
+        [sys.executable, "-c", program, str(tmp_path), str(tiny)], capture_output=True, text=True, check=True,
+        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"},  # so that what is freed is not counted
+    )  # fmt: skip
     size, largest, peak = map(int, run.stdout.split())
     assert size / 2 < peak <= size + largest + 2_000_000

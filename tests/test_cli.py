@@ -33,7 +33,8 @@ def run(capsys, *arguments):
 
 def test_text_is_streamed_and_then_one_line_of_figures(capsys):
     code, out, err = run(capsys, "To be, or not to be", "--max-new-tokens", 20, "--seed", 1)
-    plan, figures = err.splitlines()
+    kind, plan, figures = err.splitlines()
+    assert kind == "plain text: neither name nor files say that the model knows chats"
     assert code == 0 and out.endswith("\n") and len(out) > 20
     assert "million parameters" in plan and "of weights" in plan and "of cache for" in plan
     assert figures.startswith("20 tokens, ") and f"tokens/s, {BUNDLED}, " in figures and "bfloat16" in figures
@@ -159,7 +160,7 @@ def test_a_broken_model_is_one_line_and_exit_code_2(capsys, copy, damage, messag
     code, out, err = run(capsys, "To be", "--model", copy)
     assert code == 2 and out == "" and message in err
     last = err.splitlines()[-1]
-    assert last.startswith("error: ") and len(err.splitlines()) <= 2  # the line that says what will be loaded
+    assert last.startswith("error: ") and len(err.splitlines()) <= 3  # the lines that say what will be loaded
 
 
 def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(capsys, monkeypatch):
@@ -173,11 +174,11 @@ def test_what_is_planned_is_what_is_asked_for(capsys):
     plans = {}
     for name, arguments in {"": [], "float64": ["--dtype", "float64"], "long": ["--max-new-tokens", 10**9]}.items():
         code, _, err = run(capsys, "a", "--stop", " ", "--stop", "e", *arguments)
-        plans[name] = err.splitlines()[0]
+        plans[name] = err.splitlines()[1]
         assert code == 0
     assert "7.9 MB of weights and 309.0 kB of cache for 202 tokens" not in plans["float64"]
     assert "7.9 MB of weights" in plans[""] and "31.5 MB of weights" in plans["float64"]
-    assert "1.6 MB of cache" in plans["long"]
+    assert "1.6 MB of cache for 1024 tokens" in plans["long"]
 
 
 def test_memory_figures():

@@ -15,31 +15,10 @@ from generate import MODELS, model_class
 from ministral import KVCache, MinistralConfig, MinistralForCausalLM, MinistralModel
 from ministral3 import Ministral3Config, Ministral3ForCausalLM
 from tests.cases import draw_case, draw_config, pair, their_arguments
+from tests.published import MINISTRAL3_3B, MINISTRAL_8B
 from tests.test_parity import assert_same
 
 rngs = st.randoms(use_true_random=False)
-
-# The config.json of Ministral-8B-Instruct-2410 (Transformers 4 dialect, model_type mistral, no pad token).
-MINISTRAL_8B = dict(
-    architectures=["MistralForCausalLM"], attention_dropout=0.0, bos_token_id=1, eos_token_id=2, head_dim=128,
-    hidden_act="silu", hidden_size=4096, initializer_range=0.02, intermediate_size=12288,
-    max_position_embeddings=32768, model_type="mistral", num_attention_heads=32, num_hidden_layers=36,
-    num_key_value_heads=8, rms_norm_eps=1e-05, rope_theta=100000000.0, sliding_window=32768,
-    tie_word_embeddings=False, torch_dtype="bfloat16", transformers_version="4.46.0.dev0", use_cache=True,
-    vocab_size=131072,
-)  # fmt: skip
-# The text_config of Ministral-3-3B-Instruct-2512 (Transformers 5 dialect, with both `rope_type` and `type`).
-MINISTRAL3_3B = dict(
-    attention_dropout=0.0, head_dim=128, hidden_act="silu", hidden_size=3072, initializer_range=0.02,
-    intermediate_size=9216, max_position_embeddings=262144, model_type="ministral3", num_attention_heads=32,
-    num_hidden_layers=26, num_key_value_heads=8, rms_norm_eps=1e-05,
-    rope_parameters=dict(
-        beta_fast=32.0, beta_slow=1.0, factor=16.0, llama_4_scaling_beta=0.1, mscale=1.0, mscale_all_dim=1.0,
-        original_max_position_embeddings=16384, rope_theta=1000000.0, rope_type="yarn", type="yarn",
-    ),
-    sliding_window=None, tie_word_embeddings=True, use_cache=True, vocab_size=131072,
-)  # fmt: skip
-
 
 def parameters(cls, config):
     with torch.device("meta"):
@@ -213,7 +192,8 @@ def test_impossible_values_are_refused(cls, values, message):
     [
         (dict(model_type="qwen2"), "qwen2.*allowed: ministral, mistral, llama"),
         (dict(attention_bias=True), "attention_bias=True"),
-        (dict(quantization_config=dict(quant_method="fp8")), r"quantized weights \(fp8\)"),
+        (dict(quantization_config=dict(quant_method="gptq")), r"quantized weights \(gptq\).*allowed: fp8 e4m3"),
+        (dict(quantization_config=dict(quant_method="fp8", fmt="e5m2")), r"quantized weights \(fp8 e5m2\)"),
         (dict(rope_scaling=dict(type="yarn", factor=4.0)), "yarn"),
         (dict(hidden_size="big"), "hidden_size='big'"),
         (dict(rope_scaling="yarn"), "rope_scaling='yarn'.*an object"),

@@ -153,8 +153,9 @@ def test_filters_equal_transformers_processors(rng):
     settings = Sampling(
         temperature=rng.uniform(0.2, 2),
         top_k=rng.choice([None, rng.randint(1, 40)]),
-        top_p=rng.choice([None, rng.uniform(0.05, 1)]),
-        min_p=rng.choice([None, rng.uniform(0, 1)]),
+        # (Not on the edge between tokens of equal probability, where rounding decides.)
+        top_p=rng.choice([None, 1.0, rng.uniform(0.05, 0.99) + 0.00314159]),
+        min_p=rng.choice([None, 0.0, 1.0, rng.uniform(0, 0.99) + 0.00314159]),
     )
     warpers = transformers.LogitsProcessorList([transformers.TemperatureLogitsWarper(settings.temperature)])
     if settings.top_k is not None:

@@ -1,44 +1,46 @@
 """Text <-> ids: equal to mistral-common on its own vocabularies and on the bundled one, and the inverse of itself."""
 
-import copy
 import json
 import random
+import warnings
 from pathlib import Path
 
 import mistral_common
-import numpy as np
 import pytest
 import transformers
 from hypothesis import given, strategies as st
-from mistral_common.exceptions import TokenizerException
-from mistral_common.protocol.instruct.normalize import InstructRequestNormalizerV13
-from mistral_common.protocol.instruct.request import ChatCompletionRequest
-from mistral_common.tokens.tokenizers.image import ImageEncoding
-from mistral_common.tokens.tokenizers.instruct import InstructTokenizerV7
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
-from tokenizers import decoders
+from tokenizers import Regex, decoders, pre_tokenizers
 
+import tokenizer as module
 from generate import BUNDLED
-from tokenizer import TextStream, Tokenizer, from_tekken
+from tokenizer import SPLIT, TextStream, Tokenizer, from_tekken
 from training import corpus
-from training.vocabulary import PATTERN, learn
+from training.vocabulary import learn
 
 PUBLISHED = Path(mistral_common.__file__).parent / "data" / "tekken_240911.json"
+OLDER = PUBLISHED.with_name("tekken_240718.json")
 
 texts = st.one_of(
     st.text(),
-    st.text(alphabet=st.sampled_from("aAbB zZ09 \n\t\r.,'!/-_éßǅ日本語テ😀\u0301\u200d\x00")),
+    st.text(alphabet=st.sampled_from("aAbB zZ09 \n\t\r.,'!/-_éßǅ日本語テ😀\u0301\u200d\x00\ufeff")),
+    st.text(st.characters(categories=("Cs", "Cc", "Cf", "Zs", "Ll"))),  # halves of surrogate pairs, control characters
+    st.builds(lambda blanks, text: " " * blanks + text, st.integers(0, 300), st.text(max_size=3)),
     st.lists(
         st.sampled_from(["</s>", "[INST]", "<s>", " the", "don't", "  ", "\n\n", "def f(x):\n    return x", "eBay"])
     ).map("".join),
 )
 
 
-@pytest.fixture(scope="module", params=["bundled", "published"])
+@pytest.fixture(scope="module", params=[BUNDLED / "tekken.json", OLDER, PUBLISHED], ids=lambda path: path.name)
 def both(request):
     """Our tokenizer and mistral-common's for the same tekken.json."""
-    path = BUNDLED / "tekken.json" if request.param == "bundled" else PUBLISHED
-    return Tokenizer(from_tekken(json.loads(path.read_text()))), Tekkenizer.from_file(path)
+    return Tokenizer(from_tekken(json.loads(request.param.read_text()))), Tekkenizer.from_file(request.param)
+
+
+@pytest.fixture(scope="module")
+def published():
+    return Tokenizer(from_tekken(json.loads(PUBLISHED.read_text())))
 
 
 @given(text=texts)
@@ -47,81 +49,9 @@ def test_ids_equal_mistral_common(both, text):
     ids = ours.encode(text)
     assert ids == theirs.encode(text, bos=True, eos=False)
     assert ours.encode(text, bos=False) == ids[1:]
+    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     assert ours.decode(ids) == text
     assert b"".join(map(ours.id_to_bytes, ids)) == text.encode()
-
-
-TEXT_PART = texts.map(lambda text: {"type": "text", "text": text})
-IMAGE_PART = st.just({"type": "image_url", "image_url": {"url": "a picture"}})
-CONTENTS = {
-    "system": st.one_of(texts, st.lists(TEXT_PART, max_size=3)),
-    "user": st.one_of(texts, st.lists(st.one_of(TEXT_PART, IMAGE_PART), min_size=1, max_size=4)),
-    "assistant": st.one_of(texts, st.lists(TEXT_PART, min_size=1, max_size=3)),
-}
-conversations = st.lists(
-    st.sampled_from(["system", "user", "assistant"]).flatmap(
-        lambda role: CONTENTS[role].map(lambda content: {"role": role, "content": content})
-    ),
-    max_size=6,
-)
-
-
-@given(messages=conversations, last=CONTENTS["user"])
-def test_conversations_equal_mistral_common(both, messages, last):
-    """Any order of roles, texts and pictures, id for id. (Without tools and thinking, versions 7 to 13 are one; the
-    vocabularies at hand lack the special tokens of the later ones. Checks of the order of roles are left aside.)"""
-    ours, theirs = both
-    messages = [*messages, {"role": "user", "content": last}]
-    request = ChatCompletionRequest(messages=copy.deepcopy(messages))
-    request = InstructRequestNormalizerV13.normalizer().from_chat_completion_request(request)
-    try:
-        expected = InstructTokenizerV7(theirs, FixedImage()).encode_instruct(request)
-    except TokenizerException as error:  # an assistant message without words
-        assert "Invalid assistant message" in str(error)
-        with pytest.raises(ValueError, match="an assistant message is empty"):
-            ours.encode_chat(messages, lambda _: FixedImage.tokens)
-        return
-    assert ours.encode_chat(messages, lambda _: FixedImage.tokens) == expected.tokens
-
-
-class FixedImage:
-    """mistral-common's image encoder, without images."""
-
-    tokens = (10, 10, 12, 10, 10, 13)
-
-    def __call__(self, content):
-        return ImageEncoding(tokens=list(self.tokens), image=np.zeros((3, 1, 1)))
-
-
-def test_the_published_conversations():
-    """Known ids of the 3B model, and pictures in every form of part."""
-    tokenizer = Tokenizer(from_tekken(json.loads(PUBLISHED.read_text())))
-    system, user = {"role": "system", "content": "Answer briefly."}, {"role": "user", "content": "What is 2+2?"}
-    ids = [1, 17, 31106, 27457, 1046, 18, 3, 7493, 1395, 1032, 1050, 1043, 1050, 1063, 4]
-    assert tokenizer.encode_chat([system, user]) == ids
-    for part in (
-        {"type": "image", "image": "a"}, {"type": "image_url", "image_url": "a"},
-        {"type": "image_url", "image_url": {"url": "a"}},
-    ):  # fmt: skip
-        content = [{"type": "text", "text": "What?"}, part]
-        found = tokenizer.encode_chat([{"role": "user", "content": content}], lambda source: {"a": [10, 13]}[source])
-        assert found == [1, 3, 10, 13, 7493, 1063, 4]
-
-
-@pytest.mark.parametrize(
-    "messages, message",
-    [
-        ([], "the last message must be the user's"),
-        ([{"role": "assistant", "content": "a"}], "the last message must be the user's"),
-        ([{"role": "tool", "content": "a"}, {"role": "user", "content": "a"}], "role 'tool' is impossible; allowed: "),
-        ([{"role": "user", "content": [{"type": "audio"}]}], "allowed: type text, image or image_url"),
-        ([{"role": "user", "content": ["a"]}], "allowed: type text, image or image_url"),
-        ([{"role": "user", "content": [{"type": "image", "image": "a"}]}], "a picture can only be in a user's message"),
-    ],
-)
-def test_impossible_conversations(messages, message):
-    with pytest.raises(ValueError, match=message):
-        Tokenizer.from_dir(BUNDLED).encode_chat(messages)
 
 
 @given(st.lists(st.integers(0, 2047), max_size=30))
@@ -153,9 +83,8 @@ def test_special_tokens_are_mistrals(both):
     assert ours.decode([1, 3, 4, 2]) == "" and ours.decode([1, 2], skip_special_tokens=False) == "<s></s>"
 
 
-def test_known_ids():
-    """Worked examples on the published vocabulary."""
-    tokenizer = Tokenizer(from_tekken(json.loads(PUBLISHED.read_text())))
+def test_known_ids(published):
+    """Worked examples on the published vocabulary; the last two are text of Transformers' Pixtral processor test."""
     for text, ids in (
         ("Hello, world!", [22177, 1044, 4304, 1033]),
         ("My favourite condiment is ", [6720, 52062, 3328, 2858, 1395, 1032]),
@@ -164,8 +93,16 @@ def test_known_ids():
         ("Ünïcödé naïve 😀", [39453, 1110, 105678, 29487, 1337, 98355, 119685, 1152, 1128]),
         ("'The'", [1039, 1784, 1039]),
         ("x[/INST]y</s>", [1120, 1091, 1047, 3174, 3074, 1093, 1121, 1885, 1115, 1062]),
+        ("  leading", [1032, 8924]),
+        ("don't I'll", [21797, 2405, 1362, 7534]),
+        ("foo_bar();//\n", [20182, 50442, 8637, 15308]),
+        ("USER: ", [21510, 1058, 1032]),
+        (
+            "\nWhat's the content of the image? ASSISTANT:",
+            [1010, 7493, 1681, 1278, 4701, 1307, 1278, 3937, 1063, 1349, 4290, 16002, 41150, 1058],
+        ),
     ):
-        assert tokenizer.encode(text, bos=False) == ids
+        assert published.encode(text, bos=False) == ids
 
 
 def test_tokenizer_json_gives_the_same_ids(tmp_path):
@@ -207,6 +144,28 @@ def test_an_id_that_only_the_model_has_is_shown_as_unknown():
     assert stream.push(2048) + stream.close() == "\ufffd"
 
 
+def test_control_tokens_added_as_ordinary_ones_are_control_tokens(tmp_path):
+    """Otherwise they would be found in what users type."""
+    Tokenizer.from_dir(BUNDLED).backend.save(str(tmp_path / "tokenizer.json"))
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    for token in content["added_tokens"]:
+        token["special"] = False
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = Tokenizer.from_dir(tmp_path)
+    assert tokenizer.special_tokens == Tokenizer.from_dir(BUNDLED).special_tokens
+    text = "x</s>[INST]"
+    assert tokenizer.encode(text) == Tokenizer.from_dir(BUNDLED).encode(text)
+
+
+def test_ids_beyond_the_vocabulary():
+    tokenizer = Tokenizer.from_dir(BUNDLED)
+    tokenizer.backend.add_special_tokens(["[EXTRA]"])
+    again = Tokenizer(tokenizer.backend)
+    assert again.vocab_size == 2049 and again.special_tokens["[EXTRA]"] == 2048
+    with pytest.raises(ValueError, match="id -1 is not in the vocabulary"):
+        tokenizer.decode([-1])
+
+
 def test_tekken_is_preferred(tmp_path):
     (tmp_path / "tekken.json").write_text((BUNDLED / "tekken.json").read_text())
     (tmp_path / "tokenizer.json").write_text("{}")
@@ -218,7 +177,132 @@ def test_the_bundled_vocabulary_is_what_training_learns():
 
 
 def test_the_pattern_is_mistrals():
-    assert json.loads(PUBLISHED.read_text())["config"]["pattern"] == PATTERN
+    assert json.loads(PUBLISHED.read_text())["config"]["pattern"] == SPLIT
+
+
+GPT4 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+BYTE_LEVEL = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+
+
+def by_expressions(*expressions):
+    return pre_tokenizers.Sequence([*(pre_tokenizers.Split(Regex(e), "isolated") for e in expressions), BYTE_LEVEL])
+
+
+@pytest.mark.parametrize(
+    "before, repaired",
+    [
+        (by_expressions(GPT4), by_expressions(SPLIT)),
+        (by_expressions("x{3}", GPT4), by_expressions("x{3}", SPLIT)),
+        (pre_tokenizers.Sequence([by_expressions(GPT4)]), pre_tokenizers.Sequence([by_expressions(SPLIT)])),
+    ],
+)
+def test_the_wrong_split_expression_is_repaired(tmp_path, published, before, repaired):
+    """Of tokenizer.json files converted by older libraries, wherever it is; once it is there, nobody is told again."""
+    right = published.encode("'The' eBay 12345")
+    backend = type(published.backend).from_str(published.backend.to_str())
+    backend.pre_tokenizer = before
+    assert Tokenizer(backend).encode("'The'", bos=False) == [1039, 1084, 1268, 1039]
+    backend.save(str(tmp_path / "tokenizer.json"))
+    with pytest.warns(UserWarning, match=r"tokenizer.json splits text by GPT-4's expression; Tekken's is used$"):
+        tokenizer = Tokenizer.from_dir(tmp_path)
+    assert tokenizer.encode("'The' eBay 12345") == right
+    assert tokenizer.backend.pre_tokenizer.__getstate__() == repaired.__getstate__()
+    tokenizer.backend.save(str(tmp_path / "tokenizer.json"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert Tokenizer.from_dir(tmp_path).encode("'The' eBay 12345") == right
+
+
+@pytest.mark.parametrize(
+    "expression, inst",
+    [(GPT4, "[OTHER]"), (GPT4.replace("{1,3}", ""), "[INST]"), (r"\w+|\W+", "[INST]"), (None, "[INST]")],
+)
+def test_other_split_expressions_are_kept(tmp_path, expression, inst):
+    """A model that is not Mistral's may have GPT-4's expression (Llama 3 has), Mistral's another one, or none."""
+    tekken = json.loads((BUNDLED / "tekken.json").read_text())
+    names = [inst if name == "[INST]" else name for name in module.SPECIAL_TOKENS]
+    tekken["special_tokens"] = [{"rank": i, "token_str": name} for i, name in enumerate(names)]
+    backend = from_tekken(tekken)
+    backend.pre_tokenizer = by_expressions(expression) if expression else BYTE_LEVEL
+    backend.save(str(tmp_path / "tokenizer.json"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tokenizer = Tokenizer.from_dir(tmp_path)
+    assert tokenizer.backend.pre_tokenizer.__getstate__() == backend.pre_tokenizer.__getstate__()
+
+
+@pytest.fixture
+def model(tmp_path, monkeypatch):
+    """A model directory with a tekken.json large enough to be cached, and a cache folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(module, "CACHED_FROM", 1)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "tekken.json").write_bytes((BUNDLED / "tekken.json").read_bytes())
+    return tmp_path / "model"
+
+
+def build_counter(monkeypatch):
+    built = []
+    monkeypatch.setattr(module, "from_tekken", lambda *given: built.append(1) or from_tekken(*given))
+    return built
+
+
+def test_a_vocabulary_is_built_once(model, monkeypatch):
+    built, text = build_counter(monkeypatch), "'To be', or not\n to be é😀 </s>"
+    first, second = Tokenizer.from_dir(model), Tokenizer.from_dir(model)
+    assert len(built) == 1 and first.version == second.version == "v7"
+    assert first.encode(text) == second.encode(text) and first.special_tokens == second.special_tokens
+    assert [path.name for path in model.iterdir()] == ["tekken.json"]
+    (cached,) = (model.parent / "cache" / "ministral").iterdir()
+    tekken = json.loads((model / "tekken.json").read_text())
+    tekken["config"]["version"] = "v3"  # another file, another entry
+    (model / "tekken.json").write_text(json.dumps(tekken))
+    assert Tokenizer.from_dir(model).version == "v3" and len(built) == 2
+    assert len([*cached.parent.iterdir()]) == 2
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: b"",
+        lambda content: content[:-100],
+        lambda content: content.replace(b"(?!", b"(?="),  # still a tokenizer
+        lambda content: b"{}\n" + content,
+        lambda content: bytes(100) + content,
+    ],
+)
+def test_a_damaged_cache_is_built_again(model, monkeypatch, damage):
+    tokenizer = Tokenizer.from_dir(model)
+    (cached,) = (model.parent / "cache" / "ministral").iterdir()
+    content = cached.read_bytes()
+    assert damage(content) != content
+    cached.write_bytes(damage(content))
+    built = build_counter(monkeypatch)
+    assert Tokenizer.from_dir(model).encode("the cat") == tokenizer.encode("the cat")
+    assert len(built) == 1 and cached.read_bytes() == content
+
+
+def test_a_cache_that_cannot_be_written(model, monkeypatch):
+    """A file in the folder's place; no home; a relative folder, which the standard forbids."""
+    (model.parent / "cache").write_text("in the way")
+    ids = Tokenizer.from_dir(BUNDLED).encode("the cat")
+    assert Tokenizer.from_dir(model).encode("the cat") == ids
+    monkeypatch.chdir(model)
+    for folder in ("relative", "~nobody-of-this-name/cache"):
+        monkeypatch.setenv("XDG_CACHE_HOME", folder)
+        assert Tokenizer.from_dir(model).encode("the cat") == ids
+    assert [path.name for path in model.iterdir()] == ["tekken.json"]
+
+
+def test_small_vocabularies_are_not_cached(model, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(model.parent / "cache"))
+    Tokenizer.from_dir(model)
+    assert not (model.parent / "cache").exists()
+    assert (model / "tekken.json").stat().st_size < module.CACHED_FROM < PUBLISHED.stat().st_size
 
 
 @pytest.mark.parametrize(
@@ -230,6 +314,9 @@ def test_the_pattern_is_mistrals():
         lambda t: t["config"].pop("pattern"),
         lambda t: t["config"].update(pattern="(("),
         lambda t: t["vocab"][3].update(token_bytes="?"),
+        lambda t: t.update(special_tokens=[{"rank": i, "token_str": "a"} for i in range(2)]),
+        lambda t: t.update(special_tokens=[{"rank": 0, "token_str": "the"}]),
+        lambda t: t["config"].update(default_num_special_tokens="20"),
         lambda t: t["vocab"][300].update(token_bytes=t["vocab"][301]["token_bytes"]),
     ],
 )

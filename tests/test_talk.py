@@ -1,0 +1,587 @@
+"""Conversations with a model: the cache is kept and changes nothing, and the command line's chat."""
+
+import copy
+import datetime
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, strategies as st
+from PIL import Image
+
+import generate
+from generate import BUNDLED, Conversation, choose_format, choose_sampling, parse_arguments
+from ministral import KVCache, MinistralConfig, MinistralForCausalLM
+from tests.cases import draw_case, draw_chunks
+from tests.test_cli import COMMAND, run
+from tokenizer import SPECIAL_TOKENS, Tokenizer, from_tekken
+from vision import Mistral3Config, Mistral3ForConditionalGeneration, PixtralVisionConfig, PixtralVisionModel
+
+rngs = st.randoms(use_true_random=False)
+NAMES = (*SPECIAL_TOKENS, "[ARGS]", "[CALL_ID]", "[THINK]", "[/THINK]")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """The bundled vocabulary with the special tokens of Ministral 3, in its layout."""
+    tekken = json.loads((BUNDLED / "tekken.json").read_text())
+    tekken["config"]["default_num_special_tokens"] = len(NAMES)
+    tekken["config"]["default_vocab_size"] += len(NAMES) - len(SPECIAL_TOKENS)
+    tekken["special_tokens"] = [{"rank": i, "token_str": name, "is_control": True} for i, name in enumerate(NAMES)]
+    return Tokenizer(from_tekken(tekken), "v13")
+
+
+def draw_picture(rng):
+    return Image.new("RGB", (rng.choice([8, 20]), 12), rng.choice(["red", "navy", "white"]))
+
+
+def tiny(kind, rng):
+    """A model that babbles, for the vocabulary above: "full", "window" (of 5), "eyes", or "eyes and window"."""
+    torch.manual_seed(rng.randrange(2**31))
+    sizes = dict(vocab_size=2052, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+                 num_key_value_heads=1, head_dim=16, max_position_embeddings=4096, initializer_range=0.3)  # fmt: skip
+    if "eyes" in kind:
+        eyes = PixtralVisionConfig(16, 16, 2, 2, image_size=64, patch_size=4, initializer_range=0.3)
+        text = sizes | {"model_type": "ministral3", "tie_word_embeddings": False}
+        text |= {"sliding_window": 5 if "window" in kind else None}
+        return Mistral3ForConditionalGeneration(Mistral3Config(eyes, text)).double().eval()
+    window = 5 if kind == "window" else None
+    kinds = ["full_attention", "sliding_attention"] if window else None
+    return MinistralForCausalLM(MinistralConfig(**sizes, sliding_window=window, layer_types=kinds)).double().eval()
+
+
+# ------------------------------------------------------------------------------------------------ conversations
+
+
+@torch.no_grad()
+@given(rngs)
+def test_a_cropped_cache_is_the_cache_of_the_shorter_text(rng):
+    """In float64; where a window has moved on, cropping is refused and changes nothing."""
+    case = draw_case(rng)
+    model, S = case.truth(), case.ids.shape[1]
+    cache, start = KVCache(model.config), 0
+    for length in case.chunks:
+        model(case.ids[:, start : start + length], past_key_values=cache)
+        start += length
+    kept = rng.randint(0, S)
+    other = torch.cat((case.ids[:, :kept], torch.randint(1, 50, (len(case.ids), 12))), 1)
+    for impossible in (-1, S + 1):
+        with pytest.raises(ValueError, match=f"max_length={impossible} is impossible; allowed: 0 to {S}"):
+            cache.crop(impossible)
+    wrapped = any(layer.window is not None and layer.window < S for layer in cache.layers)
+    if wrapped and kept < S:
+        with pytest.raises(ValueError, match="a window that is full cannot be cropped"):
+            cache.crop(kept)
+        kept, other = S, torch.cat((case.ids, other[:, -12:]), 1)
+    else:
+        cache.crop(kept)
+    assert cache.get_seq_length() == kept
+    found = torch.cat([model(chunk, past_key_values=cache).logits for chunk in other[:, kept:].split(
+        draw_chunks(rng, other.shape[1] - kept), 1)], 1)  # fmt: skip
+    expected = model(other).logits[:, kept:]
+    assert (found - expected).abs().max() < 1e-11 * expected.abs().max()
+
+
+@torch.no_grad()
+@given(rngs, st.sampled_from(["full", "window", "eyes", "eyes and window"]))
+def test_a_kept_cache_changes_no_answer(tokenizer, rng, kind):
+    """Turn after turn, with messages changed in between, what a conversation without memory answers; and what is in
+    the cache already is not read again."""
+    model, read = tiny(kind, rng), []
+    kept = Conversation(tokenizer, model.config, [])
+    model.register_forward_pre_hook(
+        lambda _, __, named: read.append(named.get("input_ids", named.get("inputs_embeds")).shape[1]), with_kwargs=True
+    )
+    for turn in range(4):
+        content = [{"type": "text", "text": rng.choice(["To be?", "Speak, speak.", "No.", "[INST]"])}]
+        if "eyes" in kind and rng.random() < 0.5:
+            content.insert(0, {"type": "image", "image": draw_picture(rng)})
+        kept.messages.append({"role": "user", "content": content})
+        edit = rng.choice(["", "", "text", "picture", "fail"]) if turn else ""
+        if edit == "text":
+            kept.messages[0] = {"role": "user", "content": "Begin anew!"}
+        for part in [part for m in kept.messages[:-1] if m["role"] == "user" and isinstance(m["content"], list)
+                     for part in m["content"] if part["type"] == "image" and edit == "picture"][:1]:  # fmt: skip
+            part["image"] = draw_picture(rng)  # of the same size as the old one, or another
+        if edit == "fail":  # broken off in the middle
+            with pytest.raises(KeyboardInterrupt):
+                kept.answer(model, on_token=lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        fresh = Conversation(tokenizer, model.config, copy.deepcopy(kept.messages))
+        settings = dict(max_new_tokens=rng.randint(1, 8), eos_token_id=())
+        expected, held = fresh.answer(model, **settings), list(kept._held)
+        ids, _ = kept.encode()
+        read.clear()
+        assert kept.answer(model, **settings) == expected
+        assert kept.messages == fresh.messages
+        prompt = sum(read) - (settings["max_new_tokens"] - 1)
+        if not edit and ids[: len(held)] == held:
+            assert prompt == len(ids) - len(held)
+
+
+def test_a_picture_is_loaded_and_encoded_once(tokenizer, tmp_path, monkeypatch):
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "a.png")
+    model, loaded, encoded = tiny("eyes", random.Random(0)), [], []
+    load, forward = generate.load_image, PixtralVisionModel.forward
+    monkeypatch.setattr(generate, "load_image", lambda source: loaded.append(source) or load(source))
+    monkeypatch.setattr(PixtralVisionModel, "forward", lambda self, pixels, *rest: encoded.append(len(pixels)) or
+                        forward(self, pixels, *rest))  # fmt: skip
+    talk = Conversation(tokenizer, model.config, [])
+    for turn in range(3):
+        content = [{"type": "image", "image": str(tmp_path / "a.png")}] * (turn != 1)
+        talk.messages.append({"role": "user", "content": [*content, {"type": "text", "text": "What?"}]})
+        talk.answer(model, max_new_tokens=3, eos_token_id=())
+    assert loaded == [str(tmp_path / "a.png")] and encoded == [1, 1]
+
+
+def scripted(monkeypatch, *answers):
+    """Let the model say these ids, one list for each answer."""
+    said = iter(answers)
+
+    def fake(model, input_ids, on_token=None, **_):
+        ids = next(said)
+        for i in ids:
+            if on_token and on_token(0, i):
+                break
+        return torch.tensor([input_ids[0].tolist() + ids])
+
+    monkeypatch.setattr(generate, "generate", fake)
+
+
+def test_a_prefix_becomes_the_beginning_of_the_answer(tokenizer, monkeypatch):
+    encode, names = (lambda text: tokenizer.encode(text, bos=False)), tokenizer.special_tokens
+    text, think = (lambda t: {"type": "text", "text": t}), (lambda t, closed: {"type": "thinking", "thinking": t,
+                                                                               "closed": closed})  # fmt: skip
+    model = tiny("full", random.Random(0))
+    for begun, ids, content in (
+        ("To be", encode(" or not"), "To be or not"),
+        ([think("a", False)], [*encode("b"), names["[/THINK]"], *encode("c")], [think("ab", True), text("c")]),
+        ([think("a", True)], encode("c"), [think("a", True), text("c")]),
+        ([think([text("a")], False)], encode("b"), [think("ab", False)]),
+    ):
+        user = {"role": "user", "content": "Speak"}
+        talk = Conversation(tokenizer, model.config, [user, {"role": "assistant", "content": begun, "prefix": True}])
+        scripted(monkeypatch, [*ids, 2])
+        assert talk.answer(model)["content"] == content
+        assert talk.messages == [user, {"role": "assistant", "content": content}]
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    begun = {"role": "assistant", "content": None, "tool_calls": [call], "prefix": True}
+    scripted(monkeypatch, [2])
+    talk = Conversation(tokenizer, model.config, [user, begun])
+    assert talk.answer(model)["tool_calls"] == [call] and talk.messages[-1]["tool_calls"] == [call]
+    scripted(monkeypatch, [names["[TOOL_CALLS]"], *encode("f{"), 2])
+    talk = Conversation(tokenizer, model.config, [user])
+    assert talk.answer(model)["malformed_calls"] and talk.messages[-1]["content"] == "[TOOL_CALLS]f{"
+    scripted(monkeypatch, [2])
+    talk = Conversation(tokenizer, model.config, [user])
+    assert talk.answer(model)["content"] == "" and talk.messages == [user]  # nothing was said
+
+
+def test_a_cache_must_leave_a_token_to_read():
+    model, cache = tiny("full", random.Random(0)), KVCache(tiny("full", random.Random(0)).config)
+    ids = torch.tensor([[1, 30, 31, 32]])
+    whole = generate.generate(model, ids, max_new_tokens=5, eos_token_id=(), past_key_values=cache)
+    assert cache.get_seq_length() == 8
+    with pytest.raises(ValueError, match="past_key_values holds 8 tokens of 4; allowed: fewer"):
+        generate.generate(model, ids, past_key_values=cache)
+    cache.crop(2)
+    assert generate.generate(model, ids, max_new_tokens=5, eos_token_id=(), past_key_values=cache).equal(whole)
+
+
+# ------------------------------------------------------------------------------------------------ command line
+
+
+@pytest.fixture(scope="module")
+def instruct(tmp_path_factory, tokenizer):
+    """The bundled model under a name that says it knows chats, with a V13 tokenizer. (It only babbles.)"""
+    path = tmp_path_factory.mktemp("models") / "Tiny-Instruct"
+    shutil.copytree(BUNDLED, path)
+    tekken = json.loads((BUNDLED / "tekken.json").read_text())
+    tekken["config"] |= {"default_num_special_tokens": len(NAMES), "version": "v13"}
+    tekken["vocab"] = tekken["vocab"][: 2048 - len(NAMES)]
+    tekken["special_tokens"] = [{"rank": i, "token_str": name, "is_control": True} for i, name in enumerate(NAMES)]
+    (path / "tekken.json").write_text(json.dumps(tekken))
+    return path
+
+
+TOOLS = [{"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object"}}}]
+
+
+@pytest.mark.parametrize(
+    "name, files, arguments, chat, why",
+    [
+        ("Ministral-3-3B-Instruct-2512", [], [], True, "the name says instruct"),
+        ("ministral-3-14b-reasoning-2512-bf16", [], [], True, "the name says reasoning"),
+        ("Ministral-3-8B-Base-2512", ["chat_template.jinja"], [], False, "the name says base"),
+        ("Instruct-made-from-Base", [], [], False, "the name says base"),
+        ("mine", ["chat_template.jinja"], [], True, "chat_template.jinja is there"),
+        ("mine", ["SYSTEM_PROMPT.txt"], [], True, "SYSTEM_PROMPT.txt is there"),
+        ("mine", [], [], False, "neither name nor files say that the model knows chats"),
+        ("Instruct", [], ["--raw"], False, "--raw"),
+        ("mine", [], ["--system", "x"], True, "--system"),
+        ("Base", [], ["--chat"], True, "--chat"),
+        ("Base", [], ["--messages", "x"], True, "--messages"),
+    ],
+)
+def test_how_the_format_is_chosen(tmp_path, name, files, arguments, chat, why):
+    (tmp_path / name).mkdir()
+    for file in files:
+        (tmp_path / name / file).write_text("x")
+    options = parse_arguments(["hello", "--model", str(tmp_path / name), *arguments])
+    assert choose_format(options, tmp_path / name) == (chat, why)
+    (tmp_path / "0123abc").mkdir()  # a Hub id counts by its own name
+    options = parse_arguments(["hello", "--model", f"mistralai/{name}", *arguments])
+    assert choose_format(options, tmp_path / "0123abc")[0] == (chat and not files)
+
+
+def test_advice_for_sampling():
+    def chosen(kind, *arguments):
+        sampling, budget = choose_sampling(parse_arguments(["x", *arguments]), kind)
+        return sampling.temperature, sampling.top_p, budget
+
+    assert chosen("instruct") == (0.15, None, 16384) and chosen("reasoning") == (0.7, 0.95, 32768)
+    assert chosen("text") == (0.8, None, 200) and chosen("chat") == (0.8, None, 16384)
+    assert chosen("reasoning", "--temperature", "0.3") == (0.3, None, 32768)
+    assert chosen("reasoning", "--top-p", "0.5", "--max-new-tokens", "7") == (0.7, 0.5, 7)
+
+
+def answer(capsys, *arguments):
+    """The JSON result and the lines on standard error."""
+    code, out, err = run(capsys, "--max-new-tokens", 4, "--seed", 1, "--json", *arguments)
+    assert code == 0, err
+    return json.loads(out), err.splitlines()
+
+
+def test_an_instruct_model_is_asked_in_the_chat_format(capsys, instruct):
+    result, err = answer(capsys, "To be?", "--model", instruct)
+    ours = Tokenizer.from_dir(instruct)
+    assert result["prompt_ids"] == ours.encode_chat([{"role": "user", "content": "To be?"}])
+    assert err[0] == "chat format v13: the name says instruct"
+    assert result["message"] == ours.decode_chat(result["ids"])
+    assert result["settings"]["temperature"] == 0.15 and result["settings"]["top_p"] is None
+    raw, err = answer(capsys, "To be?", "--model", instruct, "--raw")
+    assert raw["prompt_ids"] == ours.encode("To be?") and err[0] == "plain text: --raw" and "message" not in raw
+    assert raw["settings"]["temperature"] == 0.8
+
+
+def test_system_messages_and_tools(capsys, instruct, tmp_path):
+    ours = Tokenizer.from_dir(instruct)
+    user = {"role": "user", "content": "To be?"}
+    arguments = ["To be?", "--model", instruct]
+    result, _ = answer(capsys, *arguments, "--system", "Be [THINK]brief[/THINK].")
+    assert result["prompt_ids"] == ours.encode_chat([{"role": "system", "content": "Be [THINK]brief[/THINK]."}, user])
+    assert result["settings"]["temperature"] == 0.15
+    (file := tmp_path / "system.txt").write_text("You are {name}, {today} {yesterday}.[THINK]a[/THINK]{b}")
+    result, _ = answer(capsys, *arguments, "--system", file)
+    text = ours.decode(result["prompt_ids"], skip_special_tokens=False)
+    today = datetime.date.today()
+    dates = [f"{day} {day - datetime.timedelta(1)}." for day in (today, today - datetime.timedelta(1))]  # at midnight
+    assert any(f"You are Tiny-Instruct, {date}[THINK]a" in text for date in dates) and "{b}[/SYSTEM_PROMPT]" in text
+    assert result["prompt_ids"].count(ours.special_tokens["[THINK]"]) == 1
+    assert result["settings"]["temperature"] == 0.7  # it shows how to think
+    result, _ = answer(capsys, "To be?", "--model", instruct, "--system", "")
+    assert result["prompt_ids"] == ours.encode_chat([user])
+    (tools := tmp_path / "tools.json").write_text(json.dumps(TOOLS))
+    result, _ = answer(capsys, *arguments, "--tools", tools)
+    assert result["prompt_ids"] == ours.encode_chat([user], TOOLS)
+    messages = [{"role": "system", "content": "Be brief."}, user, {"role": "assistant", "content": "No."}]
+    (file := tmp_path / "messages.json").write_text(json.dumps([*messages, user]))
+    result, _ = answer(capsys, "--model", instruct, "--messages", file)
+    assert result["prompt_ids"] == ours.encode_chat([*messages, user])
+    file.write_text(json.dumps(messages))
+    result, _ = answer(capsys, *arguments, "--messages", file)
+    assert result["prompt_ids"] == ours.encode_chat([*messages, user])
+    thought = {"role": "system", "content": [{"type": "thinking", "thinking": "so"}]}
+    file.write_text(json.dumps([thought, user]))
+    assert answer(capsys, "--model", instruct, "--messages", file)[0]["settings"]["top_p"] == 0.95
+    file.write_text(json.dumps([*messages, user, {"role": "assistant", "content": "Well", "prefix": True}]))
+    result, _ = answer(capsys, "--model", instruct, "--messages", file)
+    assert result["message"]["content"].startswith("Well")
+
+
+def test_the_system_prompt_of_a_model_that_needs_it(capsys, instruct, tmp_path):
+    """A prompt that shows how to think is used by itself; its markers are control tokens; the advice is the one for
+    thinking. Other prompts are not."""
+    for text, used in (("Think:[THINK]so[/THINK]Then speak.", True), ("Be kind.", False)):
+        path = tmp_path / ("a" if used else "b")
+        shutil.copytree(instruct, path)
+        (path / "SYSTEM_PROMPT.txt").write_text(text)
+        result, err = answer(capsys, "To be?", "--model", path)
+        ours = Tokenizer.from_dir(path)
+        assert (ours.special_tokens["[THINK]"] in result["prompt_ids"]) == used
+        assert (ours.special_tokens["[SYSTEM_PROMPT]"] in result["prompt_ids"]) == used
+        assert (f"system prompt: {path / 'SYSTEM_PROMPT.txt'} (--system gives another)" in err) == used
+        settings = result["settings"]["temperature"], result["settings"]["top_p"]
+        assert settings == ((0.7, 0.95) if used else (0.15, None))
+
+
+def test_thinking_and_calls_on_the_screen(capsys, instruct, monkeypatch, tmp_path):
+    ours = Tokenizer.from_dir(instruct)
+    encode, names = (lambda text: ours.encode(text, bos=False)), ours.special_tokens
+    call = [names["[TOOL_CALLS]"], *encode("add"), names["[ARGS]"], *encode('{"a": 1}')]
+    broken = [names["[TOOL_CALLS]"], *encode("add"), names["[ARGS]"], *encode("{a")]
+    said = [names["[THINK]"], *encode("hm"), names["[/THINK]"], *encode("I add."), *call, *broken, 2]
+    calls = [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]
+    arguments = ["To be?", "--model", instruct, "--max-new-tokens", 40]
+    scripted(monkeypatch, said, said, said)
+    code, out, err = run(capsys, *arguments)
+    assert code == 0 and out.splitlines() == ["I add.", json.dumps(calls)]
+    assert "malformed tool call '[TOOL_CALLS]add[ARGS]{a'" in err
+    out = run(capsys, *arguments, "--show-thinking")[1]
+    assert out.splitlines() == ["[THINK]hm[/THINK]", "I add.", json.dumps(calls)]
+    result = json.loads(run(capsys, *arguments, "--json")[1])
+    assert result["message"]["tool_calls"] == calls and result["text"] == "I add."
+    scripted(monkeypatch, said)
+    result = json.loads(run(capsys, *arguments, "--json", "--stop", "dd")[1])
+    words = {"type": "text", "text": "I a"}
+    assert result["text"] == "I a" and result["message"]["content"][1:] == [words]  # history is what was shown
+    result_ids = [*encode("go on"), names["[/THINK]"], *encode("Yes."), 2]
+    thinking = [{"type": "thinking", "thinking": "Let me", "closed": False}]
+    (file := tmp_path / "m.json").write_text(json.dumps(
+        [{"role": "user", "content": "x"}, {"role": "assistant", "content": thinking, "prefix": True}]))  # fmt: skip
+    scripted(monkeypatch, result_ids)
+    assert run(capsys, "--model", instruct, "--messages", file)[1] == "Yes.\n"  # the rest of the thought is hidden
+    assert result["message"]["malformed_calls"][0]["text"] == "[TOOL_CALLS]add[ARGS]{a"
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["x", "--raw", "--chat"], "--raw and --chat"),
+        (["x", "--raw", "--system", "y"], "--raw and --system"),
+        (["--chat", "--json"], "--chat and --json"),
+        (["--messages", "/no/such.json"], "/no/such.json does not exist"),
+        (["x", "--tools", "{file}"], "holds dict; allowed: a JSON list"),
+        (["--messages", "{messages}", "--system", "b"], "--system, and --messages with a system message"),
+        (["--messages", "{bad}"], "role 'king' is impossible"),
+        (["--chat", "--messages", "{bad}"], "role 'king' is impossible"),
+        (["--chat", "--messages", "{numbers}"], "a message is 1; allowed: an object"),
+        (["--chat", "--messages", "{calls}"], "a tool call is {'name': 'a'}; allowed"),
+        (["--chat", "--tools", "{numbers}"], "a tool is 1; allowed: type function"),
+        (["--chat", "--seed", "-1"], "seed=-1 is impossible"),
+        (["x", "--max-new-tokens", "0"], "--max-new-tokens 0"),
+        (["x", "--revision", "v1"], "revision='v1' is impossible for the directory"),
+    ],
+)
+def test_wrong_use_of_chats_is_one_line(capsys, instruct, tmp_path, arguments, message):
+    contents = {"file": {"a": 1}, "bad": [{"role": "king", "content": "x"}], "numbers": [1],
+                "calls": [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [{"name": "a"}]}],
+                "messages": [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]}  # fmt: skip
+    for name, content in contents.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    arguments = [argument.format(**{name: tmp_path / name for name in contents}) for argument in arguments]
+    code, out, err = run(capsys, "--model", instruct, *arguments)
+    assert code == 2 and out == "" and message in err and err.count("\n") == 1 and err.startswith("error: ")
+
+
+def test_fewer_tokens_where_memory_is_short(capsys, instruct, monkeypatch):
+    """What nobody asked for shrinks until it fits; what was asked for is refused."""
+    monkeypatch.setattr(generate, "available_memory", lambda device: 8_700_000)
+    scripted(monkeypatch, [2])
+    code, _, err = run(capsys, "x", "--model", instruct)
+    assert code == 0 and "of cache for 514 tokens" in err
+    code, _, err = run(capsys, "x", "--model", instruct, "--max-new-tokens", 1000)
+    assert code == 2 and "this takes" in err
+
+
+# ------------------------------------------------------------------------------------------------ the terminal
+
+
+def talk_to(instruct, lines, *arguments):
+    """Standard output and standard error of `--chat` after these lines of input, and its exit code."""
+    process = subprocess.run(
+        [*COMMAND, "--model", str(instruct), "--chat", "--max-new-tokens", "12", "--seed", "1", *map(str, arguments)],
+        input="\n".join(lines), capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    return process.stdout, process.stderr, process.returncode
+
+
+def test_a_conversation_in_the_terminal(instruct, tmp_path):
+    saved = [tmp_path / f"{i}.json" for i in range(3)]
+    out, err, code = talk_to(instruct, [
+        "Speak!", "And now?", f"/save {saved[0]}", "/image nothing.png", "/wrong", "", "/system Be brief.", "Again.",
+        f"/save {saved[1]}", "/reset", f"/save {saved[2]}", "/save", "/exit", "not read",
+    ])  # fmt: skip
+    assert code == 0 and "Traceback" not in err
+    first, second, third = (json.loads(file.read_text()) for file in saved)
+    assert [m["role"] for m in first] == ["user", "assistant"] * 2
+    assert [m["role"] for m in second] == ["system", *["user", "assistant"] * 3] and second[1:5] == first
+    assert third == [{"role": "system", "content": "Be brief."}]
+    answers = [m["content"] for m in second if m["role"] == "assistant"]
+    assert out == "".join(f"{words}\n" for words in answers)
+    assert err.count("tokens/s") == 3 and "error: a picture, for a model without eyes" in err
+    assert "unknown command /wrong; /help lists them" in err and "unknown command /save; /help" in err
+    assert "4 messages in" in err and "1 messages in" in err
+    # The conversation goes on from the file, and an open question in it is answered first.
+    saved[0].write_text(json.dumps(first[:3]))
+    out, err, code = talk_to(instruct, [f"/save {saved[2]}"], "--messages", saved[0])
+    assert code == 0 and len(json.loads(saved[2].read_text())) == 4 and len(out) > 5
+    assert talk_to(instruct, [], "Hello")[0]  # a prompt is the first message
+
+
+def test_errors_in_a_turn_undo_it(instruct, tmp_path):
+    saved = tmp_path / "a.json"
+    lines = ["to be " * 2000, "/save /no/such/place.json", " /etc is what?", f"/save {saved}"]
+    _, err, code = talk_to(instruct, lines)
+    assert code == 0 and err.count("error: ") == 2
+    assert "max_position_embeddings=1024; shorten it (/reset begins anew)" in err
+    user, answer = json.loads(saved.read_text())
+    assert user["content"][-1]["text"] == "/etc is what?" and answer["role"] == "assistant"
+
+
+def test_what_is_said_of_short_and_empty_answers(instruct, monkeypatch, capsys, tmp_path):
+    """An answer without words is taken back together with the question, and does not come again for ever; one that was
+    cut is said to be."""
+    scripted(monkeypatch, [2], [10, 2], Tokenizer.from_dir(instruct).encode("No end", bos=False))
+    typed(monkeypatch, "A?", "B?", "C?", f"/save {tmp_path / 'a.json'}")
+    code, out, err = run(capsys, "--chat", "--model", instruct, "--max-new-tokens", 20)
+    assert code == 0 and err.count("(the answer was empty; the question is taken back)") == 2
+    assert "cut: --max-new-tokens or the context is used up (/reset begins anew)" in err and "No end" in out
+    assert [m["content"] for m in json.loads((tmp_path / "a.json").read_text())] == [[{"type": "text", "text": "C?"}],
+                                                                                     "No end"]  # fmt: skip
+
+
+def typed(monkeypatch, *lines):
+    """Let a user type these lines, then Ctrl-D; KeyboardInterrupt stands for Ctrl-C."""
+    rest = iter(lines)
+
+    def ask(prompt=""):
+        line = next(rest, EOFError)
+        if isinstance(line, str):
+            return line
+        raise line
+
+    monkeypatch.setattr("builtins.input", ask)
+
+
+@pytest.fixture(scope="module")
+def seeing(instruct, tmp_path_factory):
+    """A tiny model with eyes and two pictures of one size."""
+    path = tmp_path_factory.mktemp("models") / "Seeing-Instruct"
+    model = tiny("eyes", random.Random(3))
+    model.config.text_config.vocab_size = 2048
+    eyes = {"vision_config": model.config.vision_config.to_dict(), "tie_word_embeddings": False}
+    text = model.config.text_config.to_dict() | {"vocab_size": 2048}
+    torch.manual_seed(3)
+    Mistral3ForConditionalGeneration(Mistral3Config.from_dict(eyes | {"text_config": text})).save_pretrained(path)
+    shutil.copy(instruct / "tekken.json", path)
+    for colour in ("red", "white"):
+        Image.new("RGB", (20, 20), colour).save(path / f"{colour}.png")
+    return path
+
+
+def test_pictures_in_the_terminal(seeing, monkeypatch, capsys, tmp_path):
+    """Sent with the next message and not with later ones; kept when a turn fails; another picture of the same size
+    gives another answer."""
+    saved, red, white = tmp_path / "a.json", seeing / "red.png", seeing / "white.png"
+    arguments = ["--chat", "--model", seeing, "--max-new-tokens", 8, "--temperature", 0]
+    monkeypatch.chdir(seeing)
+    typed(monkeypatch, "/image red.png", "x" * 20000, "What?", "And?", f"/save {saved}")
+    assert run(capsys, *arguments)[0] == 0
+    found = json.loads(saved.read_text())
+    asked = [message["content"] for message in found if message["role"] == "user"]
+    assert [[part["image"] for part in parts if part["type"] == "image"] for parts in asked] == [[str(red)], []]
+    typed(monkeypatch, f"/image {red}", "What?", "/image none.png", "/reset", f"/image {white}", "What?",
+          f"/save {saved}")  # fmt: skip
+    code, out, err = run(capsys, *arguments)
+    assert code == 0 and "none.png cannot be read" in err
+    typed(monkeypatch, f"/image {white}", "What?")
+    fresh = run(capsys, *arguments)[1]
+    assert out.endswith(fresh) and out != fresh + fresh
+    assert len(json.loads(saved.read_text())) == 2
+
+
+def test_the_system_prompt_is_replaced(instruct, monkeypatch, capsys, tmp_path):
+    (tmp_path / "s.txt").write_text("I am {name}.[THINK]a[/THINK]")
+    typed(monkeypatch, "/system One.", f"/system {tmp_path / 's.txt'}", "Hello", f"/save {tmp_path / 'a.json'}")
+    assert run(capsys, "--chat", "--model", instruct, "--max-new-tokens", 3)[0] == 0
+    system, *_ = json.loads((tmp_path / "a.json").read_text())
+    assert [part["type"] for part in system["content"]] == ["text", "thinking"]
+    assert system["content"][0]["text"] == "I am Tiny-Instruct."
+
+
+def test_each_turn_draws_anew_and_the_seed_repeats_them_all(instruct):
+    lines = ["Speak!", "/reset", "Speak!"]
+    (first, _, _), (again, _, _) = (talk_to(instruct, lines, "--temperature", "1.5") for _ in range(2))
+    one, other = first[: len(first) // 2], first[len(first) // 2 :]
+    assert first == again and one != other
+
+
+def test_a_call_is_taken_back(instruct, monkeypatch, capsys, tmp_path):
+    """With Ctrl-C while its result is asked for, or when it is one that the layout does not allow to be answered."""
+    ours = Tokenizer.from_dir(instruct)
+    encode, names = (lambda text: ours.encode(text, bos=False)), ours.special_tokens
+    calls = [[names["[TOOL_CALLS]"], *encode(name), names["[ARGS]"], *encode("{}")] for name in ("f", "g")]
+    scripted(monkeypatch, [*calls[0], *calls[1], 2], [*calls[0], *calls[1], 2], [*encode("Five."), 2])
+    saved = [tmp_path / f"{i}.json" for i in range(2)]
+    typed(monkeypatch, "A?", "1", KeyboardInterrupt, f"/save {saved[0]}", "B?", f"/save {saved[1]}", "1", "2",
+          f"/save {tmp_path / 'end.json'}")  # fmt: skip
+    code, _, err = run(capsys, "--chat", "--model", instruct, "--max-new-tokens", 20)
+    assert code == 0 and "error" not in err
+    assert json.loads(saved[0].read_text()) == [] and len(json.loads(saved[1].read_text())) == 2
+    end = json.loads((tmp_path / "end.json").read_text())
+    assert [(m.get("name"), m["content"]) for m in end[2:4]] == [("f", "1"), ("g", "2")]
+    assert end[4]["content"] == "Five."
+    # V7 numbers its calls; the ids of results are theirs.
+    old = tmp_path / "Old-Instruct"
+    shutil.copytree(BUNDLED, old)
+    v7 = Tokenizer.from_dir(old)
+    call = v7.encode('[{"name": "f", "arguments": {}, "id": "abcdefghi"}]', bos=False)
+    scripted(monkeypatch, [v7.special_tokens["[TOOL_CALLS]"], *call, 2], [*v7.encode("Six.", bos=False), 2])
+    typed(monkeypatch, "A?", "1", f"/save {saved[0]}")
+    assert run(capsys, "--chat", "--model", old, "--max-new-tokens", 90)[0] == 0
+    assert json.loads(saved[0].read_text())[2]["tool_call_id"] == "abcdefghi"
+
+
+def test_results_of_tools_are_asked_for(instruct, monkeypatch, capsys, tmp_path):
+    ours = Tokenizer.from_dir(instruct)
+    encode, names = (lambda text: ours.encode(text, bos=False)), ours.special_tokens
+    call = [names["[TOOL_CALLS]"], *encode("add"), names["[ARGS]"], *encode('{"a": 1}')]
+    scripted(monkeypatch, [*call, *call, 2], [*encode("Five."), 2])
+    typed(monkeypatch, "What is it?", "2", "3", f"/save {tmp_path / 'a.json'}")
+    (tools := tmp_path / "tools.json").write_text(json.dumps(TOOLS))
+    assert run(capsys, "--chat", "--model", instruct, "--tools", tools, "--max-new-tokens", 20)[0] == 0
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert [m["role"] for m in found] == ["user", "assistant", "tool", "tool", "assistant"]
+    assert [m["content"] for m in found[2:]] == ["2", "3", "Five."] and len(found[1]["tool_calls"]) == 2
+    assert ours.encode_chat([*found, {"role": "user", "content": "Why?"}], TOOLS)
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program(instruct, tmp_path):
+    saved = tmp_path / "a.json"
+    process = subprocess.Popen(
+        [*COMMAND, "--model", str(instruct), "--chat", "--max-new-tokens", "900", "--seed", "1", "--temperature", "2"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    process.stdin.write(b"Speak!\n")
+    process.stdin.flush()
+    assert len(process.stdout.read(10)) == 10  # the model is talking
+    process.send_signal(signal.SIGINT)
+    while b"tokens/s" not in (line := process.stderr.readline()):
+        assert line
+    assert int(line.split()[0]) < 800
+    process.send_signal(signal.SIGINT)  # at the prompt it does not end the program, either
+    time.sleep(0.2)
+    _, err = process.communicate(f"/save {saved}\n".encode(), timeout=60)
+    assert process.returncode == 0 and b"Traceback" not in err, err
+    assert [m["role"] for m in json.loads(saved.read_text())] == ["user", "assistant"]
+
+
+def test_start_up_of_a_chat_imports_nothing_heavy(instruct):
+    program = (
+        "import sys, generate; code = generate.main(sys.argv[1:]);"
+        "heavy = {'transformers', 'mistral_common', 'huggingface_hub', 'PIL', 'jinja2'} & set(sys.modules);"
+        "print(sorted(heavy), code)"
+    )
+    arguments = ["Speak", "--model", str(instruct), "--max-new-tokens", "1"]
+    result = subprocess.run([sys.executable, "-c", program, *arguments], cwd=Path(generate.__file__).parent,
+                            capture_output=True, text=True, check=True, env=os.environ)  # fmt: skip
+    assert result.stdout.splitlines()[-1] == "[] 0"
+
