@@ -1,0 +1,286 @@
+"""Record what a model computes, tensor by tensor, under names that do not depend on this code.
+
+    trace = record(model, input_ids)          # {"embedding": ..., "layers.0.input_norm": ..., ..., "logits": ...}
+
+The models know nothing of it: most intermediates are outputs (or inputs) of modules, and forward hooks see those. The
+others pass through three functions that can be replaced for a while: the rotation, the scale of queries, and attention
+itself. While nothing is recorded nothing is replaced, so it costs nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import checkpoint
+import ministral
+import vision
+from ministral import ACTIVATIONS, MinistralDecoderLayer, PreTrainedModel, repeat_kv
+from vision import Mistral3Config, PixtralAttentionLayer
+
+FORMAT = "1"
+
+# name -> (dimensions, meaning), in the order of computing. N is a layer; B texts, S tokens, T keys, E hidden size,
+# H heads, G key heads, D numbers of a head, F intermediate size, V vocabulary; P patches of all pictures, C their size,
+# M merged patches.
+POINTS: dict[str, tuple[str, str]] = {
+    "vision.patches": ("P C", "patches of the pictures, after the convolution"),
+    "vision.ln_pre": ("P C", "normed"),
+    "vision.cos": ("P D", "cosines of the two-dimensional positions"),
+    "vision.sin": ("P D", "sines of the same"),
+    "vision.layers.N.input_norm": ("P C", "normed input of attention"),
+    "vision.layers.N.attention.q": ("H P D", "queries"),
+    "vision.layers.N.attention.k": ("H P D", "keys"),
+    "vision.layers.N.attention.v": ("H P D", "values"),
+    "vision.layers.N.attention.q_rotated": ("H P D", "queries at their positions"),
+    "vision.layers.N.attention.k_rotated": ("H P D", "keys at theirs"),
+    "vision.layers.N.attention.heads": ("P C", "what the heads found, one after the other"),
+    "vision.layers.N.attention.output": ("P C", "the same, mixed"),
+    "vision.layers.N.attention_residual": ("P C", "added to the input"),
+    "vision.layers.N.post_attention_norm": ("P C", "normed input of the feed-forward part"),
+    "vision.layers.N.mlp.gate": ("P F", "before the activation"),
+    "vision.layers.N.mlp.up": ("P F", "what is gated"),
+    "vision.layers.N.mlp.activation": ("P F", "the gate after the activation"),
+    "vision.layers.N.mlp.product": ("P F", "activation times up"),
+    "vision.layers.N.mlp.down": ("P C", "what the feed-forward part adds"),
+    "vision.layers.N.mlp_residual": ("P C", "output of the layer"),
+    "projector.norm": ("P C", "the last layer that is used, normed"),
+    "projector.merged": ("M C", "neighbouring patches made one"),
+    "projector.hidden": ("M E", "after the first matrix, before the activation"),
+    "projector.output": ("M E", "embeddings of the pictures"),
+    "embedding": ("B S E", "embeddings, pictures in their places"),
+    "layers.N.input_norm": ("B S E", "normed input of attention"),
+    "layers.N.attention.q": ("B H S D", "queries"),
+    "layers.N.attention.k": ("B G S D", "keys"),
+    "layers.N.attention.v": ("B G S D", "values"),
+    "layers.N.attention.q_rotated": ("B H S D", "queries at their positions"),
+    "layers.N.attention.k_rotated": ("B G S D", "keys at theirs"),
+    "layers.N.attention.q_scaled": ("B H S D", "queries scaled by their positions"),
+    "layers.N.attention.scores": ("B H S T", "q k / sqrt(D), of hidden keys, too"),
+    "layers.N.attention.mask": ("B S T", "which keys are visible"),
+    "layers.N.attention.probabilities": ("B H S T", "softmax of the visible scores"),
+    "layers.N.attention.heads": ("B S HD", "what the heads found, one after the other"),
+    "layers.N.attention.output": ("B S E", "the same, mixed"),
+    "layers.N.attention_residual": ("B S E", "added to the input"),
+    "layers.N.post_attention_norm": ("B S E", "normed input of the feed-forward part"),
+    "layers.N.mlp.gate": ("B S F", "before the activation"),
+    "layers.N.mlp.up": ("B S F", "what is gated"),
+    "layers.N.mlp.activation": ("B S F", "the gate after the activation"),
+    "layers.N.mlp.product": ("B S F", "activation times up"),
+    "layers.N.mlp.down": ("B S E", "what the feed-forward part adds"),
+    "layers.N.mlp_residual": ("B S E", "output of the layer"),
+    "final_norm": ("B S E", "the last layer's output, normed"),
+    "logits": ("B S V", "scores of the next token"),
+}
+
+# Parts of the modules' names in `ministral.py` and `vision.py` -> (point that is its input, point that is its output).
+MODULES: dict[str, tuple[str | None, str | None]] = {
+    "layers.N.input_layernorm": (None, "layers.N.input_norm"),
+    "layers.N.self_attn.q_proj": (None, "layers.N.attention.q"),
+    "layers.N.self_attn.k_proj": (None, "layers.N.attention.k"),
+    "layers.N.self_attn.v_proj": (None, "layers.N.attention.v"),
+    "layers.N.self_attn.o_proj": ("layers.N.attention.heads", "layers.N.attention.output"),
+    "layers.N.post_attention_layernorm": ("layers.N.attention_residual", "layers.N.post_attention_norm"),
+    "layers.N.mlp.gate_proj": (None, "layers.N.mlp.gate"),
+    "layers.N.mlp.up_proj": (None, "layers.N.mlp.up"),
+    "layers.N.mlp.down_proj": ("layers.N.mlp.product", "layers.N.mlp.down"),
+    "layers.N": (None, "layers.N.mlp_residual"),
+    "norm": (None, "final_norm"),
+    "lm_head": (None, "logits"),
+    "vision_tower.ln_pre": ("vision.patches", "vision.ln_pre"),
+    "vision_tower.transformer.layers.N.attention_norm": (None, "vision.layers.N.input_norm"),
+    "vision_tower.transformer.layers.N.attention.q_proj": (None, "vision.layers.N.attention.q"),
+    "vision_tower.transformer.layers.N.attention.k_proj": (None, "vision.layers.N.attention.k"),
+    "vision_tower.transformer.layers.N.attention.v_proj": (None, "vision.layers.N.attention.v"),
+    "vision_tower.transformer.layers.N.attention.o_proj": (
+        "vision.layers.N.attention.heads", "vision.layers.N.attention.output"),
+    "vision_tower.transformer.layers.N.ffn_norm": (
+        "vision.layers.N.attention_residual", "vision.layers.N.post_attention_norm"),
+    "vision_tower.transformer.layers.N.feed_forward.gate_proj": (None, "vision.layers.N.mlp.gate"),
+    "vision_tower.transformer.layers.N.feed_forward.up_proj": (None, "vision.layers.N.mlp.up"),
+    "vision_tower.transformer.layers.N.feed_forward.down_proj": (
+        "vision.layers.N.mlp.product", "vision.layers.N.mlp.down"),
+    "vision_tower.transformer.layers.N": (None, "vision.layers.N.mlp_residual"),
+    "multi_modal_projector.norm": (None, "projector.norm"),
+    "multi_modal_projector.patch_merger": (None, "projector.merged"),
+    "multi_modal_projector.linear_1": (None, "projector.hidden"),
+    "multi_modal_projector.linear_2": (None, "projector.output"),
+}  # fmt: skip
+LAYER = re.compile(r"(?<=layers\.)\d+")
+
+
+def order(names: Iterable[str]) -> list[str]:
+    """Names of points in the order of computing: layer by layer, the encoder first. Names of nothing here come last."""
+    places = {name: place for place, name in enumerate(POINTS)}
+    first_of_layers = {"vision.": places["vision.layers.N.input_norm"], "": places["layers.N.input_norm"]}
+
+    def key(name: str) -> tuple[int, int, int, str]:
+        general = LAYER.sub("N", name)
+        if general not in places:
+            return len(places), 0, 0, name
+        if not (layer := LAYER.search(name)):
+            return places[general], 0, 0, name
+        return first_of_layers["vision." * name.startswith("vision.")], int(layer[0]), places[general], name
+
+    return sorted(names, key=key)
+
+
+class Recorder:
+    """Collects tensors while a model runs; see `record`."""
+
+    def __init__(self, parts: Sequence[Any], keep: Callable[[str], bool]) -> None:
+        self.keep, self.trace = keep, dict[str, Tensor]()
+        self.layer = ""  # the one that is running: "layers.3" or "vision.layers.3"
+        # Of the language model and of the encoder:
+        self.head_dim, self.act = [part.head_dim for part in parts], [ACTIVATIONS[part.hidden_act] for part in parts]
+
+    def note(self, point: str, tensor: Tensor) -> None:
+        """Keep a copy under the name of a point, whose N becomes the number of the running layer."""
+        name = point.replace("layers.N", self.layer.removeprefix("vision."))
+        if self.keep(name):
+            self.trace[name] = tensor.detach().clone()
+
+    def watch(self, model: PreTrainedModel) -> list[Any]:
+        """Hooks on the modules of MODULES and on the layers; returns their handles."""
+        handles: list[Any] = []
+        for path, module in model.named_modules():
+            name = path.removeprefix("model.").removeprefix("language_model.")
+            if isinstance(module, (MinistralDecoderLayer, PixtralAttentionLayer)):
+                layer = name.replace("vision_tower.transformer.", "vision.")
+                handles.append(module.register_forward_pre_hook(partial(self._enter, layer)))
+            if (points := MODULES.get(LAYER.sub("N", name))) is not None:
+                handles.append(module.register_forward_hook(partial(self._leave, *points)))
+        return handles
+
+    def _enter(self, layer: str, _: nn.Module, arguments: tuple[Any, ...]) -> None:
+        self.layer = layer
+        if layer == "layers.0":
+            self.note("embedding", arguments[0])
+        elif layer.startswith("vision."):
+            cos, sin = arguments[1]
+            self.note("vision.cos", cos[0])
+            self.note("vision.sin", sin[0])
+
+    def _leave(self, before: str | None, after: str | None, module: nn.Module, given: Any, result: Any) -> None:
+        result = result[0] if isinstance(result, tuple) else result
+        for point, tensor in ((before, given[0]), (after, result)):
+            if point is None:
+                continue
+            tensor = tensor[0] if point.startswith("vision.") and tensor.ndim == 3 else tensor  # (1, P, C)
+            if point.endswith((".q", ".k", ".v")):
+                D = self.head_dim[point.startswith("vision.")]
+                tensor = tensor.view(*tensor.shape[:-1], -1, D).transpose(-3, -2)
+            self.note(point, tensor)
+            if point.endswith(".gate"):
+                act = self.act[point.startswith("vision.")]
+                self.note(point.replace("gate", "activation"), act(tensor))
+
+    def rotate(self, original: Callable[..., tuple[Tensor, Tensor]], *arguments: Tensor) -> tuple[Tensor, Tensor]:
+        """In the place of `apply_rotary_pos_emb`."""
+        q, k = original(*arguments)
+        vision = "vision." * self.layer.startswith("vision.")
+        for name, tensor in (("q_rotated", q), ("k_rotated", k)):
+            self.note(f"{vision}layers.N.attention.{name}", tensor[0] if vision else tensor)
+        return q, k
+
+    def attend(
+        self, original: Callable[..., tuple[Tensor, Tensor | None]], q: Tensor, k: Tensor, v: Tensor,
+        mask: Tensor | None, scaling: float, dropout: float,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """In the place of `eager_attention`."""
+        out, probabilities = original(q, k, v, mask, scaling, dropout)
+        scores = torch.matmul(q, repeat_kv(k, q.shape[1] // k.shape[1]).transpose(2, 3)) * scaling
+        seen = torch.ones(q.shape[0], 1, *scores.shape[2:], dtype=torch.bool, device=q.device)
+        seen = seen.tril(scores.shape[3] - scores.shape[2]) if mask is None else seen & mask
+        found = {"q_scaled": q, "scores": scores, "mask": seen[:, 0], "probabilities": probabilities}
+        for name, tensor in found.items():
+            assert tensor is not None
+            self.note(f"layers.N.attention.{name}", tensor)
+        return out, probabilities
+
+
+@torch.no_grad()
+def record(
+    model: PreTrainedModel, input_ids: Tensor, keep: Callable[[str], bool] = lambda name: True, **arguments: Any
+) -> dict[str, Tensor]:
+    """Run a model over whole texts, eager and without cache, and return its intermediates by name, in the order of
+    computing, in the model's dtype ("mask" is bool).
+
+    Args:
+        input_ids: (B, S).
+        keep: which names are kept.
+        arguments: attention_mask, position_ids, pixel_values, image_sizes: see `forward` of the model.
+    """
+    parts = [model.config.get_text_config()]
+    if isinstance(model.config, Mistral3Config):
+        parts.append(model.config.vision_config)
+    recorder = Recorder(parts, keep)
+    with ExitStack() as stack:
+        for part in parts:
+            stack.enter_context(patch.object(part, "attn_implementation", "eager"))
+        for module in (ministral, vision):
+            original = module.apply_rotary_pos_emb
+            stack.enter_context(patch.object(module, "apply_rotary_pos_emb", partial(recorder.rotate, original)))
+        attend = partial(recorder.attend, ministral.ATTENTION["eager"])
+        stack.enter_context(patch.dict(ministral.ATTENTION, eager=attend))
+        for handle in recorder.watch(model):
+            stack.callback(handle.remove)
+        if arguments.get("attention_mask") is None:  # without one, jumps in position_ids would begin new texts
+            arguments["attention_mask"] = torch.ones_like(input_ids)
+        model(input_ids.to(model.device), use_cache=False, **arguments)
+    return {name: recorder.trace[name] for name in order(recorder.trace)}
+
+
+# -------------------------------------------------------------------------------------------------------- files
+
+
+def dimensions(name: str) -> str:
+    """The names of a tensor's dimensions, "B S E"; empty for an unknown tensor."""
+    return POINTS.get(LAYER.sub("N", name), ("", ""))[0]
+
+
+def save(path: Path, trace: Mapping[str, Tensor], inputs: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+    """Write a trace with its inputs ("input.input_ids", ...), the names of all dimensions, and what it is about, in the
+    metadata of a safetensors file: JSON under the single key "trace", because the library writes several keys in any
+    order. The same trace gives the same bytes."""
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in trace.items()}
+    tensors |= {f"input.{name}": tensor.cpu().contiguous() for name, tensor in inputs.items()}
+    described = {name: dimensions(name) for name in trace}
+    content = {**about, "dimensions": described, "torch": torch.__version__, "format": FORMAT}
+    metadata = {"trace": json.dumps(content, ensure_ascii=False)}
+    checkpoint.replace_file(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+
+
+def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a .safetensors or .npz file, in the order of computing, and what a trace says it is about.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: neither format.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    try:
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as arrays:
+                tensors = {name: torch.from_numpy(np.array(arrays[name])) for name in arrays}
+            return {name: tensors[name] for name in order(tensors)}, {}
+        with safe_open(path, framework="pt") as file:
+            found = {name: file.get_tensor(name) for name in order(file.keys())}
+            about = json.loads((file.metadata() or {}).get("trace", "{}"))
+            return found, about if isinstance(about, dict) else {}
+    except (SafetensorError, OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is no trace ({error}); allowed: .safetensors or .npz") from error
