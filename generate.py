@@ -27,6 +27,7 @@ from torch import Tensor
 
 import checkpoint
 from checkpoint import DTYPES, Parser, exit_code, human
+from fast import Captured, flat
 from ministral import KVCache, MinistralConfig, MinistralForCausalLM, at_least_float32
 from ministral3 import Ministral3ForCausalLM
 from tokenizer import ChatStream, TextStream, Tokenizer, split_thinking
@@ -166,10 +167,13 @@ def generate(
     eos_token_id: int | Sequence[int] | None = None,
     seed: int | Sequence[int] | None = None,
     on_token: Callable[[int, int], bool | None] | None = None,
-    prefill_chunk_size: int = 512,
+    prefill_chunk_size: int | None = None,
     pixel_values: Tensor | None = None,
     image_sizes: ImageSizes | None = None,
     past_key_values: KVCache | None = None,
+    on_prompt: Callable[[int, int], object] | None = None,
+    fast: bool = True,
+    compile: bool = False,
 ) -> Tensor:
     """Continue each row of `input_ids` until it ends with an end-of-sequence token or is long enough.
 
@@ -184,11 +188,16 @@ def generate(
             what it gets alone. None: from the system's entropy.
         on_token: called as on_token(row, id) for every new token, the ending one included, as soon as it is known;
             if it returns True, that row ends.
-        prefill_chunk_size: the prompt is read in chunks of this size, so that the memory for attention masks grows
-            with the length of the prompt and not with its square. A cut may go through a picture.
+        prefill_chunk_size: the prompt is read in chunks of this size, so that the memory beside weights and cache does
+            not grow with it; None is 512 on a CPU and 4096 elsewhere. A cut may go through a picture.
         pixel_values, image_sizes: the pictures whose [IMG] tokens are in the prompts, see `vision.batch_images`.
         past_key_values: the cache of an earlier call that holds the first tokens of every row; only the others are
             read, and the pictures are those among them. It holds all but the last token in the end.
+        on_prompt: called as on_prompt(read, T) after each chunk of the prompt.
+        fast: run `fast.py`'s form of the model where it computes the same function, which rounds in another order;
+            False: `model(...)` itself.
+        compile: let `torch.compile` fuse a decode step of fixed shapes, which takes about a minute first. (On CUDA such
+            a step is recorded and replayed in any case.)
 
     Returns:
         (B, T + n): prompts and continuations; a row that ended early is filled up with `pad_token_id` (with the
@@ -201,7 +210,8 @@ def generate(
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     config, device = model.config.get_text_config(), model.device
     past = 0 if past_key_values is None else past_key_values.get_seq_length()
-    for name, value in (("max_new_tokens", max_new_tokens), ("prefill_chunk_size", prefill_chunk_size)):
+    chunk = prefill_chunk_size if prefill_chunk_size is not None else 512 if device.type == "cpu" else 4096
+    for name, value in (("max_new_tokens", max_new_tokens), ("prefill_chunk_size", chunk)):
         if value < 1:
             raise ValueError(f"{name}={value} is impossible; allowed: a whole number not below 1")
     if input_ids.ndim != 2 or input_ids.numel() == 0:
@@ -235,20 +245,30 @@ def generate(
     elif pixel_values is not None:
         raise ValueError(f"pixel_values for a {type(model).__name__}, which has no eyes; allowed: a mistral3 model")
 
+    forward = flat(model) if fast else None
+    if compile and forward is None:
+        raise ValueError("compile=True needs the fast path; allowed: with fast=True, 'sdpa', and a model in eval mode")
+
     def step(start: int, ids: Tensor) -> Tensor:
         """Feed ids (B, S) that begin at slot `start`; the logits after the last of them, (B, V)."""
         end = start + ids.shape[1]
         positions = (first_positions + torch.arange(start, end, device=device)).clamp(min=0)
         seen = None if mask is None else mask[:, :end]
-        text = {"input_ids": ids}
-        if embeds is not None and start < T:
-            text = {"inputs_embeds": embeds[:, start - past : end - past]}
+        pictured = None if embeds is None or start >= T else embeds[:, start - past : end - past]
+        if forward is not None:
+            return forward(ids if pictured is None else pictured, positions, cache, seen)
+        text = {"input_ids": ids} if pictured is None else {"inputs_embeds": pictured}
         arguments = dict(attention_mask=seen, position_ids=positions, past_key_values=cache, **text)
         return model(**arguments, use_cache=True, logits_to_keep=1).logits[:, -1]
 
     cache, tokens = KVCache(config, expected=total) if past_key_values is None else past_key_values, input_ids
-    for start in range(past, T, prefill_chunk_size):
-        logits = step(start, input_ids[:, start : start + prefill_chunk_size])
+    for start in range(past, T, chunk):
+        logits = step(start, input_ids[:, start : start + chunk])
+        if on_prompt is not None:
+            on_prompt(min(start + chunk, T), T)
+    captured = None
+    if forward is not None and (compile or device.type == "cuda"):
+        captured = Captured(forward, cache, total, first_positions, mask, compile)
     running = [True] * B
     for slot in range(T, total):
         new = torch.full((B, 1), filler, dtype=tokens.dtype, device=device)
@@ -266,7 +286,7 @@ def generate(
                 running[row] = not (stop or full or token in ends)
         if not any(running) or slot + 1 == total:
             break
-        logits = step(slot, new)
+        logits = step(slot, new) if captured is None else captured(new)
     return tokens
 
 

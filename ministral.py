@@ -392,7 +392,7 @@ class LayerCache:
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
 
-    def _reserve(self, k: Tensor, v: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+    def reserve(self, k: Tensor, v: Tensor, slots: int) -> tuple[Tensor, Tensor]:
         """Make room for `slots` positions, at least doubling, so that appending stays cheap. (Under autocast, keys and
         values differ in dtype.)"""
         if self.keys is not None and self.values is not None and slots <= self.keys.shape[2]:
@@ -433,13 +433,13 @@ class LayerCache:
         start, new = self.length, k.shape[2]
         end, self.length = start + new, start + new
         if self.window is None or end <= self.window:  # nothing has left the window: slots are positions
-            keys, values = self._reserve(k, v, end)
+            keys, values = self.reserve(k, v, end)
             keys[:, :, start:end], values[:, :, start:end] = k, v
             if start == 0:  # in the layout of Transformers' cache: strides choose the kernel, and that the last bit
                 return k.contiguous(), v.contiguous()
             return keys[:, :, :end], values[:, :, :end]
 
-        keys, values = self._reserve(k, v, self.window)
+        keys, values = self.reserve(k, v, self.window)
         if new == 1:  # overwrite the one key that leaves the window; the order of keys does not matter
             slot = start % self.window
             keys[:, :, slot : slot + 1], values[:, :, slot : slot + 1] = k, v

@@ -1,0 +1,269 @@
+"""Speed, memory and start against Transformers, on the same weights, in turn in one process; medians.
+
+    python -m benchmarks.bench                      # all that memory allows, about 40 minutes on 2 cores
+    python -m benchmarks.bench decode-135m-bf16     # the cases whose names begin so
+    python -m benchmarks.bench --list
+
+The ratio is the seconds of Transformers over ours: above 1, we are faster (for memory: its growth over ours).
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from benchmarks import common
+from checkpoint import DTYPES, Parser, exit_code, human
+from generate import BUNDLED, generate
+from ministral import KVCache
+
+SHORT = {"f32": "float32", "bf16": "bfloat16"}
+
+
+@dataclass
+class Row:
+    """One line of the table."""
+
+    case: str
+    ours: str
+    theirs: str
+    ratio: float
+    limit: str = ""
+
+    def __str__(self) -> str:
+        return f"| {self.case} | {self.ours} | {self.theirs} | {self.ratio:.2f} | {self.limit} |"
+
+
+HEAD = "| case | here | Transformers | ratio | share of the machine's limit |\n|---|---|---|---|---|"
+_limits: dict[torch.dtype, tuple[float, float]] = {}
+
+
+def limits(dtype: torch.dtype) -> tuple[float, float]:
+    """See `common.limits`; measured once."""
+    if dtype not in _limits:
+        _limits[dtype] = common.limits(dtype)
+    return _limits[dtype]
+
+
+def prompt(model: Any, length: int) -> torch.Tensor:
+    """Random ids (1, length)."""
+    high = model.config.vocab_size
+    return torch.randint(3, high, (1, length), generator=torch.Generator().manual_seed(length))
+
+
+def decode(name: str, kind: str, new: int, rounds: int, attn: str = "sdpa", **extra: Any) -> Row:
+    """Tokens per second of `generate` after a prompt of 32 tokens, greedy."""
+    dtype = DTYPES[SHORT[kind]]
+    model = common.ours(name, dtype)
+    other, ids = common.theirs(model, attn), prompt(model, 32)
+    runs: dict[str, Callable[[], object]] = {
+        "ours": lambda: generate(model, ids, max_new_tokens=new, eos_token_id=()),
+        "theirs": lambda: other.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False,
+                                         eos_token_id=None, pad_token_id=0, **extra),
+    }  # fmt: skip
+    seconds = common.alternate(runs, rounds)
+    read = sum(p.numel() * p.element_size() for p in model.parameters()) * new
+    read -= 0 if model.config.tie_word_embeddings else model.lm_head.weight.nbytes * new
+    share = read / seconds["ours"] / limits(dtype)[0]
+    return Row("", f"{new / seconds['ours']:.1f} tokens/s", f"{new / seconds['theirs']:.1f}",
+               seconds["theirs"] / seconds["ours"], f"{share:.0%} of memory bandwidth")  # fmt: skip
+
+
+def prefill(name: str, kind: str, length: int, rounds: int) -> Row:
+    """Tokens per second of reading a prompt, to the first new token."""
+    dtype = DTYPES[SHORT[kind]]
+    model = common.ours(name, dtype)
+    other, ids = common.theirs(model), prompt(model, length)
+    seconds = common.alternate({
+        "ours": lambda: generate(model, ids, max_new_tokens=1, eos_token_id=()),
+        "theirs": lambda: other.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False,
+                                         eos_token_id=None, pad_token_id=0),
+    }, rounds)  # fmt: skip
+    numbers = sum(p.numel() for name, p in model.named_parameters() if p.ndim > 1 and "embed" not in name)
+    share = 2 * numbers * length / seconds["ours"] / limits(dtype)[1]
+    limit = f"{share:.0%} of {kind} matrix rate, without attention"
+    return Row("", f"{length / seconds['ours']:.0f} tokens/s", f"{length / seconds['theirs']:.0f}",
+               seconds["theirs"] / seconds["ours"], limit)  # fmt: skip
+
+
+@torch.inference_mode()
+def decode_at(name: str, length: int, steps: int, rounds: int) -> Row:
+    """Milliseconds per token after `length` tokens of random keys and values, float32."""
+    model = common.ours(name, torch.float32)
+    other, ids = common.theirs(model), prompt(model, 1)
+    caches = {"ours": common.our_cache(model, length), "theirs": common.their_cache(model, other, length)}
+
+    def run_ours() -> None:
+        held = caches["ours"].get_seq_length()
+        tokens = ids.expand(1, held + 1)  # only the last one is read
+        generate(model, tokens, max_new_tokens=steps, eos_token_id=(), past_key_values=caches["ours"])
+
+    def run_theirs() -> None:
+        for _ in range(steps):
+            other(ids, past_key_values=caches["theirs"], use_cache=True)
+
+    seconds = common.alternate({"ours": run_ours, "theirs": run_theirs}, rounds)
+    each = {key: f"{value / steps * 1000:.1f} ms" for key, value in seconds.items()}
+    size = caches["ours"].nbytes() + sum(p.nbytes for p in model.parameters())
+    share = size * steps / seconds["ours"] / limits(torch.float32)[0]
+    ratio = seconds["theirs"] / seconds["ours"]
+    return Row("", each["ours"], each["theirs"], ratio, f"{share:.0%} of memory bandwidth")
+
+
+@torch.inference_mode()
+def grows(name: str, short: int, long: int, steps: int, rounds: int) -> Row:
+    """Our time per token at a long context over that at a short one (in the column of Transformers)."""
+    model = common.ours(name, torch.float32)
+    ids, runs = prompt(model, 1), dict[str, Callable[[], object]]()
+    for length in (short, long):
+        cache = common.our_cache(model, length)
+
+        def run(cache: KVCache = cache) -> None:
+            tokens = ids.expand(1, cache.get_seq_length() + 1)
+            generate(model, tokens, max_new_tokens=steps, eos_token_id=(), past_key_values=cache)
+
+        runs[str(length)] = run
+    seconds = common.alternate(runs, rounds)
+    each = [f"{seconds[key] / steps * 1000:.2f} ms" for key in runs]
+    return Row("", each[1], f"(ours, {short}) {each[0]}", seconds[str(long)] / seconds[str(short)])
+
+
+def child(side: str, name: str, kind: str, length: int) -> None:
+    """In a process of its own: read a prompt, print by how many bytes the peak of memory grew."""
+    model = common.ours(name, DTYPES[SHORT[kind]])
+    ids = prompt(model, length)
+    other = common.theirs(model) if side == "theirs" else None
+    generate(model, ids[:, :40], max_new_tokens=2, eos_token_id=())  # what libraries take once
+    before = common.reset_peak()
+    if other is None:
+        generate(model, ids, max_new_tokens=1, eos_token_id=())
+    else:
+        other.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False, eos_token_id=None,
+                       pad_token_id=0)  # fmt: skip
+    print(common.peak() - before)
+
+
+def memory(name: str, kind: str, length: int) -> Row:
+    """Growth of the peak of memory while a prompt is read, cache included, each in a process of its own."""
+    grown = {}
+    for side in ("ours", "theirs"):
+        command = [sys.executable, "-m", "benchmarks.bench", "--child", side, name, kind, str(length)]
+        grown[side] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+    return Row("", human(grown["ours"]), human(grown["theirs"]), grown["theirs"] / grown["ours"])
+
+
+THEIR_START = """
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
+ids = tokenizer("To be, or not to be", return_tensors="pt").input_ids
+out = model.generate(ids, max_new_tokens=1, do_sample=False, pad_token_id=0)
+print(tokenizer.decode(out[0]))
+"""
+
+
+def start(rounds: int) -> Row:
+    """Seconds from the start of a process to the first token, the 135-million shape in bfloat16, command line and all;
+    `import torch` alone is in the last column."""
+    with tempfile.TemporaryDirectory() as directory:
+        common.ours("135m", torch.bfloat16).save_pretrained(directory)
+        tekken = (BUNDLED / "tekken.json").read_bytes()
+        (Path(directory) / "tekken.json").write_bytes(tekken)
+
+        def process(*command: str) -> Callable[[], object]:
+            return lambda: subprocess.run([sys.executable, *command], check=True, capture_output=True)
+
+        seconds = common.alternate({
+            "ours": process("generate.py", "--model", directory, "--max-new-tokens", "1", "--temperature", "0", "To"),
+            "theirs": process("-c", THEIR_START, directory),
+            "torch": process("-c", "import torch"),
+        }, rounds)  # fmt: skip
+    return Row("", f"{seconds['ours']:.2f} s", f"{seconds['theirs']:.2f} s", seconds["theirs"] / seconds["ours"],
+               f"import torch {seconds['torch']:.2f} s")  # fmt: skip
+
+
+def compiled() -> dict[str, Any]:
+    """Arguments by which Transformers' `generate` compiles its step, on a CPU, too."""
+    config: Any = transformers.CompileConfig(mode="default")
+    config._compile_all_devices = True
+    return {"cache_implementation": "static", "compile_config": config}
+
+
+CASES: dict[str, Callable[[int], Row]] = {
+    "decode-bundled-f32": lambda n: decode("bundled", "f32", 128, n),
+    "decode-bundled-bf16": lambda n: decode("bundled", "bf16", 128, n),
+    "decode-bundled-f32, theirs eager": lambda n: decode("bundled", "f32", 128, n, "eager"),
+    "decode-bundled-f32, theirs static and compiled": lambda n: decode("bundled", "f32", 128, n, **compiled()),
+    "decode-mixed-f32": lambda n: decode("mixed", "f32", 128, n),
+    "decode-135m-f32": lambda n: decode("135m", "f32", 32, n),
+    "decode-135m-bf16": lambda n: decode("135m", "bf16", 32, n),
+    "decode-3b-bf16": lambda n: decode("3b", "bf16", 6, n),
+    "prefill-135m-f32-512": lambda n: prefill("135m", "f32", 512, n),
+    "prefill-135m-f32-4096": lambda n: prefill("135m", "f32", 4096, n),
+    "prefill-135m-bf16-512": lambda n: prefill("135m", "bf16", 512, n),
+    "prefill-3b-bf16-64": lambda n: prefill("3b", "bf16", 64, n),
+    "prefill-mixed-f32-512": lambda n: prefill("mixed", "f32", 512, n),
+    "prefill-mixed-f32-4096": lambda n: prefill("mixed", "f32", 4096, n),
+    "prefill-mixed-f32-32768": lambda n: prefill("mixed", "f32", 32768, min(n, 3)),
+    "memory-mixed-f32-32768": lambda n: memory("mixed", "f32", 32768),
+    "decode-at-32768-full": lambda n: decode_at("full", 32768, 8, n),
+    "decode-at-32768-135m": lambda n: decode_at("135m", 32768, 3, n),
+    "sliding at 32768 over 1024": lambda n: grows("sliding", 1024, 32768, 64, n),
+    "start-135m-bf16": lambda n: start(n),
+}  # fmt: skip
+
+
+def run_cases(names: Sequence[str], rounds: int) -> Iterator[Row]:
+    """The rows of the cases whose names begin with one of `names`, or of all."""
+    for case, measure in CASES.items():
+        if not names or case.startswith(tuple(names)):
+            began = time.perf_counter()
+            row = measure(rounds)
+            row.case = case
+            print(f"{case}: {time.perf_counter() - began:.0f} s", file=sys.stderr)
+            yield row
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure and print."""
+    torch.set_num_threads(options.threads)
+    if options.child:
+        side, name, kind, length = options.child
+        child(side, name, kind, int(length))
+        return 0
+    if options.list:
+        print("\n".join(CASES))
+        return 0
+    print(f"{common.machine()}\n\n{HEAD}", flush=True)
+    for row in run_cases(options.cases, options.rounds):
+        print(row, flush=True)
+    for dtype, (vector, matrix) in _limits.items():
+        print(f"\nlimits in {dtype}: {vector / 1e9:.1f} GB/s of a matrix times a vector, {matrix / 1e9:.0f} GFLOPS")
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse and run; returns the exit code."""
+    parser = Parser(prog="python -m benchmarks.bench", description="Measure against Transformers.")
+    parser.add_argument("cases", nargs="*", metavar="CASE", help="beginnings of names; default: all")
+    parser.add_argument("--rounds", type=int, default=5, help="default: 5")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: torch's")
+    parser.add_argument("--list", action="store_true", help="name the cases")
+    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    return exit_code(lambda: run(options))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

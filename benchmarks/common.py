@@ -1,0 +1,147 @@
+"""What the measurements share: models of ours and the same in Transformers, alternating runs, limits of the machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+
+from fast import flat
+from generate import BUNDLED, load_model
+from ministral import KVCache, MinistralConfig, MinistralForCausalLM
+from ministral3 import Ministral3Config, Ministral3ForCausalLM
+
+transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+# The shape of a 135-million model of today (SmolLM2), one of 5 million in three patterns of layers, and the published
+# text model of Ministral-3-3B. Weights are random: speed does not depend on them.
+SMALL = dict(vocab_size=4096, hidden_size=256, intermediate_size=688, num_attention_heads=8, num_key_value_heads=2,
+             head_dim=32, num_hidden_layers=6, rms_norm_eps=1e-5, tie_word_embeddings=True, sliding_window=1024,
+             max_position_embeddings=2**19)  # fmt: skip
+CONFIGS: dict[str, MinistralConfig] = {
+    "135m": MinistralConfig(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, head_dim=64, rms_norm_eps=1e-5, rope_theta=1e5, tie_word_embeddings=True,
+        sliding_window=None, layer_types=["full_attention"] * 30, max_position_embeddings=2**19,
+    ),
+    "full": MinistralConfig(**SMALL | dict(layer_types=["full_attention"] * 6)),  # type: ignore[arg-type]
+    "sliding": MinistralConfig(**SMALL | dict(layer_types=["sliding_attention"] * 6)),  # type: ignore[arg-type]
+    "mixed": MinistralConfig(
+        **SMALL | dict(layer_types=["full_attention", "sliding_attention", "sliding_attention"] * 2)  # type: ignore[arg-type]
+    ),
+    "3b": Ministral3Config(hidden_size=3072, intermediate_size=9216, num_hidden_layers=26, tie_word_embeddings=True),
+}  # fmt: skip
+
+
+def ours(name: str, dtype: torch.dtype) -> Any:
+    """A model: "bundled", or one of CONFIGS."""
+    if name == "bundled":
+        return load_model(BUNDLED, dtype)
+    config = CONFIGS[name]
+    cls = Ministral3ForCausalLM if isinstance(config, Ministral3Config) else MinistralForCausalLM
+    with torch.device("meta"):
+        model = cls(config)
+    noise = (torch.randn(2**20, generator=torch.Generator().manual_seed(0)) * 0.02).to(dtype)
+    for module in model.modules():
+        for key, p in module.named_parameters(recurse=False):
+            values = torch.ones(p.shape, dtype=dtype) if p.ndim == 1 else noise.repeat(p.numel() // 2**20 + 1)
+            module.register_parameter(key, torch.nn.Parameter(values[: p.numel()].view(p.shape)))
+    model.tie_weights()
+    flat(model)
+    return model.eval()
+
+
+def theirs(model: Any, attn: str = "sdpa") -> Any:
+    """The same model in Transformers, on the same memory."""
+    kind = type(model.config).__name__
+    values = {key: value for key, value in model.config.to_dict().items() if key != "model_type"}
+    config = getattr(transformers, kind)(**values)
+    config._attn_implementation = attn
+    with torch.device("meta"):
+        other = getattr(transformers, type(model).__name__)._from_config(config, dtype=model.dtype)
+    other.load_state_dict(model.state_dict(), assign=True)
+    other.tie_weights()
+    other.model.rotary_emb = type(other.model.rotary_emb)(config)  # its frequencies are not in the state
+    return other.eval()
+
+
+def our_cache(model: Any, length: int) -> KVCache:
+    """A cache of `length` tokens of random keys and values."""
+    cache = KVCache(model.config, expected=length + 64)
+    for layer in cache.layers:
+        layer.update(*_keys(model, length))
+    return cache
+
+
+def their_cache(model: Any, other: Any, length: int) -> Any:
+    """The same for Transformers."""
+    cache = transformers.DynamicCache(config=other.config)
+    for n in range(model.config.num_hidden_layers):
+        cache.update(*_keys(model, length), n)
+    return cache
+
+
+def _keys(model: Any, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = (1, model.config.num_key_value_heads, length, model.config.head_dim)
+    keys = torch.randn(shape, generator=torch.Generator().manual_seed(length)).to(model.dtype)
+    return keys, keys.flip(2)
+
+
+def alternate(runs: Mapping[str, Callable[[], object]], rounds: int, warm: bool = True) -> dict[str, float]:
+    """Median seconds of each, all run in turn `rounds` times, after once without counting."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for count in range(rounds + warm):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            if count or not warm:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+@torch.inference_mode()
+def limits(dtype: torch.dtype) -> tuple[float, float]:
+    """What this machine does at best: bytes per second of reading weights (a product of a 32768 x 4096 matrix with a
+    vector), and operations per second (a product of two matrices of 4096 with 512 rows)."""
+    large = torch.randn(32768, 4096).to(dtype)
+    row, rows = torch.randn(1, 4096).to(dtype), torch.randn(512, 4096).to(dtype)
+    found = alternate({"vector": lambda: F.linear(row, large), "matrix": lambda: F.linear(rows, large[:4096])}, 5)
+    return large.numel() * large.element_size() / found["vector"], 2 * 512 * 4096 * 4096 / found["matrix"]
+
+
+def machine() -> str:
+    """Hardware and versions, in a line."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        cpu = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line), cpu)
+    flags = info.read_text() if info.is_file() else ""
+    has = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
+    limit = f", held to {os.environ['ONEDNN_MAX_CPU_ISA']}" if "ONEDNN_MAX_CPU_ISA" in os.environ else ""
+    if torch.cuda.is_available():
+        cpu += f", {torch.cuda.get_device_name()}"
+    return (f"{cpu} ({', '.join(has)}{limit}), {torch.get_num_threads()} threads; Python {platform.python_version()},"
+            f" torch {torch.__version__}, transformers {transformers.__version__}")  # fmt: skip
+
+
+def reset_peak() -> int:
+    """Begin to measure the peak of this process's memory anew (Linux); returns the bytes in use now."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
+def peak() -> int:
+    """The peak since then, in bytes."""
+    return _status("VmHWM")
+
+
+def _status(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))

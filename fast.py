@@ -1,0 +1,304 @@
+"""The same models, faster: what `generate` runs in the place of `model(...)`. Read `ministral.py` first.
+
+    forward = flat(model)                                  # None where only the readable path will do
+    logits = forward(input_ids, positions, cache)          # (B, V), after the last token
+
+One function over plain tensors instead of modules, on the same weights, cache, masks and rotary tables. Tested equal to
+the readable path (tests/test_fast.py); sums run in another order, so bits differ as they do between two kernels. What
+makes it faster, each with its gain, is said where it stands; `benchmarks/RESULTS.md` has the figures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
+
+from ministral import (
+    ACTIVATIONS,
+    Embedding,
+    KVCache,
+    Linear,
+    MinistralModel,
+    PreTrainedModel,
+    RMSNorm,
+    RopeTables,
+    make_attention_mask,
+    repeat_kv,
+    sdpa_attention,
+)
+
+
+class Layer(NamedTuple):
+    """The weights of one layer."""
+
+    window: int | None
+    input_norm: Tensor  # (E,)
+    qkv: Tensor  # ((H + 2 G) D, E)
+    o: Tensor  # (E, H D)
+    post_norm: Tensor  # (E,)
+    gate_up: Tensor  # (2 F, E)
+    down: Tensor  # (E, F)
+
+
+def join(*modules: nn.Module) -> Tensor:
+    """One matrix of the rows of several modules' weights, which become slices of it: nothing is held twice, and what
+    is written into them is seen."""
+    weights: list[Any] = [module.weight for module in modules]
+    whole = torch.cat([weight.data for weight in weights])
+    for weight, rows in zip(weights, torch.split(whole, [len(weight) for weight in weights])):
+        weight.data = rows
+    return whole
+
+
+# ----------------------------------------------------------------------------------------------- matrix products
+
+
+def widens(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether products of matrices of this type are slow here: 16-bit numbers on a CPU without such arithmetic."""
+    native = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    return device.type == "cpu" and dtype in native and not getattr(torch.ops.mkldnn, native[dtype])()
+
+
+TILE = 1 << 20  # numbers of a weight that are widened at a time: 4 MB, which stay in the cache of a core
+
+
+def wide_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x (N, in) times weight (out, in), of 16 bits, with float32 products: closer to the truth than 16-bit ones, and
+    several times faster where the processor has none. Single rows are bound by reading the weight, and stay."""
+    if len(x) < 8:
+        return F.linear(x, weight)
+    rows = max(TILE // weight.shape[1], 1)
+    wide = x.float().t()
+    out = wide.new_empty(len(weight), len(x))
+    for start in range(0, len(weight), rows):
+        torch.mm(weight[start : start + rows].float(), wide, out=out[start : start + rows])
+    return torch.empty(len(x), len(weight), dtype=x.dtype).copy_(out.t())
+
+
+# ---------------------------------------------------------------------------------------------------- attention
+
+
+def chunk_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+    """Attention of a chunk of S texts' tokens, without padding, to P earlier keys and its own: q (B, H, S, D), k and v
+    (B, G, P + S, D), keys in order -> (B, H, S, D).
+
+    A mask (S, P + S) takes long to read and much memory, and is all ones but for its ends. So attention runs in three
+    parts: keys that leave the window while the chunk goes on (masked), keys that every query sees, and the chunk itself
+    (causal). Their softmaxes are joined as in FlashAttention (https://arxiv.org/abs/2205.14135): each part's weight is
+    its share of the sum of exponentials."""
+    (B, H, S, D), G, P = q.shape, k.shape[1], k.shape[2] - q.shape[2]
+    edge = 0 if window is None or window >= P + S else P + S - window + 1
+    if edge > P:  # the chunk is longer than the window
+        places = torch.arange(P + S, device=q.device)
+        return sdpa_attention(q, k, v, make_attention_mask(places[P:], places, window), D**-0.5, 0.0)[0]
+    if q.device.type != "cpu" and not edge:
+        k, v = repeat_kv(k, H // G), repeat_kv(v, H // G)
+        return F.scaled_dot_product_attention(q, k, v, causal_lower_right(S, P + S))
+    if q.device.type != "cpu":
+        places = torch.arange(P + S, device=q.device)
+        return sdpa_attention(q, k, v, make_attention_mask(places[P:], places, window), D**-0.5, 0.0)[0]
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+    def repeated(part: slice) -> tuple[Tensor, Tensor]:
+        return repeat_kv(k[:, :, part], H // G), repeat_kv(v[:, :, part], H // G)
+
+    parts = [attend(q, *repeated(slice(P, None)), 0.0, True)]
+    if edge < P:  # the heads of a group become rows of queries over their one key head: nothing is repeated
+        out, total = attend(q.reshape(B, G, H // G * S, D), k[:, :, edge:P], v[:, :, edge:P])
+        parts.append((out.reshape(q.shape), total.reshape(B, H, S)))
+    if edge:
+        mask = make_attention_mask(torch.arange(P, P + S), torch.arange(edge), window)
+        bias = torch.zeros(S, edge, dtype=q.dtype).masked_fill(~mask[0, 0], float("-inf"))
+        parts.append(attend(q, *repeated(slice(edge)), attn_mask=bias))
+    joined, total = parts[0][0].to(parts[0][1].dtype), parts[0][1]  # (B, H, S, D), (B, H, S) log of the sum
+    for out, more in parts[1:]:
+        joined = torch.lerp(joined, out.to(joined.dtype), torch.sigmoid(more - total)[..., None])
+        total = torch.logaddexp(total, more)
+    return joined.to(q.dtype)
+
+
+# ------------------------------------------------------------------------------------------------------ forward
+
+
+class Flat:
+    """The text model of `model` as one function; see `flat`."""
+
+    def __init__(self, text: MinistralModel, head: Any) -> None:
+        c = self.config = text.config
+        self.rotary, self.act = text.rotary_emb, ACTIVATIONS[c.hidden_act]
+        self.embeddings: Tensor = text.embed_tokens.weight
+        self.norm, self.head = text.norm.weight, head.weight
+        blocks: list[Any] = list(text.layers)
+        self.layers = [
+            Layer(c.sliding_window if kind == "sliding_attention" else None,
+                  block.input_layernorm.weight, join(block.self_attn.q_proj, block.self_attn.k_proj,
+                  block.self_attn.v_proj), block.self_attn.o_proj.weight, block.post_attention_layernorm.weight,
+                  join(block.mlp.gate_proj, block.mlp.up_proj), block.mlp.down_proj.weight)
+            for kind, block in zip(c.layer_types, blocks)
+        ]  # fmt: skip
+        self.linear = wide_linear if widens(self.head.dtype, self.head.device) else F.linear
+
+    def __call__(self, x: Tensor, position_ids: Tensor, cache: KVCache, real: Tensor | None = None) -> Tensor:
+        """Logits (B, V) after the last of S new tokens, which the cache takes in.
+
+        Args:
+            x: (B, S) ids, or (B, S, E) embeddings.
+            position_ids: (B or 1, S).
+            cache: of the tokens before.
+            real: bool (B, past + S), False at padding; None: there is none.
+        """
+        S, masks = x.shape[1], dict[int | None, Tensor | None]()
+        if real is not None:
+            places = torch.arange(real.shape[1] - S, real.shape[1], device=x.device)
+            for kept in cache.layers:
+                if kept.window not in masks:
+                    keys = kept.key_positions(S, x.device)
+                    masks[kept.window] = make_attention_mask(places, keys, kept.window, real[:, None, keys])
+
+        def attend(n: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            kept = cache.layers[n]
+            k, v = kept.update(k, v)
+            if S == 1 or real is not None:
+                return sdpa_attention(q, k, v, masks.get(kept.window), q.shape[-1] ** -0.5, 0.0)[0]
+            return chunk_attention(q, k, v, kept.window)
+
+        cos, sin, *scale = self.rotary(self.embeddings, position_ids)
+        if scale and x.device.type == "cpu" and bool((scale[0] == 1).all()):
+            scale = []  # (elsewhere the question would wait for the device)
+        return self.run(x, (cos, sin, *scale), attend)
+
+    def run(self, x: Tensor, tables: RopeTables, attend: Callable[[int, Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+        """The layers, with any form of attention: (number of the layer, q, k, v) -> what the heads find."""
+        c = self.config
+        x = F.embedding(x, self.embeddings) if x.ndim == 2 else x
+        (B, S, E), H, G, D = x.shape, c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        cos, sin, *scale = tables
+        # rotate_half(x) * sin is x rolled by half a head times a sine whose first half is negated: one step for four.
+        sin = torch.cat((-sin[..., : D // 2], sin[..., D // 2 :]), dim=-1)
+        x = x.reshape(B * S, E)
+        for n, layer in enumerate(self.layers):
+            heads = self.linear(self.normed(x, layer.input_norm), layer.qkv).view(B, S, -1, D).transpose(1, 2)
+            qk, v = heads[:, : H + G], heads[:, H + G :]
+            qk = qk * cos + qk.roll(D // 2, dims=-1) * sin  # (B, H + G, S, D)
+            q, k = qk[:, :H], qk[:, H:]
+            found = attend(n, q * scale[0] if scale else q, k, v)
+            x = x + self.linear(found.transpose(1, 2).reshape(B * S, H * D), layer.o)
+            gate, up = self.linear(self.normed(x, layer.post_norm), layer.gate_up).chunk(2, dim=-1)
+            x = x + self.linear(self.act(gate) * up, layer.down)
+        return self.linear(self.normed(x.view(B, S, E)[:, -1], self.norm), self.head)
+
+    def normed(self, x: Tensor, weight: Tensor) -> Tensor:
+        """`RMSNorm`, rounded before the weight multiplies, as there."""
+        return F.rms_norm(x, x.shape[-1:], None, self.config.rms_norm_eps) * weight
+
+
+# -------------------------------------------------------------------------------------------- a captured decode step
+
+
+class Captured:
+    """Decode steps of which every shape and address stays the same, so that a GPU replays one recorded graph instead of
+    being told each kernel anew: ids (B, 1) -> logits (B, V), which the next call overwrites.
+
+    Args:
+        forward: the model.
+        cache: of the prompt. Room is made for all `total` tokens, and each step reads it whole, hidden slots masked.
+        first: (B or 1, 1) position of slot 0, negative where padding comes first.
+        real: bool (B, total), or None.
+        compile: fuse the small operations with `torch.compile`, which takes about a minute first.
+    """
+
+    def __init__(self, forward: Flat, cache: KVCache, total: int, first: Tensor, real: Tensor | None,
+                 compile: bool = False) -> None:  # fmt: skip
+        self.forward, self.cache, self.first, self.real = forward, cache, first, real
+        for kept in cache.layers:
+            assert kept.keys is not None and kept.values is not None
+            for held in kept.reserve(kept.keys, kept.values, min(total, kept.window or total)):
+                held[:, :, kept.length :].zero_()  # hidden, but 0 times what memory happens to hold may be NaN
+        self.slot = torch.full((1,), cache.get_seq_length(), device=first.device)
+        self.ids: Tensor | None = None
+        self.step: Callable[[Tensor], Tensor] = self._step
+        if compile:
+            self.step = torch.compile(self._step, fullgraph=True, dynamic=False)
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def _step(self, ids: Tensor) -> Tensor:
+        masks, places = {}, {}
+        for kept in self.cache.layers:
+            if kept.window not in masks:
+                assert kept.keys is not None
+                slots = torch.arange(kept.keys.shape[2], device=ids.device)
+                held = self.slot - (self.slot - slots) % len(slots)  # the position in each slot; below 0: none yet
+                seen = (held >= 0)[None]
+                if self.real is not None:
+                    seen = seen & self.real[:, held.clamp(min=0)]
+                masks[kept.window], places[kept.window] = seen[:, None, None], self.slot % len(slots)
+
+        def attend(n: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            kept = self.cache.layers[n]
+            assert kept.keys is not None and kept.values is not None
+            kept.keys.index_copy_(2, places[kept.window], k)
+            kept.values.index_copy_(2, places[kept.window], v)
+            return sdpa_attention(q, kept.keys, kept.values, masks[kept.window], q.shape[-1] ** -0.5, 0.0)[0]
+
+        tables = self.forward.rotary(self.forward.embeddings, (self.first + self.slot).clamp(min=0))
+        return self.forward.run(ids, tables, attend)
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        if self.ids is None:
+            self.ids = ids.clone()
+            if ids.device.type == "cuda":
+                self._capture(self.ids)
+        self.ids.copy_(ids)
+        if self.graph is not None:
+            self.graph.replay()
+        else:
+            self.logits = self.step(self.ids)
+        self.slot += 1
+        for kept in self.cache.layers:
+            kept.length += 1
+        return self.logits
+
+    def _capture(self, ids: Tensor) -> None:
+        side: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # compile, and let libraries take their memory; all write the same slot
+            for _ in range(3):
+                self.step(ids)
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.logits = self.step(ids)
+
+
+# ---------------------------------------------------------------------------------------------------------- flat
+
+_made: WeakKeyDictionary[nn.Module, tuple[object, Flat]] = WeakKeyDictionary()
+
+
+def flat(model: PreTrainedModel) -> Flat | None:
+    """The fast path of a causal language model (with eyes, too: then it takes embeddings), made once and kept while the
+    model's weights stay where they are. None where it would compute something else: eager attention, training mode,
+    hooks, or parts that are not this project's own, such as sharded weights."""
+    language: Any = getattr(model.base_model, "language_model", model.base_model)
+    own = (Linear, Embedding, RMSNorm)
+    head: Any = model.lm_head
+    parts: list[Any] = [part for part in (*language.modules(), head) if [*part.parameters(recurse=False)]]
+    plain = all(type(part) in own and getattr(part, "bias", None) is None and type(part.weight.data) is Tensor
+                for part in parts)  # fmt: skip
+    hooked = any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
+    if model.training or language.config.attn_implementation != "sdpa" or hooked or not plain:
+        return None
+    now = [(part.weight.data_ptr(), part.weight.dtype) for part in parts]
+    known = _made.get(model)
+    if known is None or known[0] != now:
+        with torch.inference_mode(False), torch.no_grad():  # weights must stay fit for training
+            made = Flat(language, head)
+        known = [(part.weight.data_ptr(), part.weight.dtype) for part in parts], made
+        _made[model] = known
+    return known[1]

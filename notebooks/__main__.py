@@ -1,0 +1,73 @@
+"""Execute the notebooks, every `assert` in them included.
+
+    python -m notebooks                     # all of them; says how long each takes, writes nothing
+    python -m notebooks --write 02 03       # those whose names begin so, with their outputs, into the files
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+
+from checkpoint import Parser, exit_code, replace_file
+
+HERE = Path(__file__).resolve().parent
+LIMIT = 10**6  # bytes of a notebook with its outputs
+
+
+def execute(path: Path) -> Any:
+    """The notebook with fresh outputs, without anything that another run would not give again.
+
+    Raises:
+        ValueError: a cell fails; the message is its last line.
+    """
+    notebook = nbformat.read(path, as_version=4)
+    client = NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(HERE)}},
+                            record_timing=False)  # fmt: skip
+    try:
+        client.execute()
+    except CellExecutionError as error:
+        raise ValueError(f"{path.name}: {error.ename}: {error.evalue}") from error
+    notebook.metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    for number, cell in enumerate(notebook.cells):
+        cell.id, cell.metadata = f"cell-{number:02}", {}
+    return notebook
+
+
+def run(options: argparse.Namespace) -> int:
+    """Execute, and write where that is asked for."""
+    paths = sorted(p for p in HERE.glob("*.ipynb") if not options.names or p.name.startswith(tuple(options.names)))
+    if not paths:
+        raise ValueError(f"no notebook begins with {', '.join(options.names)}")
+    for path in paths:
+        start = time.perf_counter()
+        notebook = execute(path)
+        size = len(nbformat.writes(notebook).encode())
+        if size > LIMIT:
+            raise ValueError(f"{path.name} has {size:,} bytes with its outputs; allowed: {LIMIT:,}")
+        if options.write:
+            replace_file(path, lambda temporary, notebook=notebook: nbformat.write(notebook, temporary))  # type: ignore[misc]
+        print(f"{path.name}: {time.perf_counter() - start:.0f} s, {size // 1000} kB", flush=True)
+    print(f"{len(paths)} passed, 0 failed")
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse and run; returns the exit code."""
+    parser = Parser(prog="python -m notebooks", description="Execute the notebooks.")
+    parser.add_argument("names", nargs="*", metavar="01", help="only those whose names begin so")
+    parser.add_argument("--write", action="store_true", help="write them back with their outputs")
+    options = parser.parse_args(arguments)
+    return exit_code(lambda: run(options))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

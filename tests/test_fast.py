@@ -1,0 +1,269 @@
+"""The fast path computes what the readable one does: in float64 to 1e-12, in other types with the same error."""
+
+import random
+import shutil
+import statistics
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+import fast
+from fast import Captured, Flat, chunk_attention, flat, wide_linear
+from generate import generate
+from ministral import KVCache, MinistralConfig, MinistralForCausalLM, eager_attention, make_attention_mask
+from ministral3 import Ministral3ForCausalLM
+from tests.cases import VOCAB, draw_case
+
+rngs = st.randoms(use_true_random=False)
+
+
+def left_padded(rng, **fixed):
+    """A case on the sdpa path, padded on the left or not at all, with the positions that generation gives it."""
+    case = draw_case(rng, attn_implementation="sdpa", **fixed)
+    case.mask = None if case.mask is None else case.mask.sort(dim=1).values
+    lengths = case.real.sum(1)
+    T = case.ids.shape[1]
+    first = lengths[:, None] - T
+    return case, (first + torch.arange(T)).clamp(min=0), first
+
+
+def truth_of(case):
+    """The model in float64, on the sdpa path."""
+    model = case.truth()
+    model.config.attn_implementation = "sdpa"
+    return model
+
+
+@torch.no_grad()
+def both(case, model, positions):
+    """Logits after each chunk, of the readable path in one run and of the fast one chunk by chunk, at real tokens."""
+    readable = model(case.ids, attention_mask=case.mask, position_ids=positions, use_cache=False).logits
+    forward, cache, start, pairs = flat(model), KVCache(model.config), 0, []
+    for length in case.chunks:
+        end = start + length
+        real = None if case.mask is None else case.mask[:, :end].bool()
+        found = forward(case.ids[:, start:end], positions[:, start:end], cache, real)
+        rows = case.real[:, end - 1]
+        if rows.any():
+            pairs.append((readable[rows, end - 1], found[rows]))
+        start = end
+    return pairs
+
+
+@given(rngs)
+def test_float64_equals_the_readable_path(rng):
+    """Any chunks, windows, padding, both families."""
+    case, positions, _ = left_padded(rng, dtype=torch.float32)
+    model = case.ours.double()
+    for readable, found in both(case, model, positions):
+        torch.testing.assert_close(found, readable, rtol=0, atol=1e-12 * max(readable.abs().max().item(), 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_error_is_that_of_the_readable_path(dtype):
+    """Against float64, over 150 random models: the mean ratio of the errors is 1 but for chance."""
+    errors = []
+    for seed in range(150):
+        rng = random.Random(seed)
+        case, positions, _ = left_padded(rng, dtype=dtype)
+        truth = both(case, truth_of(case), positions)
+        for (exact, _), (readable, found) in zip(truth, both(case, case.ours, positions)):
+            errors.append([(x.double() - exact).abs().mean().item() for x in (readable, found)])
+    ratios = [found / readable for readable, found in errors if readable > 0]
+    assert len(ratios) > 300
+    # (Measured: 0.99 to 1.01 in the middle.)
+    assert 0.95 < statistics.median(ratios) < 1.05
+    assert 0.9 < sum(found for _, found in errors) / sum(readable for readable, _ in errors) < 1.1
+
+
+@pytest.mark.parametrize("window", [None, 1, 2, 3, 5, 8, 11])
+def test_attention_in_parts_equals_the_formula(window):
+    """Every number of earlier keys and of new tokens up to 12, as a cache hands them out."""
+    g = torch.Generator().manual_seed(0)
+    for P in range(12):
+        for S in range(2, 13):
+            past = P if window is None else min(P, window - 1)
+            q = torch.randn(2, 6, S, 4, dtype=torch.float64, generator=g)
+            k, v = torch.randn(2, 2, 2, past + S, 4, dtype=torch.float64, generator=g)
+            places = torch.arange(past + S)
+            mask = make_attention_mask(places[past:], places, window)
+            expected, _ = eager_attention(q, k, v, mask, 0.5, 0.0)
+            torch.testing.assert_close(chunk_attention(q, k, v, window), expected, rtol=0, atol=1e-14)
+
+
+@given(rngs)
+@settings(max_examples=40)
+def test_generation_gives_the_same_tokens(rng):
+    """Greedy and drawn, in float64."""
+    case, _, _ = left_padded(rng, dtype=torch.float32)
+    model = case.ours.double()
+    arguments = dict(attention_mask=case.mask, max_new_tokens=rng.randint(1, 20), eos_token_id=(), seed=3,
+                     temperature=rng.choice([0.0, 1.0]), prefill_chunk_size=rng.choice([None, 1, 3, 7]))  # fmt: skip
+    assert torch.equal(generate(model, case.ids, **arguments), generate(model, case.ids, fast=False, **arguments))
+
+
+# --------------------------------------------------------------------------------------------------- captured steps
+
+
+def draw_steps(rng, compile, dtype=torch.float32, **fixed):
+    """Logits of some steps after a prompt: those of a captured step, and of the readable path."""
+    case, positions, first = left_padded(rng, dtype=dtype, **fixed)
+    model, (B, T) = case.ours.double(), case.ids.shape
+    new = rng.randint(1, 12)
+    real = None if case.mask is None else torch.cat((case.mask.bool(), torch.ones(B, new, dtype=torch.bool)), dim=1)
+    cache, forward = KVCache(model.config), flat(model)
+    tokens = torch.randint(VOCAB, (B, new), generator=torch.Generator().manual_seed(1))
+    pairs = []
+    with torch.inference_mode():
+        forward(case.ids, positions, cache, None if real is None else real[:, :T])
+        step = Captured(forward, cache, T + new, first, real, compile)
+        for n in range(new):
+            found = step(tokens[:, n : n + 1]).clone()
+            text = torch.cat((case.ids, tokens[:, : n + 1]), dim=1)
+            seen = None if real is None else real[:, : T + n + 1]
+            places = (first + torch.arange(T + n + 1)).clamp(min=0)
+            pairs.append((found, model(text, attention_mask=seen, position_ids=places).logits[:, -1]))
+    assert cache.get_seq_length() == T + new
+    return pairs
+
+
+@given(rngs)
+def test_fixed_shapes_compute_the_same(rng):
+    """A step that reads the whole cache, hidden slots masked, as it is recorded on a GPU; here it runs on the CPU."""
+    for found, readable in draw_steps(rng, compile=False):
+        torch.testing.assert_close(found, readable, rtol=0, atol=1e-12 * max(readable.abs().max().item(), 1))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler here")
+@pytest.mark.parametrize("family", ["ministral", "ministral3"])
+def test_a_compiled_step_computes_the_same(family):
+    """`torch.compile` of the whole step, without a break in its graph."""
+    for seed in (0, 1):
+        for found, readable in draw_steps(random.Random(seed), compile=True, family=family):
+            torch.testing.assert_close(found, readable, rtol=0, atol=1e-12 * max(readable.abs().max().item(), 1))
+
+
+def tiny(cls=MinistralForCausalLM, **fixed):
+    """A small random model."""
+    torch.manual_seed(0)
+    common = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                  num_key_value_heads=2, head_dim=16, sliding_window=8, initializer_range=0.3)  # fmt: skip
+    return cls(cls.config_class(**common | fixed)).eval()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler here")
+def test_compiled_generation_gives_the_same_tokens():
+    model, ids = tiny().double(), torch.randint(VOCAB, (2, 11), generator=torch.Generator().manual_seed(2))
+    expected = generate(model, ids, max_new_tokens=12, eos_token_id=())
+    assert torch.equal(generate(model, ids, max_new_tokens=12, eos_token_id=(), compile=True), expected)
+
+
+# ----------------------------------------------------------------------------------------------------------- weights
+
+
+def test_weights_are_joined_once_and_stay_the_models():
+    """Slices of one matrix, nothing twice in memory; what is written into them is seen, and files are as before."""
+    model, ids = tiny(), torch.tensor([[1, 2, 3]])
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    parameters = dict(model.named_parameters())
+    forward = flat(model)
+    assert flat(model) is forward
+    attention = model.model.layers[0].self_attn
+    storage = {id(p.untyped_storage()._cdata) for p in (attention.q_proj.weight, attention.k_proj.weight)}
+    assert len(storage) == 1 or attention.q_proj.weight.untyped_storage().data_ptr() == (
+        attention.v_proj.weight.untyped_storage().data_ptr())
+    held = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
+    assert sum(held.values()) == sum(p.nbytes for p in model.parameters())
+    assert {name: p is parameters[name] for name, p in model.named_parameters()} == dict.fromkeys(parameters, True)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    model.train()
+    model(ids, labels=ids, use_cache=False).loss.backward()
+    optimizer.step()
+    model.eval()
+    positions = torch.arange(3)[None]
+    assert flat(model) is forward
+    with torch.no_grad():
+        found = forward(ids, positions, KVCache(model.config))
+        torch.testing.assert_close(found, model(ids).logits[:, -1])
+
+
+def test_moved_weights_are_joined_anew(tmp_path):
+    model, ids = tiny(), torch.tensor([[1, 2, 3]])
+    generate(model, ids, max_new_tokens=2)
+    model.save_pretrained(tmp_path)
+    model.double()
+    with torch.no_grad():
+        again = MinistralForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+        assert torch.equal(flat(model)(ids, torch.arange(3)[None], KVCache(model.config)),
+                           flat(again)(ids, torch.arange(3)[None], KVCache(model.config)))  # fmt: skip
+
+
+def test_a_model_can_train_after_it_has_generated():
+    model, ids = tiny(), torch.tensor([[1, 2, 3]])
+    generate(model, ids, max_new_tokens=2)
+    model.train()
+    model(ids, labels=ids, use_cache=False).loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_only_what_it_computes_is_taken_over():
+    """Eager attention, training, hooks and foreign parts run the readable path."""
+    assert isinstance(flat(tiny()), Flat)
+    assert flat(tiny(attn_implementation="eager")) is None
+    assert flat(tiny().train()) is None
+    hooked = tiny()
+    hooked.model.layers[1].mlp.register_forward_hook(lambda *_: None)
+    assert flat(hooked) is None
+    foreign = tiny()
+    foreign.model.layers[0].self_attn.q_proj = torch.nn.Linear(32, 64, bias=False)
+    assert flat(foreign) is None
+    with pytest.raises(ValueError, match="compile=True"):
+        generate(foreign, torch.tensor([[1]]), compile=True)
+
+
+# ------------------------------------------------------------------------------------------------------ 16-bit matrices
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 7, 8, 33])
+def test_wide_products_are_closer_to_the_truth(dtype, rows, monkeypatch):
+    """Over the edges of the pieces in which a weight is widened, too."""
+    g = torch.Generator().manual_seed(rows)
+    x, weight = torch.randn(rows, 96, generator=g).to(dtype), torch.randn(75, 96, generator=g).to(dtype)
+    exact = x.double() @ weight.double().T
+    monkeypatch.setattr(fast, "TILE", 96 * 32)
+    found = wide_linear(x, weight)
+    assert found.dtype == dtype and found.is_contiguous()
+    if rows >= 8:  # rounded once, from float32
+        assert torch.equal(found, exact.float().to(dtype)) or (found.double() - exact).abs().max() <= (
+            (exact.float().to(dtype).double() - exact).abs().max() * 1.01)
+    else:
+        assert torch.equal(found, torch.nn.functional.linear(x, weight))
+
+
+def test_wide_products_in_a_model(monkeypatch):
+    """As on a processor without 16-bit arithmetic: closer to float64 than the readable path, over 40 models."""
+    monkeypatch.setattr(fast, "widens", lambda dtype, device: dtype == torch.bfloat16)
+    errors = []
+    for seed in range(40):
+        case, positions, _ = left_padded(random.Random(seed), dtype=torch.bfloat16)
+        truth = both(case, truth_of(case), positions)
+        for (exact, _), (readable, found) in zip(truth, both(case, case.ours, positions)):
+            errors.append([(x.double() - exact).abs().mean().item() for x in (readable, found)])
+    assert sum(found for _, found in errors) < sum(readable for readable, _ in errors) * 1.02
+
+
+def test_the_widened_types_are_those_without_arithmetic():
+    assert fast.widens(torch.bfloat16, torch.device("cpu")) is not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert not fast.widens(torch.float32, torch.device("cpu"))
+    assert not fast.widens(torch.bfloat16, torch.device("cuda"))
+
+
+def test_published_shapes_are_taken():
+    """Ministral 3 with query scales and tied embeddings."""
+    model = tiny(Ministral3ForCausalLM, sliding_window=None, tie_word_embeddings=True)
+    assert flat(model) is not None and isinstance(model.config, MinistralConfig)
