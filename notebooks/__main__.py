@@ -10,6 +10,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,15 @@ LIMIT = 10**6  # bytes of a notebook with its outputs
 
 
 def execute(path: Path) -> Any:
-    """The notebook with fresh outputs, without anything that another run would not give again.
+    """The notebook with fresh outputs, without anything that another run would not give again. (It saves a picture in
+    images/, too.)
 
     Raises:
         ValueError: a cell fails; the message is its last line.
     """
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(HERE)}},
-                            record_timing=False)  # fmt: skip
+                            record_timing=False, extra_arguments=["--IPKernelApp.log_level=40"])  # fmt: skip
     try:
         client.execute()
     except CellExecutionError as error:
@@ -42,19 +44,27 @@ def execute(path: Path) -> Any:
     return notebook
 
 
+def _write(content: bytes, path: Path) -> None:
+    path.write_bytes(content)
+
+
 def run(options: argparse.Namespace) -> int:
     """Execute, and write where that is asked for."""
     paths = sorted(p for p in HERE.glob("*.ipynb") if not options.names or p.name.startswith(tuple(options.names)))
     if not paths:
         raise ValueError(f"no notebook begins with {', '.join(options.names)}")
     for path in paths:
-        start = time.perf_counter()
+        start, images = time.perf_counter(), {image: image.read_bytes() for image in HERE.glob("images/*.png")}
         notebook = execute(path)
-        size = len(nbformat.writes(notebook).encode())
+        if not options.write:
+            for image, content in images.items():
+                image.write_bytes(content)
+        content = f"{nbformat.writes(notebook).rstrip()}\n".encode()
+        size = len(content)
         if size > LIMIT:
             raise ValueError(f"{path.name} has {size:,} bytes with its outputs; allowed: {LIMIT:,}")
         if options.write:
-            replace_file(path, lambda temporary, notebook=notebook: nbformat.write(notebook, temporary))  # type: ignore[misc]
+            replace_file(path, partial(_write, content))
         print(f"{path.name}: {time.perf_counter() - start:.0f} s, {size // 1000} kB", flush=True)
     print(f"{len(paths)} passed, 0 failed")
     return 0

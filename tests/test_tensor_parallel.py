@@ -1,0 +1,75 @@
+"""Two processes that each hold half of every matrix compute what one process computes."""
+
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from torch.distributed.device_mesh import init_device_mesh
+
+from examples.tensor_parallel import main, shard
+from generate import generate
+from ministral import KVCache, MinistralConfig, MinistralForCausalLM
+from ministral3 import Ministral3Config, Ministral3ForCausalLM
+
+SIZES = dict(vocab_size=50, hidden_size=20, intermediate_size=24, num_hidden_layers=2, num_attention_heads=8,
+             num_key_value_heads=4, head_dim=8, initializer_range=0.3)  # fmt: skip
+YARN = dict(rope_type="yarn", rope_theta=100.0, factor=4.0, original_max_position_embeddings=8, mscale=1.0,
+            mscale_all_dim=1.0, llama_4_scaling_beta=0.5)  # fmt: skip
+
+
+def models():
+    """Both families: windows; YaRN, query scales above 1, tied embeddings."""
+    torch.manual_seed(0)
+    mixed = MinistralConfig(**SIZES, sliding_window=5, layer_types=["full_attention", "sliding_attention"])
+    yarn = Ministral3Config(**SIZES, rope_parameters=YARN, tie_word_embeddings=True, pad_token_id=None)
+    return MinistralForCausalLM(mixed).double().eval(), Ministral3ForCausalLM(yarn).double().eval()
+
+
+IDS = torch.arange(1, 31).view(2, 15)
+
+
+def outputs(model):
+    """Logits of whole texts, then of a step through the cache; tokens."""
+    with torch.inference_mode():
+        cache = KVCache(model.config)
+        whole = model(IDS, past_key_values=cache).logits
+        step = model(IDS[:, :1], past_key_values=cache).logits
+    return [whole, step, generate(model, IDS, max_new_tokens=8, eos_token_id=())]
+
+
+def work(rank, directory):
+    dist.init_process_group("gloo", init_method=f"file://{directory}/meeting", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    mesh = init_device_mesh("cpu", (2,))
+    found = []
+    for model in models():
+        whole = sum(p.numel() for name, p in model.named_parameters(remove_duplicate=False) if "norm" not in name)
+        parts = [p for name, p in shard(model, mesh).named_parameters(remove_duplicate=False) if "norm" not in name]
+        assert 2 * sum(p.to_local().numel() for p in parts) == whole
+        found.append(outputs(model))
+    torch.save(found, f"{directory}/{rank}")
+    dist.destroy_process_group()
+
+
+def test_two_processes_compute_what_one_does(tmp_path):
+    expected = [outputs(model) for model in models()]
+    torch.multiprocessing.spawn(work, (str(tmp_path),), nprocs=2)
+    for rank in (0, 1):
+        for theirs, ours in zip(torch.load(tmp_path / str(rank)), expected):
+            for a, b in zip(theirs, ours):
+                torch.testing.assert_close(a, b, rtol=0, atol=1e-12 * max(float(b.abs().max()), 1))
+
+
+def test_what_cannot_be_cut_is_refused(capsys, monkeypatch):
+    class Three:
+        def size(self):
+            return 3
+
+    with pytest.raises(ValueError, match="num_key_value_heads=4 in 3 parts"):
+        shard(models()[0], Three())
+    monkeypatch.delitem(os.environ, "RANK", raising=False)
+    assert main(["text"]) == 2
+    assert capsys.readouterr().err == (
+        "error: no process group; start it with: torchrun --nproc-per-node 2 -m examples.tensor_parallel ...\n")
