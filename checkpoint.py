@@ -44,6 +44,7 @@ HUB_WEIGHTS = [WEIGHTS, "model-*-of-*.safetensors", INDEX]
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 KINDS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}  # in safetensors
 FP8 = "F8_E4M3"
+FORMATS = ("hf", "mistral")  # the two layouts
 NO_WEIGHTS = ("weight_scale_inv", "activation_scale", "inv_freq")  # names of tensors that are no parameters end so
 
 
@@ -111,7 +112,7 @@ def read_json(path: Path) -> Any:
         ValueError: it is not UTF-8 JSON; the message says where.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
+        raise FileNotFoundError(f"{path} is a directory; give a file" if path.is_dir() else f"{path} does not exist")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -399,6 +400,8 @@ def from_params(content: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"{PARAMS} has yarn or llama_4_scaling, and windows for some layers only: Transformers has no"
                          " such model; allowed: a window for all layers, or for none")  # fmt: skip
     text |= {"model_type": "ministral3" if new else "ministral" if text["sliding_window"] else "mistral"}
+    if new:
+        rope.setdefault("llama_4_scaling_beta", 0.0)  # Transformers reads it without asking whether it is there
     text["rope_parameters"] = rope
     if new or not text["sliding_window"]:
         text.pop("layer_types")  # Transformers has no such field there
@@ -766,7 +769,7 @@ class Checkpoint:
             given = self._block and [n / size for n, size in zip(tensor.shape, self._block)]
             if not scale.is_floating_point() or scale.element_size() < 2 or (blocks and given and blocks != given):
                 allowed = f"one number, or {[math.ceil(n) for n in given] if given else 'a grid'} of them, each for a"
-                allowed += " whole block, of 16 bits or more"
+                allowed += f" whole block of {list(tensor.shape)}, of 16 bits or more"
                 raise ValueError(f"{name}: scale of shape {list(scale.shape)}, {scale.dtype}; allowed: {allowed}")
             try:
                 tensor = dequantize(tensor, scale, dtype or self.dtype)
@@ -865,7 +868,8 @@ def write(
     format: str = "hf",
 ) -> None:
     """Write a model directory that Transformers reads too: one weights file, or, above `max_shard_bytes`, shards
-    with an index. All files appear when all are complete, or none; config.json comes last.
+    with an index. Nothing is touched before all files are complete; then the old ones go and the new ones come,
+    config.json last, so that a directory in which that is interrupted is refused, never read as a mixture.
 
     Args:
         config: the content of config.json.
@@ -876,8 +880,13 @@ def write(
 
     Raises:
         NotADirectoryError: `directory` is a file.
+        ValueError: an unknown format, or no room in a shard.
     """
     directory = Path(directory)
+    if format not in FORMATS:
+        raise ValueError(f"format={format!r} is impossible; allowed: {', '.join(FORMATS)}")
+    if max_shard_bytes < 1:
+        raise ValueError(f"max_shard_bytes={max_shard_bytes} is impossible; allowed: a whole number not below 1")
     if directory.exists() and not directory.is_dir():
         raise NotADirectoryError(f"{directory} is a file; a model is written into a directory")
     directory.mkdir(parents=True, exist_ok=True)
@@ -904,7 +913,7 @@ def write(
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         writers[directory / INDEX] = partial(_dump, index)
     writers[directory / (CONFIG if format == "hf" else PARAMS)] = partial(_dump, config)
-    replace_files(writers, before=partial(_remove_other_weights, directory, {path.name for path in writers}))
+    replace_files(writers, before=partial(_remove_old, directory, list(writers)[-1]))
 
 
 def _dump(content: Any, path: Path) -> None:
@@ -926,6 +935,10 @@ def replace_files(
 ) -> None:
     """The same for several files: only when all temporary files are written, `before` is called and they are put in
     their places, in the given order."""
+    for path in writers:
+        if path.is_dir() or not path.parent.is_dir():
+            why = "it is a directory" if path.is_dir() else f"{path.parent} is no directory"
+            raise FileNotFoundError(f"{path} cannot be written: {why}")
     temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in writers}
     try:
         for path, write_to in writers.items():
@@ -941,14 +954,35 @@ def replace_files(
             written.unlink(missing_ok=True)
 
 
-def _remove_other_weights(directory: Path, keep: Iterable[str]) -> None:
-    """Weights of an earlier save in another number of shards: a single file would be read instead of new shards."""
+def _remove_old(directory: Path, config: Path) -> None:
+    """The configuration and weights of an earlier save, the configuration first: without it nothing is read."""
+    config.unlink(missing_ok=True)
+    weights = r"model(-\d+-of-\d+)?" if config.name == CONFIG else "consolidated"
     for path in directory.iterdir():
-        if path.name not in keep and re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", path.name):
+        if re.fullmatch(rf"{weights}\.safetensors(\.index\.json)?", path.name):
             path.unlink()
 
 
 # ------------------------------------------------------------------------------------------------------ commands
+
+
+def expect_all(directory: Path, config: dict[str, Any], found: Iterable[str]) -> None:
+    """Raise ValueError unless the tensors, by Mistral's names, are those that the configuration asks for: no more but
+    scales, no less but the head."""
+    text, vision = complete(config)
+    wanted: set[str] = set()
+    for module, name in NAMES.items():
+        part = vision if name.startswith(EYES) else text
+        if part is not None:
+            layers = range(part["num_hidden_layers"] if ".N." in module else 1)
+            wanted |= {f"{module.replace('.N.', f'.{n}.')}.weight" for n in layers}
+            if module.startswith("vision_language_adapter") and config.get("multimodal_projector_bias"):
+                wanted.add(f"{module}.bias")
+    weights = {name for name in found if not name.rpartition(".")[2].startswith("qscale_")}
+    for what, names in (("lacks", wanted - weights - {"output.weight"}), ("should not have", weights - wanted)):
+        if names:
+            said = ", ".join(sorted(names)[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+            raise ValueError(f"{directory} {what} {said} (Mistral's names), by its configuration; fetch it again")
 
 
 def convert(
@@ -981,15 +1015,18 @@ def convert(
         config.pop("quantization_config", None)
     named = {"dtype", "torch_dtype"} & config.keys()
     config[min(named, default="dtype")] = str(dtype or files.dtype).removeprefix("torch.")
-    names: dict[str, str] = {}  # new name -> name
+    found: dict[str, str] = {}  # Mistral's name -> Transformers'
     for name in files.names():
         if not name.endswith("rotary_emb.inv_freq"):  # written by old versions of Transformers, and computed
-            new = to_mistral(name) if format == "mistral" else name
-            if new is None:
-                raise ValueError(f"{directory}: {name} has no name in the {format} layout; allowed: see NAMES")
-            if new in names:
-                raise ValueError(f"{directory}: {names[new]} and {name} are the same tensor")
-            names[new] = name
+            if (own := to_mistral(name)) is None:
+                raise ValueError(f"{directory}: {name} has no name in the mistral layout; allowed: see NAMES")
+            if own in found:
+                raise ValueError(f"{directory}: {found[own]} and {name} are the same tensor")
+            found[own] = name
+    expect_all(directory, config, found)
+    if "output.weight" not in found and not text_config(config).get("tie_word_embeddings"):
+        config["tie_word_embeddings"] = True  # no head of its own, whatever the file says
+    names = found if format == "mistral" else {name: name for name in found.values()}  # new name -> name
     scales = [name for name in names.values() if name.endswith("_scale_inv")]
     if format != files.layout and (blocks := [name for name in scales if math.prod(files.shape(name)) != 1]):
         raise ValueError(f"{directory}: {blocks[0]} is a grid, which rows cannot leave; give a dtype (--dtype)")
@@ -1002,6 +1039,7 @@ def convert(
              for new, name in names.items()}  # fmt: skip
     written = to_params(config) if format == "mistral" else config
     temporary = destination.with_name(f".{destination.name}.{os.getpid()}.tmp")
+    made = [folder for folder in destination.parents if not folder.exists()]
     try:
         write(temporary, written, sizes, read, max_shard_bytes, format)
         for pattern in (*OTHER_FILES, "README.md", "LICENSE*"):
@@ -1010,6 +1048,9 @@ def convert(
         os.replace(temporary, destination)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        for folder in made:  # (those that are not empty stay)
+            with suppress(OSError):
+                folder.rmdir()
 
 
 def count_parameters(config: dict[str, Any]) -> dict[str, int]:
@@ -1120,7 +1161,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     to = commands.add_parser("convert", help="write a model in another layout or type")
     to.add_argument("source", metavar="DIR_OR_HUB_ID")
     to.add_argument("destination", metavar="DIR", help="a new directory")
-    to.add_argument("--format", choices=("hf", "mistral"), default="hf", help="Transformers' (default) or Mistral's")
+    to.add_argument("--format", choices=FORMATS, default="hf", help="Transformers' (default) or Mistral's")
     short = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
     to.add_argument("--dtype", choices=[*DTYPES, *short], help="default: as stored, FP8 included")
     for command in (info, to):

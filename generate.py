@@ -654,8 +654,10 @@ def choose_format(options: argparse.Namespace, directory: Path) -> tuple[bool, s
 
 
 def model_words(name: str, directory: Path) -> list[str]:
-    """The words of a model's name: of its Hub id, or its directory."""
-    name = directory.resolve().name if Path(name).expanduser().is_dir() else name
+    """The words of a model's name: of its Hub id without the owner, or its directory; in the Hub's cache
+    (.../models--owner--name/snapshots/commit) of the id that the directory belongs to."""
+    parts = directory.resolve().parts if Path(name).expanduser().is_dir() else (name.rpartition("/")[2],)
+    name = parts[-3].rpartition("--")[2] if "snapshots" in parts[-2:-1] else parts[-1]
     return re.split("[^a-z0-9]+", name.lower())
 
 

@@ -31,7 +31,7 @@ def execute(path: Path) -> Any:
     Raises:
         ValueError: a cell fails; the message is its last line.
     """
-    notebook = nbformat.read(path, as_version=4)
+    notebook: Any = nbformat.read(path, as_version=4)  # type: ignore[no-untyped-call]
     client = NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(HERE)}},
                             record_timing=False, extra_arguments=["--IPKernelApp.log_level=40"])  # fmt: skip
     try:
@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
         if not options.write:
             for image, content in images.items():
                 image.write_bytes(content)
-        content = f"{nbformat.writes(notebook).rstrip()}\n".encode()
+        content = f"{nbformat.writes(notebook).rstrip()}\n".encode()  # type: ignore[no-untyped-call]
         size = len(content)
         if size > LIMIT:
             raise ValueError(f"{path.name} has {size:,} bytes with its outputs; allowed: {LIMIT:,}")

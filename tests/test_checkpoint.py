@@ -6,6 +6,7 @@ import random
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -311,3 +312,103 @@ print(sum(parameters), max(parameters), max(peak, anonymous()) - before)
     )  # fmt: skip
     size, largest, peak = map(int, run.stdout.split())
     assert size / 2 < peak <= size + largest + 2_000_000
+
+
+# -------------------------------------------------------------------------------------------------------- conversion
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", ["no query scale", "tied, not said", "tied, denied"])
+def test_transformers_runs_what_comes_back_from_mistrals_layout(tmp_path, case):
+    """Transformers reads llama_4_scaling_beta without asking whether it is there, and believes a file about ties."""
+    rng = random.Random(3)
+    config = draw_config(rng, family="ministral3", hidden_act="silu", sliding_window=None,
+                         tie_word_embeddings=case != "no query scale")  # fmt: skip
+    rope = dict(rope_type="yarn", rope_theta=100.0, factor=4.0, original_max_position_embeddings=8, mscale=1.0,
+                mscale_all_dim=1.0, llama_4_scaling_beta=0.0)  # fmt: skip
+    config = replace(config, rope_parameters=rope, rope_theta=None)
+    pair(config, torch.float32, 1)[0].save_pretrained(tmp_path / "hf")
+    checkpoint.convert(tmp_path / "hf", tmp_path / "mistral", format="mistral")
+    params = checkpoint.read_json(tmp_path / "mistral" / "params.json")
+    assert "llama_4_scaling" not in params
+    if case != "no query scale":
+        del params["tied_embeddings"]
+        params |= {"tied_embeddings": False} if case == "tied, denied" else {}
+    (tmp_path / "mistral" / "params.json").write_text(json.dumps(params))
+    checkpoint.convert(tmp_path / "mistral", tmp_path / "back")
+    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back", output_loading_info=True)
+    assert not any(info.values()), info
+    ids = torch.arange(1, 31)[None]
+    assert_same(load_model(tmp_path / "back")(ids).logits, theirs(ids).logits, torch.ones_like(ids).bool())
+    assert torch.equal(load_model(tmp_path / "back")(ids).logits, load_model(tmp_path / "hf")(ids).logits)
+
+
+@pytest.mark.parametrize("format", checkpoint.FORMATS)
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda t: t.pop("model.layers.0.mlp.up_proj.weight"), r"lacks layers\.0\.feed_forward\.w3\.weight "),
+        (lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(4)}),
+         r"should not have layers\.0\.attention\.wq\.bias "),
+        (lambda t: t.update({"model.layers.9.mlp.up_proj.weight": torch.ones(4)}),
+         r"should not have layers\.9\.feed_forward\.w3\.weight "),
+        (lambda t: t.update({"language_model.model.norm.weight": torch.ones(4)}), "are the same tensor"),
+    ],
+)  # fmt: skip
+def test_only_whole_models_are_converted(saved, tmp_path, format, edit, message):
+    _, path = saved
+    rewrite(path, edit)
+    with pytest.raises(ValueError, match=message):
+        checkpoint.convert(path, tmp_path / "new" / "folder", format=format)
+    assert not (tmp_path / "new").exists()
+
+
+def test_impossible_ways_of_writing_are_refused(saved, tmp_path):
+    model, path = saved
+    with pytest.raises(ValueError, match="format='gguf' is impossible; allowed: hf, mistral"):
+        checkpoint.convert(path, tmp_path / "new", format="gguf")
+    with pytest.raises(ValueError, match="max_shard_bytes=0 is impossible"):
+        model.save_pretrained(tmp_path / "new", max_shard_bytes=0)
+    with pytest.raises(FileNotFoundError, match=r"no/such/file cannot be written: .* is no directory"):
+        checkpoint.write_json(tmp_path / "no/such/file", [])
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_made_for_a_failed_conversion_is_removed(saved, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(checkpoint, "save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        checkpoint.convert(saved[1], tmp_path / "new" / "folder" / "model")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("before", ["shards", "one file"])
+@pytest.mark.parametrize("renamed", [0, 1, 3])
+def test_a_save_that_is_interrupted_while_renaming_is_no_mixture(saved, monkeypatch, before, renamed):
+    """An old model and a new one of the same shape: without its config.json the directory is refused."""
+    model, path = saved
+    half = sum(p.nbytes for p in model.parameters()) // 3
+
+    def save(value, size):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.fill_(value)
+        model.save_pretrained(path, max_shard_bytes=size)
+
+    save(1.0, half if before == "shards" else 10**9)
+    left, really = [renamed], os.replace
+
+    def rename(source, target):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError("interrupted")
+        really(source, target)
+
+    monkeypatch.setattr(os, "replace", rename)
+    with pytest.raises(OSError, match="interrupted"):
+        save(2.0, half)
+    with pytest.raises(FileNotFoundError):
+        load_model(path)
+    assert not list(path.glob(".*"))

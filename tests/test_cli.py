@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import generate
-from generate import BUNDLED, Writer, available_memory, human, kv_cache_bytes, load_model, main
+from generate import BUNDLED, Writer, available_memory, human, kv_cache_bytes, load_model, main, model_words
 from ministral import KVCache, MinistralConfig
 from tokenizer import Tokenizer
 
@@ -232,3 +232,18 @@ def test_the_first_token_comes_at_once_and_nothing_heavy_is_imported():
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     print(f"process start to end, one token: {time.perf_counter() - start:.1f} s")
     assert result.stdout.splitlines()[-1] == "[] 0"
+
+
+@pytest.mark.parametrize(
+    ("name", "directory", "words"),
+    [
+        ("base-labs/Ministral-3-3B-Instruct-2512", "/cache/x", ["ministral", "3", "3b", "instruct", "2512"]),
+        (".", "models--mistralai--Ministral-3-3B-Base-2512/snapshots/0a1b", ["ministral", "3", "3b", "base", "2512"]),
+        (".", "Ministral-3-8B-Reasoning-2512", ["ministral", "3", "8b", "reasoning", "2512"]),
+    ],
+)
+def test_the_words_of_a_name_are_the_models(tmp_path, name, directory, words):
+    """Not its owner's, and of a directory in the Hub's cache those of the repository."""
+    path = tmp_path / directory
+    path.mkdir(parents=True, exist_ok=True)
+    assert model_words(name if "/" in name else str(path), path) == words
