@@ -385,7 +385,7 @@ def test_a_folder_made_for_a_failed_conversion_is_removed(saved, tmp_path, monke
 
 
 @pytest.mark.parametrize("before", ["shards", "one file"])
-@pytest.mark.parametrize("renamed", [0, 1, 3])
+@pytest.mark.parametrize("renamed", [0, 1, 3, "all but config.json"])
 def test_a_save_that_is_interrupted_while_renaming_is_no_mixture(saved, monkeypatch, before, renamed):
     """An old model and a new one of the same shape: without its config.json the directory is refused."""
     model, path = saved
@@ -398,12 +398,12 @@ def test_a_save_that_is_interrupted_while_renaming_is_no_mixture(saved, monkeypa
         model.save_pretrained(path, max_shard_bytes=size)
 
     save(1.0, half if before == "shards" else 10**9)
-    left, really = [renamed], os.replace
+    done, really = [], os.replace
 
     def rename(source, target):
-        left[0] -= 1
-        if left[0] < 0:
+        if len(done) == renamed or target.name == "config.json":
             raise OSError("interrupted")
+        done.append(target)
         really(source, target)
 
     monkeypatch.setattr(os, "replace", rename)
