@@ -289,6 +289,15 @@ def test_mistral_commons_own_example_of_v13(tokenizers):
     )
 
 
+def test_mistral_commons_own_ids_of_a_result():
+    """In its vocabulary of 256 bytes and 100 special tokens."""
+    tekken = json.loads((BUNDLED / "tekken.json").read_text())
+    tekken["config"] |= {"default_num_special_tokens": 100, "default_vocab_size": 356}
+    tekken["special_tokens"] = [{"rank": i, "token_str": name} for i, name in enumerate(NAMES)]
+    tokenizer = Tokenizer(from_tekken(tekken), "v13")
+    assert tokenizer.encode_chat([HI, CALLING, change(RESULT, content="R1")])[-4:] == [7, 182, 149, 8]
+
+
 @pytest.mark.parametrize("version", VERSIONS)
 @given(data=st.data())
 def test_text_never_becomes_a_special_token(tokenizers, version, data):

@@ -39,7 +39,7 @@ from checkpoint import (
     to_mistral,
     to_params,
 )
-from generate import BUNDLED, load_model
+from generate import BUNDLED, kv_cache_bytes, load_model
 from heads import Ministral3ForSequenceClassification
 from ministral import MinistralConfig, MinistralForCausalLM
 from ministral3 import Ministral3Config, Ministral3ForCausalLM, Ministral3Model, YarnRotaryEmbedding
@@ -197,6 +197,29 @@ def test_mistrals_files_mean_what_mistrals_formulas_say(tmp_path_factory, rng, k
     assert (ours(ids, **arguments).logits[0] - expected).abs().max() < 1e-9 * expected.abs().max()
 
 
+@torch.no_grad()
+def test_biases_of_the_projector(tmp_path):
+    """Mistral's `adapter_bias`: a picture is seen the same in both layouts, and not as without them."""
+    drawn = (draw_model(random.Random(seed), "mistral3", torch.float32) for seed in itertools.count())
+    model = next(m for m in drawn if m.config.multimodal_projector_bias)
+    model.save_pretrained(tmp_path / "hf")
+    convert(tmp_path / "hf", tmp_path / "mistral", format="mistral")
+    convert(tmp_path / "mistral", tmp_path / "again")
+    assert json.loads((tmp_path / "mistral" / "params.json").read_text())["vision_encoder"]["adapter_bias"] is True
+    ids = draw_ids(random.Random(0))[:1]
+    ids[0, 3:9] = 10
+    pixels = torch.randn(1, 3, 12, 18, generator=torch.Generator().manual_seed(0))
+    pictures = dict(pixel_values=pixels, image_sizes=[(12, 18)])
+    expected = copy.deepcopy(model)(ids, **pictures).logits
+    for name in ("hf", "mistral", "again"):
+        other = load_model(tmp_path / name, attn_implementation=model.config.attn_implementation)
+        assert other.config.multimodal_projector_bias
+        assert_same(copy.deepcopy(other)(ids, **pictures).logits, expected)
+        for layer in (other.model.multi_modal_projector.linear_1, other.model.multi_modal_projector.linear_2):
+            layer.bias.zero_()
+            assert not other(ids, **pictures).logits.equal(expected)
+
+
 @given(rngs)
 def test_the_order_of_rows(rng):
     heads, D, E = rng.choice([1, 2, 3, 8]), rng.choice([2, 4, 6, 128]), rng.choice([1, 5])
@@ -261,6 +284,15 @@ def test_the_scale_of_yarn():
         text = Mistral3Config.from_dict(from_params(params)).text_config
         assert YarnRotaryEmbedding(text).attention_factor() == pytest.approx(factor, abs=1e-12)
         assert to_params(from_params(params))["yarn"] == params["yarn"]
+
+
+@pytest.mark.parametrize("scheme, said", [("static", "TENSOR"), ("dynamic", "NO_SCALES")])
+def test_how_activations_of_fp8_are_scaled(scheme, said):
+    config = ministral3("8B", fp8=True)
+    config["quantization_config"]["activation_scheme"] = scheme
+    params = to_params(config)
+    assert params["quantization"]["qscheme_act"] == said
+    assert from_params(params)["quantization_config"]["activation_scheme"] == scheme
 
 
 def changed(path, value):
@@ -480,6 +512,7 @@ def test_broken_fp8_is_refused(tmp_path):
         ({f"{name}_scale_inv": torch.ones(0, 4)}, r"scales \[0, 4\] for a tensor"),
         ({name: whole[name].flatten()}, "1 tensors misshapen"),
         ({f"{name}_scale_inv": torch.ones((), dtype=torch.uint8)}, "uint8; allowed: one number"),
+        ({f"{name}_scale_inv": torch.tensor(1.0).to(torch.float8_e4m3fn)}, "float8_e4m3fn; allowed: .* of 16 bits"),
         ({name: whole[name].bfloat16()}, "has a scale but is not stored as F8_E4M3"),
         ({name: whole[name].float().to(torch.float8_e5m2)}, "has a scale but is not stored as F8_E4M3"),
         ({f"{name}_scale_inv": None}, f"{name} is F8_E4M3"),
@@ -791,7 +824,8 @@ def test_the_pattern_of_windows_shows_in_the_cache(tmp_path, capsys):
 
 @given(rngs, st.sampled_from(["ministral", "ministral3", "mistral3"]), st.booleans())
 def test_info_counts_what_is_there(tmp_path_factory, rng, kind, fp8):
-    """The formula from the configuration equals the tensors of the file, and those of the model."""
+    """The formula from the configuration equals the tensors of the file, and those of the model; the cache has the
+    type of the weights."""
     path, model = tmp_path_factory.mktemp("info"), draw_model(rng, kind)
     model.save_pretrained(path)
     if fp8:
@@ -803,6 +837,8 @@ def test_info_counts_what_is_there(tmp_path_factory, rng, kind, fp8):
     tensors = load_file(path / "model.safetensors")
     assert f"{total:,} (text {counts['text']:,}" in out
     assert f"({sum(t.nbytes for t in tensors.values()):,} bytes of tensors)" in out
+    cache, dtype = kv_cache_bytes(model.config.get_text_config(), 1, model.dtype.itemsize), str(model.dtype)
+    assert f"cache       {cache:,} bytes per token in {dtype.removeprefix('torch.')}" in out
     if fp8:
         assert f"{counts['fp8']:,} F8_E4M3" in out
         assert counts["fp8"] == sum(t.numel() for t in tensors.values() if t.dtype == torch.float8_e4m3fn)

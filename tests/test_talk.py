@@ -142,17 +142,22 @@ def test_a_picture_is_loaded_and_encoded_once(tokenizer, tmp_path, monkeypatch):
 
 
 def scripted(monkeypatch, *answers):
-    """Let the model say these ids, one list for each answer."""
-    said = iter(answers)
+    """Let the model say these ids, one list for each answer; KeyboardInterrupt stands for Ctrl-C twice. Returns a list
+    that gets the pictures that it sees, for each answer."""
+    said, seen = iter(answers), []
 
-    def fake(model, input_ids, on_token=None, **_):
+    def fake(model, input_ids, on_token=None, pixel_values=None, **_):
+        seen.append([] if pixel_values is None else [*pixel_values])
         ids = next(said)
+        if ids is KeyboardInterrupt:
+            raise ids
         for i in ids:
             if on_token and on_token(0, i):
                 break
         return torch.tensor([input_ids[0].tolist() + ids])
 
     monkeypatch.setattr(generate, "generate", fake)
+    return seen
 
 
 def test_a_prefix_becomes_the_beginning_of_the_answer(tokenizer, monkeypatch):
@@ -252,6 +257,17 @@ def test_advice_for_sampling():
     assert chosen("reasoning", "--top-p", "0.5", "--max-new-tokens", "7") == (0.7, 0.5, 7)
 
 
+@pytest.mark.parametrize("prompt, arguments", [(None, []), ("Think:[THINK]so[/THINK]", ["--system", ""])])
+def test_a_reasoning_model_gets_its_advice_by_name(capsys, instruct, tmp_path, prompt, arguments):
+    """Also without the system prompt that shows how to think."""
+    shutil.copytree(instruct, path := tmp_path / "Tiny-Reasoning")
+    if prompt:
+        (path / "SYSTEM_PROMPT.txt").write_text(prompt)
+    result, _ = answer(capsys, "To be?", "--model", path, *arguments)
+    assert result["prompt_ids"] == Tokenizer.from_dir(path).encode_chat([{"role": "user", "content": "To be?"}])
+    assert (result["settings"]["temperature"], result["settings"]["top_p"]) == (0.7, 0.95)
+
+
 def answer(capsys, *arguments):
     """The JSON result and the lines on standard error."""
     code, out, err = run(capsys, "--max-new-tokens", 4, "--seed", 1, "--json", *arguments)
@@ -299,7 +315,7 @@ def test_system_messages_and_tools(capsys, instruct, tmp_path):
     result, _ = answer(capsys, *arguments, "--messages", file)
     assert result["prompt_ids"] == ours.encode_chat([*messages, user])
     thought = {"role": "system", "content": [{"type": "thinking", "thinking": "so"}]}
-    file.write_text(json.dumps([thought, user]))
+    file.write_text(json.dumps([user, thought, user]))
     assert answer(capsys, "--model", instruct, "--messages", file)[0]["settings"]["top_p"] == 0.95
     file.write_text(json.dumps([*messages, user, {"role": "assistant", "content": "Well", "prefix": True}]))
     result, _ = answer(capsys, "--model", instruct, "--messages", file)
@@ -360,6 +376,7 @@ def test_thinking_and_calls_on_the_screen(capsys, instruct, monkeypatch, tmp_pat
         (["--messages", "/no/such.json"], "/no/such.json does not exist"),
         (["x", "--tools", "{file}"], "holds dict; allowed: a JSON list"),
         (["--messages", "{messages}", "--system", "b"], "--system, and --messages with a system message"),
+        (["--messages", "{late}", "--system", "b"], "--system, and --messages with a system message"),
         (["--messages", "{bad}"], "role 'king' is impossible"),
         (["--chat", "--messages", "{bad}"], "role 'king' is impossible"),
         (["--chat", "--messages", "{numbers}"], "a message is 1; allowed: an object"),
@@ -374,20 +391,24 @@ def test_wrong_use_of_chats_is_one_line(capsys, instruct, tmp_path, arguments, m
     contents = {"file": {"a": 1}, "bad": [{"role": "king", "content": "x"}], "numbers": [1],
                 "calls": [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [{"name": "a"}]}],
                 "messages": [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]}  # fmt: skip
+    contents["late"] = [{"role": "user", "content": "c"}, *contents["messages"]]
     for name, content in contents.items():
         (tmp_path / name).write_text(json.dumps(content))
     arguments = [argument.format(**{name: tmp_path / name for name in contents}) for argument in arguments]
-    code, out, err = run(capsys, "--model", instruct, *arguments)
+    code, out, err = run(capsys, "--model", instruct, "--max-new-tokens", 1, *arguments)
     assert code == 2 and out == "" and message in err and err.count("\n") == 1 and err.startswith("error: ")
 
 
 def test_fewer_tokens_where_memory_is_short(capsys, instruct, monkeypatch):
-    """What nobody asked for shrinks until it fits; what was asked for is refused."""
+    """What nobody asked for shrinks until it fits, but not to a few words; what was asked for is refused."""
     monkeypatch.setattr(generate, "available_memory", lambda device: 8_700_000)
     scripted(monkeypatch, [2])
     code, _, err = run(capsys, "x", "--model", instruct)
     assert code == 0 and "of cache for 514 tokens" in err
     code, _, err = run(capsys, "x", "--model", instruct, "--max-new-tokens", 1000)
+    assert code == 2 and "this takes" in err
+    monkeypatch.setattr(generate, "available_memory", lambda device: 8_000_000)  # for about 80 tokens
+    code, _, err = run(capsys, "x", "--model", instruct)
     assert code == 2 and "this takes" in err
 
 
@@ -449,14 +470,18 @@ def test_what_is_said_of_short_and_empty_answers(instruct, monkeypatch, capsys, 
 
 
 def typed(monkeypatch, *lines):
-    """Let a user type these lines, then Ctrl-D; KeyboardInterrupt stands for Ctrl-C."""
+    """Let a user type these lines, then Ctrl-D; KeyboardInterrupt stands for Ctrl-C, a function for what is done before
+    Enter is hit on an empty line."""
     rest = iter(lines)
 
     def ask(prompt=""):
         line = next(rest, EOFError)
         if isinstance(line, str):
             return line
-        raise line
+        if isinstance(line, type):
+            raise line
+        line()
+        return ""
 
     monkeypatch.setattr("builtins.input", ask)
 
@@ -496,6 +521,55 @@ def test_pictures_in_the_terminal(seeing, monkeypatch, capsys, tmp_path):
     fresh = run(capsys, *arguments)[1]
     assert out.endswith(fresh) and out != fresh + fresh
     assert len(json.loads(saved.read_text())) == 2
+
+
+def talk_here(tokenizer, monkeypatch, *lines):
+    """A conversation with a model that has eyes, after these lines of input."""
+    talk = Conversation(tokenizer, tiny("eyes", random.Random(0)).config, [])
+    typed(monkeypatch, *lines)
+    assert generate.converse(talk, None, parse_arguments(["--chat"]), {}) == 0
+    return talk
+
+
+def test_the_file_of_a_picture_may_change(tokenizer, seeing, monkeypatch, tmp_path):
+    """/image reads what is there now."""
+    file, hello = shutil.copy(seeing / "red.png", tmp_path / "a.png"), tokenizer.encode("Hello.", bos=False)
+    seen = scripted(monkeypatch, hello, hello)
+    talk = talk_here(tokenizer, monkeypatch, f"/image {file}", "What?",
+                     lambda: shutil.copy(seeing / "white.png", file), f"/image {file}", "And now?")  # fmt: skip
+    white = generate.read_picture(seeing / "white.png", talk.config, tokenizer)[0]
+    assert seen[1][-1].equal(white) and not seen[0][0].equal(white)
+
+
+def test_reset_lets_go_of_the_pictures(tokenizer, seeing, monkeypatch):
+    red = str(seeing / "red.png")
+    assert talk_here(tokenizer, monkeypatch, f"/image {red}").pictures.keys() == {red}
+    assert not talk_here(tokenizer, monkeypatch, f"/image {red}", "/reset").pictures
+
+
+def test_a_picture_outlives_ctrl_c(tokenizer, seeing, monkeypatch):
+    """It goes with the next question, as when a turn fails."""
+    seen = scripted(monkeypatch, KeyboardInterrupt, tokenizer.encode("Red.", bos=False))
+    talk = talk_here(tokenizer, monkeypatch, f"/image {seeing / 'red.png'}", "What?", "Well?")
+    assert [len(pictures) for pictures in seen] == [1, 1]
+    assert [part["type"] for part in talk.messages[0]["content"]] == ["image", "text"] and len(talk.messages) == 2
+
+
+def test_a_second_ctrl_c_breaks_off(tokenizer, monkeypatch):
+    """While the model is still busy with the token after the first; then Ctrl-C is what it was before."""
+    before, ended = signal.getsignal(signal.SIGINT), []
+
+    def busy(*_, on_token, **__):
+        signal.raise_signal(signal.SIGINT)
+        ended.append(on_token(0, 100))
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("still running")
+
+    monkeypatch.setattr(generate, "generate", busy)
+    talk = Conversation(tokenizer, tiny("full", random.Random(0)).config, [{"role": "user", "content": "Speak!"}])
+    with pytest.raises(KeyboardInterrupt):
+        generate.reply(talk, None, parse_arguments(["--chat"]), {})
+    assert ended == [True] and signal.getsignal(signal.SIGINT) is before
 
 
 def test_the_system_prompt_is_replaced(instruct, monkeypatch, capsys, tmp_path):

@@ -10,13 +10,15 @@ import pytest
 import transformers
 from hypothesis import given, strategies as st
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
+from PIL import Image
 from tokenizers import Regex, decoders, pre_tokenizers
 
 import tokenizer as module
-from generate import BUNDLED
+from generate import BUNDLED, encode_messages
 from tokenizer import SPLIT, TextStream, Tokenizer, from_tekken
 from training import corpus
 from training.vocabulary import learn
+from vision import Mistral3Config, PixtralVisionConfig
 
 PUBLISHED = Path(mistral_common.__file__).parent / "data" / "tekken_240911.json"
 OLDER = PUBLISHED.with_name("tekken_240718.json")
@@ -103,6 +105,25 @@ def test_known_ids(published):
         ),
     ):
         assert published.encode(text, bos=False) == ids
+
+
+@pytest.mark.parametrize(
+    "sizes, question, asked",
+    [
+        ([(876, 1300)], "content of the image", [4701, 1307, 1278, 3937]),
+        ([(876, 1300), (480, 640)], "difference between these two images", [6592, 2396, 2576, 2295, 8061]),
+    ],
+)
+def test_known_ids_around_pictures(published, sizes, question, asked):
+    """Those of Transformers' processor test for Mistral3, here within [INST] and [/INST]."""
+    config = Mistral3Config(PixtralVisionConfig(patch_size=6, image_size=30), spatial_merge_size=2)
+    pictures = [{"type": "image", "image": Image.new("RGB", (width, height))} for height, width in sizes]
+    begin, end = ({"type": "text", "text": text} for text in ("USER: ", f"\nWhat's the {question}? ASSISTANT:"))
+    ids, pixels, _ = encode_messages([{"role": "user", "content": [begin, *pictures, end]}], published, config)
+    seen = [10, 10, 10, 12, 10, 10, 10, 13] * len(sizes)
+    rest = [1010, 7493, 1681, 1278, *asked, 1063, 1349, 4290, 16002, 41150, 1058]
+    assert ids[0].tolist() == [1, 3, 21510, 1058, 1032, *seen, *rest, 4]
+    assert pixels.shape == (len(sizes), 3, 24, 36)
 
 
 def test_tokenizer_json_gives_the_same_ids(tmp_path):
@@ -262,6 +283,14 @@ def test_a_vocabulary_is_built_once(model, monkeypatch):
     (model / "tekken.json").write_text(json.dumps(tekken))
     assert Tokenizer.from_dir(model).version == "v3" and len(built) == 2
     assert len([*cached.parent.iterdir()]) == 2
+
+
+def test_another_version_of_the_library_has_its_own_entry(model, monkeypatch):
+    built = build_counter(monkeypatch)
+    for version in ("0.1", "0.2", "0.1"):
+        monkeypatch.setattr(module.tokenizers, "__version__", version)
+        Tokenizer.from_dir(model)
+    assert len(built) == 2
 
 
 @pytest.mark.parametrize(

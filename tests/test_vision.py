@@ -328,6 +328,14 @@ def test_tokens_are_mistral_commons_own(monkeypatch):
         assert image_tokens(tuple(pixels.shape[1:]), PUBLISHED, 12, 13) == found.tokens
 
 
+def test_the_four_tokens_of_transformers_own_test():
+    """A picture that is not square, with patches of 128 pixels."""
+    config = Mistral3Config(PixtralVisionConfig(patch_size=128), spatial_merge_size=2)
+    for rule in (mistral_size, transformers_size):
+        size = tuple(preprocess(Image.new("RGB", (316, 500)), config, rule).shape[1:])
+        assert image_tokens(size, config, BREAK, END).count(10) == 4
+
+
 @needs_their_images
 @given(sides, sides)
 def test_sizes_are_transformers_where_it_has_one(height, width):
