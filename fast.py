@@ -17,21 +17,11 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.bias import causal_lower_right
 
-from ministral import (
-    ACTIVATIONS,
-    Embedding,
-    KVCache,
-    Linear,
-    MinistralModel,
-    PreTrainedModel,
-    RMSNorm,
-    RopeTables,
-    make_attention_mask,
-    repeat_kv,
-    sdpa_attention,
-)
+import ministral
+from ministral import KVCache, make_attention_mask, repeat_kv, sdpa_attention
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (number of the layer, q, k, v) -> what the heads find
 
 
 class Layer(NamedTuple):
@@ -56,9 +46,6 @@ def join(*modules: nn.Module) -> Tensor:
     return whole
 
 
-# ----------------------------------------------------------------------------------------------- matrix products
-
-
 def widens(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether products of matrices of this type are slow here: 16-bit numbers on a CPU without such arithmetic."""
     native = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
@@ -81,9 +68,6 @@ def wide_linear(x: Tensor, weight: Tensor) -> Tensor:
     return torch.empty(len(x), len(weight), dtype=x.dtype).copy_(out.t())
 
 
-# ---------------------------------------------------------------------------------------------------- attention
-
-
 def chunk_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
     """Attention of a chunk of S texts' tokens, without padding, to P earlier keys and its own: q (B, H, S, D), k and v
     (B, G, P + S, D), keys in order -> (B, H, S, D).
@@ -94,15 +78,15 @@ def chunk_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tens
     its share of the sum of exponentials."""
     (B, H, S, D), G, P = q.shape, k.shape[1], k.shape[2] - q.shape[2]
     edge = 0 if window is None or window >= P + S else P + S - window + 1
-    if edge > P:  # the chunk is longer than the window
+    on_cpu = q.device.type == "cpu"
+    if edge > (P if on_cpu else 0):  # the chunk is longer than the window, or the kernel of the parts is not there
         places = torch.arange(P + S, device=q.device)
         return sdpa_attention(q, k, v, make_attention_mask(places[P:], places, window), D**-0.5, 0.0)[0]
-    if q.device.type != "cpu" and not edge:
+    if not on_cpu:
+        from torch.nn.attention.bias import causal_lower_right  # imported late: it takes 1.6 s
+
         k, v = repeat_kv(k, H // G), repeat_kv(v, H // G)
         return F.scaled_dot_product_attention(q, k, v, causal_lower_right(S, P + S))
-    if q.device.type != "cpu":
-        places = torch.arange(P + S, device=q.device)
-        return sdpa_attention(q, k, v, make_attention_mask(places[P:], places, window), D**-0.5, 0.0)[0]
     attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
     def repeated(part: slice) -> tuple[Tensor, Tensor]:
@@ -123,15 +107,12 @@ def chunk_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tens
     return joined.to(q.dtype)
 
 
-# ------------------------------------------------------------------------------------------------------ forward
-
-
 class Flat:
     """The text model of `model` as one function; see `flat`."""
 
-    def __init__(self, text: MinistralModel, head: Any) -> None:
+    def __init__(self, text: ministral.MinistralModel, head: Any) -> None:
         c = self.config = text.config
-        self.rotary, self.act = text.rotary_emb, ACTIVATIONS[c.hidden_act]
+        self.rotary, self.act = text.rotary_emb, ministral.ACTIVATIONS[c.hidden_act]
         self.embeddings: Tensor = text.embed_tokens.weight
         self.norm, self.head = text.norm.weight, head.weight
         blocks: list[Any] = list(text.layers)
@@ -173,8 +154,8 @@ class Flat:
             scale = []  # (elsewhere the question would wait for the device)
         return self.run(x, (cos, sin, *scale), attend)
 
-    def run(self, x: Tensor, tables: RopeTables, attend: Callable[[int, Tensor, Tensor, Tensor], Tensor]) -> Tensor:
-        """The layers, with any form of attention: (number of the layer, q, k, v) -> what the heads find."""
+    def run(self, x: Tensor, tables: ministral.RopeTables, attend: Attend) -> Tensor:
+        """All layers, with any form of attention."""
         c = self.config
         x = F.embedding(x, self.embeddings) if x.ndim == 2 else x
         (B, S, E), H, G, D = x.shape, c.num_attention_heads, c.num_key_value_heads, c.head_dim
@@ -198,53 +179,45 @@ class Flat:
         return F.rms_norm(x, x.shape[-1:], None, self.config.rms_norm_eps) * weight
 
 
-# -------------------------------------------------------------------------------------------- a captured decode step
-
-
 class Captured:
     """Decode steps of which every shape and address stays the same, so that a GPU replays one recorded graph instead of
     being told each kernel anew: ids (B, 1) -> logits (B, V), which the next call overwrites.
 
     Args:
-        forward: the model.
         cache: of the prompt. Room is made for all `total` tokens, and each step reads it whole, hidden slots masked.
         first: (B or 1, 1) position of slot 0, negative where padding comes first.
-        real: bool (B, total), or None.
+        real: bool (B, total), False at padding, or None.
         compile: fuse the small operations with `torch.compile`, which takes about a minute first.
     """
 
     def __init__(self, forward: Flat, cache: KVCache, total: int, first: Tensor, real: Tensor | None,
                  compile: bool = False) -> None:  # fmt: skip
         self.forward, self.cache, self.first, self.real = forward, cache, first, real
+        self.held: list[tuple[Tensor, Tensor]] = []  # keys and values of each layer
         for kept in cache.layers:
             assert kept.keys is not None and kept.values is not None
-            for held in kept.reserve(kept.keys, kept.values, min(total, kept.window or total)):
-                held[:, :, kept.length :].zero_()  # hidden, but 0 times what memory happens to hold may be NaN
+            self.held.append(kept.reserve(kept.keys, kept.values, min(total, kept.window or total)))
+            for tensor in self.held[-1]:
+                tensor[:, :, kept.length :].zero_()  # hidden, but 0 times what memory happens to hold may be NaN
         self.slot = torch.full((1,), cache.get_seq_length(), device=first.device)
+        self.step = torch.compile(self._step, fullgraph=True, dynamic=False) if compile else self._step
         self.ids: Tensor | None = None
-        self.step: Callable[[Tensor], Tensor] = self._step
-        if compile:
-            self.step = torch.compile(self._step, fullgraph=True, dynamic=False)
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def _step(self, ids: Tensor) -> Tensor:
-        masks, places = {}, {}
-        for kept in self.cache.layers:
-            if kept.window not in masks:
-                assert kept.keys is not None
-                slots = torch.arange(kept.keys.shape[2], device=ids.device)
-                held = self.slot - (self.slot - slots) % len(slots)  # the position in each slot; below 0: none yet
-                seen = (held >= 0)[None]
-                if self.real is not None:
-                    seen = seen & self.real[:, held.clamp(min=0)]
-                masks[kept.window], places[kept.window] = seen[:, None, None], self.slot % len(slots)
+        masks: dict[int, Tensor] = {}  # number of slots -> which are seen
+        for keys, _ in self.held:
+            if keys.shape[2] not in masks:
+                slots = torch.arange(keys.shape[2], device=ids.device)
+                place = self.slot - (self.slot - slots) % len(slots)  # of the token in each slot; below 0: none yet
+                seen = (place >= 0)[None]
+                seen = seen if self.real is None else seen & self.real[:, place.clamp(min=0)]
+                masks[len(slots)] = seen[:, None, None]
 
         def attend(n: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            kept = self.cache.layers[n]
-            assert kept.keys is not None and kept.values is not None
-            kept.keys.index_copy_(2, places[kept.window], k)
-            kept.values.index_copy_(2, places[kept.window], v)
-            return sdpa_attention(q, kept.keys, kept.values, masks[kept.window], q.shape[-1] ** -0.5, 0.0)[0]
+            for held, new in zip(self.held[n], (k, v)):
+                held.index_copy_(2, self.slot % held.shape[2], new)
+            return sdpa_attention(q, *self.held[n], masks[self.held[n][0].shape[2]], q.shape[-1] ** -0.5, 0.0)[0]
 
         tables = self.forward.rotary(self.forward.embeddings, (self.first + self.slot).clamp(min=0))
         return self.forward.run(ids, tables, attend)
@@ -255,10 +228,10 @@ class Captured:
             if ids.device.type == "cuda":
                 self._capture(self.ids)
         self.ids.copy_(ids)
-        if self.graph is not None:
-            self.graph.replay()
-        else:
+        if self.graph is None:
             self.logits = self.step(self.ids)
+        else:
+            self.graph.replay()
         self.slot += 1
         for kept in self.cache.layers:
             kept.length += 1
@@ -276,29 +249,26 @@ class Captured:
             self.logits = self.step(ids)
 
 
-# ---------------------------------------------------------------------------------------------------------- flat
-
 _made: WeakKeyDictionary[nn.Module, tuple[object, Flat]] = WeakKeyDictionary()
 
 
-def flat(model: PreTrainedModel) -> Flat | None:
+def flat(model: ministral.PreTrainedModel) -> Flat | None:
     """The fast path of a causal language model (with eyes, too: then it takes embeddings), made once and kept while the
     model's weights stay where they are. None where it would compute something else: eager attention, training mode,
     hooks, or parts that are not this project's own, such as sharded weights."""
     language: Any = getattr(model.base_model, "language_model", model.base_model)
-    own = (Linear, Embedding, RMSNorm)
-    head: Any = model.lm_head
-    parts: list[Any] = [part for part in (*language.modules(), head) if [*part.parameters(recurse=False)]]
-    plain = all(type(part) in own and getattr(part, "bias", None) is None and type(part.weight.data) is Tensor
-                for part in parts)  # fmt: skip
+    parts: list[Any] = [*language.modules(), model.lm_head]
+    own = {type(part).__module__ for part in parts} <= {"ministral", "ministral3", nn.ModuleList.__module__}
     hooked = any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
-    if model.training or language.config.attn_implementation != "sdpa" or hooked or not plain:
+    parts = [part for part in parts if hasattr(part, "weight")]
+    plain = all(type(part.weight.data) is Tensor and getattr(part, "bias", None) is None for part in parts)
+    if model.training or language.config.attn_implementation != "sdpa" or hooked or not own or not plain:
         return None
     now = [(part.weight.data_ptr(), part.weight.dtype) for part in parts]
     known = _made.get(model)
     if known is None or known[0] != now:
         with torch.inference_mode(False), torch.no_grad():  # weights must stay fit for training
-            made = Flat(language, head)
+            made = Flat(language, model.lm_head)
         known = [(part.weight.data_ptr(), part.weight.dtype) for part in parts], made
         _made[model] = known
     return known[1]

@@ -27,7 +27,7 @@ from torch import Tensor
 
 import checkpoint
 from checkpoint import DTYPES, Parser, exit_code, human
-from fast import Captured, flat
+from fast import Captured, flat, widens
 from ministral import KVCache, MinistralConfig, MinistralForCausalLM, at_least_float32
 from ministral3 import Ministral3ForCausalLM
 from tokenizer import ChatStream, TextStream, Tokenizer, split_thinking
@@ -571,6 +571,23 @@ def available_memory(device: torch.device) -> int | None:
     return min(free, limit)
 
 
+def progress_bar() -> Callable[[int, int], object]:
+    """An `on_prompt` that draws a bar on standard error for prompts that take longer than two seconds."""
+    from tqdm import tqdm  # imported late: a short prompt needs none
+
+    bar: Any = None
+
+    def show(read: int, total: int) -> None:
+        nonlocal bar
+        if bar is None:
+            bar = tqdm(total=total, desc="reading", unit=" tokens", delay=2, leave=False, file=sys.stderr)
+        bar.update(read - bar.n)
+        if read == total:
+            bar.close()
+
+    return show
+
+
 class Writer:
     """Prints text as its tokens arrive, whole characters only, and nothing from a stop text on. Of a chat's answer it
     prints the words, and the thinking if it is to be shown; tool calls are read at the end.
@@ -773,23 +790,26 @@ def run(options: argparse.Namespace) -> int:
     budget = plan_memory(directory, config, len(ids), budget, options.max_new_tokens is None, device, dtype)
     model = cls.from_pretrained(directory, dtype, device, options.attn)
     settings = asdict(sampling) | {"max_new_tokens": budget}
+    if widens(model.dtype, model.device):
+        kind = str(model.dtype).removeprefix("torch.")
+        print(f"this processor has no {kind} arithmetic: matrices are multiplied in float32", file=sys.stderr)
     if options.chat:
         return converse(talk, model, options, settings)
 
     settings |= {"seed": int.from_bytes(os.urandom(4), "big") if options.seed is None else options.seed}
-    kind = talk.begins_with() if chat else None
-    writer = Writer(tokenizer, options.stop, not options.json, kind, options.show_thinking)
+    begun = talk.begins_with() if chat else None
+    writer = Writer(tokenizer, options.stop, not options.json, begun, options.show_thinking)
     start, interrupted, message = time.perf_counter(), False, None
     try:
         if chat:
-            message = talk.answer(model, on_token=writer.on_token, **settings)
+            message = talk.answer(model, on_token=writer.on_token, on_prompt=progress_bar(), **settings)
         else:
             pixel_values, image_sizes = batched(pictures)
-            generate(model, torch.tensor([ids]), on_token=writer.on_token, pixel_values=pixel_values,
-                     image_sizes=image_sizes, **settings)  # fmt: skip
+            generate(model, torch.tensor([ids]), on_token=writer.on_token, on_prompt=progress_bar(),
+                     pixel_values=pixel_values, image_sizes=image_sizes, **settings)  # fmt: skip
     except KeyboardInterrupt:
         interrupted = True
-        message = tokenizer.decode_chat(writer.ids, kind) if kind else None
+        message = tokenizer.decode_chat(writer.ids, begun) if begun else None
     writer.close()
     cut_message(message, writer)
     said = {"model": str(directory), "device": str(device), "dtype": str(model.dtype).removeprefix("torch.")}
@@ -956,7 +976,7 @@ def reply(talk: Conversation, model: GenerativeModel, options: argparse.Namespac
 
     start, previous = time.perf_counter(), signal.signal(signal.SIGINT, stop)
     try:
-        message = talk.answer(model, on_token=writer.on_token, **settings)
+        message = talk.answer(model, on_token=writer.on_token, on_prompt=progress_bar(), **settings)
     finally:
         signal.signal(signal.SIGINT, previous)
         writer.close()

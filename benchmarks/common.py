@@ -22,19 +22,21 @@ from ministral3 import Ministral3Config, Ministral3ForCausalLM
 transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
 # The shape of a 135-million model of today (SmolLM2), one of 5 million in three patterns of layers, and the published
 # text model of Ministral-3-3B. Weights are random: speed does not depend on them.
-SMALL = dict(vocab_size=4096, hidden_size=256, intermediate_size=688, num_attention_heads=8, num_key_value_heads=2,
-             head_dim=32, num_hidden_layers=6, rms_norm_eps=1e-5, tie_word_embeddings=True, sliding_window=1024,
-             max_position_embeddings=2**19)  # fmt: skip
+SMALL: dict[str, Any] = dict(
+    vocab_size=4096, hidden_size=256, intermediate_size=688, num_attention_heads=8, num_key_value_heads=2, head_dim=32,
+    num_hidden_layers=6, rms_norm_eps=1e-5, tie_word_embeddings=True, sliding_window=1024,
+    max_position_embeddings=2**19,
+)  # fmt: skip
 CONFIGS: dict[str, MinistralConfig] = {
     "135m": MinistralConfig(
         vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
         num_key_value_heads=3, head_dim=64, rms_norm_eps=1e-5, rope_theta=1e5, tie_word_embeddings=True,
-        sliding_window=None, layer_types=["full_attention"] * 30, max_position_embeddings=2**19,
+        sliding_window=2**19, layer_types=["full_attention"] * 30, max_position_embeddings=2**19,
     ),
-    "full": MinistralConfig(**SMALL | dict(layer_types=["full_attention"] * 6)),  # type: ignore[arg-type]
-    "sliding": MinistralConfig(**SMALL | dict(layer_types=["sliding_attention"] * 6)),  # type: ignore[arg-type]
+    "full": MinistralConfig(**SMALL | dict(layer_types=["full_attention"] * 6)),
+    "sliding": MinistralConfig(**SMALL | dict(layer_types=["sliding_attention"] * 6)),
     "mixed": MinistralConfig(
-        **SMALL | dict(layer_types=["full_attention", "sliding_attention", "sliding_attention"] * 2)  # type: ignore[arg-type]
+        **SMALL | dict(layer_types=["full_attention", "sliding_attention", "sliding_attention"] * 2)
     ),
     "3b": Ministral3Config(hidden_size=3072, intermediate_size=9216, num_hidden_layers=26, tie_word_embeddings=True),
 }  # fmt: skip

@@ -1,0 +1,68 @@
+"""A prompt of the full published context through the published pattern of layers, to the end.
+
+    python -m benchmarks.long_prompt ministral3     # 262,144 tokens, full attention with YaRN and query scaling
+    python -m benchmarks.long_prompt ministral      # 131,072 tokens, one full layer and three with a window of 32,768
+
+Narrow layers, because the work is quadratic: 2 query heads of 32 numbers over one key head, hidden size 64, float32.
+Prints the peak of memory beside the weights and what the formula says of the cache, which is most of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from benchmarks import common
+from checkpoint import Parser, exit_code, human
+from generate import generate, kv_cache_bytes, progress_bar
+from ministral import MinistralConfig, MinistralForCausalLM
+from ministral3 import Ministral3Config, Ministral3ForCausalLM
+
+NARROW: dict[str, Any] = dict(
+    vocab_size=1024, hidden_size=64, intermediate_size=128, num_attention_heads=2, num_key_value_heads=1, head_dim=32,
+)  # fmt: skip
+
+
+def build(family: str) -> tuple[MinistralForCausalLM, int]:
+    """The model and the length of its prompt."""
+    torch.manual_seed(0)
+    if family == "ministral3":
+        config = Ministral3Config(**NARROW, num_hidden_layers=2, max_position_embeddings=262145)
+        return Ministral3ForCausalLM(config), 262144
+    kinds = MinistralConfig.published_layer_types(4)
+    mixed = MinistralConfig(**NARROW, num_hidden_layers=4, layer_types=kinds, sliding_window=32768, rope_theta=1e8,
+                            max_position_embeddings=131073)  # fmt: skip
+    return MinistralForCausalLM(mixed), 131072
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure once."""
+    model, length = build(options.family)
+    model.eval()
+    ids = torch.randint(3, 1024, (1, length), generator=torch.Generator().manual_seed(0))
+    generate(model, ids[:, :600], max_new_tokens=2, eos_token_id=())  # what libraries take once
+    before, start = common.reset_peak(), time.perf_counter()
+    generate(model, ids, max_new_tokens=1, eos_token_id=(), on_prompt=progress_bar())
+    seconds, grown = time.perf_counter() - start, common.peak() - before
+    cache = kv_cache_bytes(model.config, length, 4)
+    print(common.machine())
+    print(f"{options.family}, {model.config.num_hidden_layers} layers, {length:,} tokens: {seconds:.0f} s")
+    print(f"{human(grown)} beside the weights at the peak; the cache is {human(cache)} by the formula")
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse and run; returns the exit code."""
+    parser = Parser(prog="python -m benchmarks.long_prompt", description="Read a prompt of the full context.")
+    parser.add_argument("family", choices=("ministral", "ministral3"))
+    options = parser.parse_args(arguments)
+    return exit_code(lambda: run(options))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
