@@ -3,9 +3,8 @@
     forward = flat(model)                                  # None where only the readable path will do
     logits = forward(input_ids, positions, cache)          # (B, V), after the last token
 
-One function over plain tensors instead of modules, on the same weights, cache, masks and rotary tables. Tested equal to
-the readable path (tests/test_fast.py); sums run in another order, so bits differ as they do between two kernels. What
-makes it faster, each with its gain, is said where it stands; `benchmarks/RESULTS.md` has the figures.
+One function over plain tensors instead of modules, on the same weights, cache, masks and rotary tables, tested equal to
+the readable path (tests/test_fast.py); sums run in another order, so bits differ as they do between two kernels.
 """
 
 from __future__ import annotations
@@ -37,8 +36,7 @@ class Layer(NamedTuple):
 
 
 def join(*modules: nn.Module) -> Tensor:
-    """One matrix of the rows of several modules' weights, which become slices of it: nothing is held twice, and what
-    is written into them is seen."""
+    """One matrix of the rows of several modules' weights, which become slices of it: nothing is held twice."""
     weights: list[Any] = [module.weight for module in modules]
     whole = torch.cat([weight.data for weight in weights])
     for weight, rows in zip(weights, torch.split(whole, [len(weight) for weight in weights])):
@@ -69,13 +67,12 @@ def wide_linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def chunk_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-    """Attention of a chunk of S texts' tokens, without padding, to P earlier keys and its own: q (B, H, S, D), k and v
+    """Attention of a chunk of S tokens, without padding, to P earlier keys and its own: q (B, H, S, D), k and v
     (B, G, P + S, D), keys in order -> (B, H, S, D).
 
-    A mask (S, P + S) takes long to read and much memory, and is all ones but for its ends. So attention runs in three
-    parts: keys that leave the window while the chunk goes on (masked), keys that every query sees, and the chunk itself
-    (causal). Their softmaxes are joined as in FlashAttention (https://arxiv.org/abs/2205.14135): each part's weight is
-    its share of the sum of exponentials."""
+    A mask (S, P + S) is long to read and all ones but for its ends. So attention runs in parts: keys that leave the
+    window while the chunk goes on (masked), keys that every query sees, the chunk itself (causal). They are joined as
+    in FlashAttention (https://arxiv.org/abs/2205.14135), each weighted by its share of the sum of exponentials."""
     (B, H, S, D), G, P = q.shape, k.shape[1], k.shape[2] - q.shape[2]
     edge = 0 if window is None or window >= P + S else P + S - window + 1
     on_cpu = q.device.type == "cpu"
@@ -83,23 +80,18 @@ def chunk_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tens
         places = torch.arange(P + S, device=q.device)
         return sdpa_attention(q, k, v, make_attention_mask(places[P:], places, window), D**-0.5, 0.0)[0]
     if not on_cpu:
-        from torch.nn.attention.bias import causal_lower_right  # imported late: it takes 1.6 s
-
+        from torch.nn.attention.bias import causal_lower_right  # fmt: skip  # imported late: it takes 1.6 s
         k, v = repeat_kv(k, H // G), repeat_kv(v, H // G)
         return F.scaled_dot_product_attention(q, k, v, causal_lower_right(S, P + S))
     attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-
-    def repeated(part: slice) -> tuple[Tensor, Tensor]:
-        return repeat_kv(k[:, :, part], H // G), repeat_kv(v[:, :, part], H // G)
-
-    parts = [attend(q, *repeated(slice(P, None)), 0.0, True)]
+    parts = [attend(q, *(repeat_kv(x[:, :, P:], H // G) for x in (k, v)), 0.0, True)]
     if edge < P:  # the heads of a group become rows of queries over their one key head: nothing is repeated
         out, total = attend(q.reshape(B, G, H // G * S, D), k[:, :, edge:P], v[:, :, edge:P])
         parts.append((out.reshape(q.shape), total.reshape(B, H, S)))
     if edge:
         mask = make_attention_mask(torch.arange(P, P + S), torch.arange(edge), window)
         bias = torch.zeros(S, edge, dtype=q.dtype).masked_fill(~mask[0, 0], float("-inf"))
-        parts.append(attend(q, *repeated(slice(edge)), attn_mask=bias))
+        parts.append(attend(q, *(repeat_kv(x[:, :, :edge], H // G) for x in (k, v)), attn_mask=bias))
     joined, total = parts[0][0].to(parts[0][1].dtype), parts[0][1]  # (B, H, S, D), (B, H, S) log of the sum
     for out, more in parts[1:]:
         joined = torch.lerp(joined, out.to(joined.dtype), torch.sigmoid(more - total)[..., None])
@@ -126,21 +118,14 @@ class Flat:
         self.linear = wide_linear if widens(self.head.dtype, self.head.device) else F.linear
 
     def __call__(self, x: Tensor, position_ids: Tensor, cache: KVCache, real: Tensor | None = None) -> Tensor:
-        """Logits (B, V) after the last of S new tokens, which the cache takes in.
-
-        Args:
-            x: (B, S) ids, or (B, S, E) embeddings.
-            position_ids: (B or 1, S).
-            cache: of the tokens before.
-            real: bool (B, past + S), False at padding; None: there is none.
-        """
-        S, masks = x.shape[1], dict[int | None, Tensor | None]()
+        """Logits (B, V) after the last of S new tokens, which the cache takes in. x: (B, S) ids, or (B, S, E)
+        embeddings; position_ids (B or 1, S); real: bool (B, past + S), False at padding, or None if there is none."""
+        S, masks = x.shape[1], dict[int | None, Tensor]()
         if real is not None:
-            places = torch.arange(real.shape[1] - S, real.shape[1], device=x.device)
-            for kept in cache.layers:
-                if kept.window not in masks:
-                    keys = kept.key_positions(S, x.device)
-                    masks[kept.window] = make_attention_mask(places, keys, kept.window, real[:, None, keys])
+            places = torch.arange(real.shape[1], device=x.device)
+            for kept in {layer.window: layer for layer in cache.layers}.values():
+                keys = kept.key_positions(S, x.device)
+                masks[kept.window] = make_attention_mask(places[-S:], keys, kept.window, real[:, None, keys])
 
         def attend(n: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             kept = cache.layers[n]
@@ -183,15 +168,13 @@ class Captured:
     """Decode steps of which every shape and address stays the same, so that a GPU replays one recorded graph instead of
     being told each kernel anew: ids (B, 1) -> logits (B, V), which the next call overwrites.
 
-    Args:
-        cache: of the prompt. Room is made for all `total` tokens, and each step reads it whole, hidden slots masked.
-        first: (B or 1, 1) position of slot 0, negative where padding comes first.
-        real: bool (B, total), False at padding, or None.
-        compile: fuse the small operations with `torch.compile`, which takes about a minute first.
-    """
+    `cache` is that of the prompt: room is made for `total` tokens, and each step reads it whole, hidden slots masked.
+    first (B or 1, 1) is the position of slot 0, negative where padding comes first; real, bool (B, total), False at
+    padding. `compile` fuses the small operations by `torch.compile`, which takes about a minute first."""
 
-    def __init__(self, forward: Flat, cache: KVCache, total: int, first: Tensor, real: Tensor | None,
-                 compile: bool = False) -> None:  # fmt: skip
+    def __init__(
+        self, forward: Flat, cache: KVCache, total: int, first: Tensor, real: Tensor | None, compile: bool = False
+    ) -> None:
         self.forward, self.cache, self.first, self.real = forward, cache, first, real
         self.held: list[tuple[Tensor, Tensor]] = []  # keys and values of each layer
         for kept in cache.layers:
@@ -200,9 +183,20 @@ class Captured:
             for tensor in self.held[-1]:
                 tensor[:, :, kept.length :].zero_()  # hidden, but 0 times what memory happens to hold may be NaN
         self.slot = torch.full((1,), cache.get_seq_length(), device=first.device)
-        self.step = torch.compile(self._step, fullgraph=True, dynamic=False) if compile else self._step
-        self.ids: Tensor | None = None
-        self.graph: torch.cuda.CUDAGraph | None = None
+        self.ids = torch.zeros(len(self.held[0][0]), 1, dtype=torch.int64, device=first.device)
+        step = self.replay = torch.compile(self._step, fullgraph=True, dynamic=False) if compile else self._step
+        if first.device.type != "cuda":
+            return
+        side: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # compile, and let libraries take their memory; all write the same slot
+            for _ in range(3):
+                step(self.ids)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = step(self.ids)
+        self.replay = lambda _: (graph.replay(), logits)[1]  # type: ignore[func-returns-value,assignment]
 
     def _step(self, ids: Tensor) -> Tensor:
         masks: dict[int, Tensor] = {}  # number of slots -> which are seen
@@ -223,39 +217,20 @@ class Captured:
         return self.forward.run(ids, tables, attend)
 
     def __call__(self, ids: Tensor) -> Tensor:
-        if self.ids is None:
-            self.ids = ids.clone()
-            if ids.device.type == "cuda":
-                self._capture(self.ids)
         self.ids.copy_(ids)
-        if self.graph is None:
-            self.logits = self.step(self.ids)
-        else:
-            self.graph.replay()
+        logits = self.replay(self.ids)
         self.slot += 1
         for kept in self.cache.layers:
             kept.length += 1
-        return self.logits
-
-    def _capture(self, ids: Tensor) -> None:
-        side: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # compile, and let libraries take their memory; all write the same slot
-            for _ in range(3):
-                self.step(ids)
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.logits = self.step(ids)
+        return logits
 
 
 _made: WeakKeyDictionary[nn.Module, tuple[object, Flat]] = WeakKeyDictionary()
 
 
 def flat(model: ministral.PreTrainedModel) -> Flat | None:
-    """The fast path of a causal language model (with eyes, too: then it takes embeddings), made once and kept while the
-    model's weights stay where they are. None where it would compute something else: eager attention, training mode,
-    hooks, or parts that are not this project's own, such as sharded weights."""
+    """The fast path of a causal language model (with eyes, too: then it takes embeddings), kept while its weights stay
+    where they are. None where it would compute something else: eager attention, training mode, hooks, foreign parts."""
     language: Any = getattr(model.base_model, "language_model", model.base_model)
     parts: list[Any] = [*language.modules(), model.lm_head]
     own = {type(part).__module__ for part in parts} <= {"ministral", "ministral3", nn.ModuleList.__module__}
@@ -265,10 +240,8 @@ def flat(model: ministral.PreTrainedModel) -> Flat | None:
     if model.training or language.config.attn_implementation != "sdpa" or hooked or not own or not plain:
         return None
     now = [(part.weight.data_ptr(), part.weight.dtype) for part in parts]
-    known = _made.get(model)
-    if known is None or known[0] != now:
+    if model not in _made or _made[model][0] != now:
         with torch.inference_mode(False), torch.no_grad():  # weights must stay fit for training
             made = Flat(language, model.lm_head)
-        known = [(part.weight.data_ptr(), part.weight.dtype) for part in parts], made
-        _made[model] = known
-    return known[1]
+        _made[model] = [(part.weight.data_ptr(), part.weight.dtype) for part in parts], made
+    return _made[model][1]
