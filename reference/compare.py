@@ -12,23 +12,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import permutations
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from checkpoint import half_split, interleave
-from ministral import PreTrainedModel
-from reference.mutants import MUTANTS, ROUNDING
-from reference.trace import LAYER, dimensions, order, record
+from reference.trace import LAYER, dimensions, order
 
 # Two right implementations of one type differ from float64 by errors whose maxima are within this factor of each other:
-# measured in tests/test_reference.py.
+# measured in tests/test_explain.py.
 MARGIN = 4.0
 LEAST = 1e-12  # relative error that float64 may have anywhere: what this implementation and the oracle differ by
-ENOUGH = 16  # numbers in which a mistake must show, so that equal bits are no accident of rounding
-WORDS = {"B": "text", "S": "query", "T": "key", "H": "head", "G": "key head", "E": "number", "D": "number",
-         "F": "number", "V": "token", "P": "patch", "C": "number", "M": "merged patch", "HD": "number"}  # fmt: skip
+WORDS = {"B": "text", "T": "key", "H": "head", "G": "key head", "V": "token", "P": "patch", "M": "merged patch"}
 
 
 @dataclass
@@ -39,7 +34,7 @@ class Stage:
         name: of the point.
         error: largest absolute error, where it counts.
         relative: the same over the largest absolute value of the reference.
-        floor: largest error of this implementation in the stranger's type, NaN if unknown.
+        floor: largest error of this implementation in the stranger's type, NaN if unknown: then nothing is judged.
         where: index of the largest error, in the reference's dimensions.
         found, right: the numbers there.
         how: by which rearrangement the stranger's tensor was made to fit; empty if by none.
@@ -62,26 +57,41 @@ class Stage:
 
     def words(self) -> str:
         """The place of the largest error: "layer 3, head 5, query 12, key 4: holds 0.031, should be masked"."""
-        layer = LAYER.search(self.name)
-        places = [f"layer {layer[0]}"] if layer else []
-        places += [f"{WORDS.get(d, d)} {i}" for d, i in zip(dimensions(self.name).split(), self.where) if d != "B" or i]
+        layer, point = LAYER.search(self.name), self.name.rpartition(".")[2]
+        token = "key" if point in ("k", "v", "k_rotated") else "query" if ".attention." in self.name else "position"
+        places = [f"{'vision ' * self.name.startswith('vision.')}layer {layer[0]}"] if layer else []
+        for dimension, index in zip(dimensions(self.name).split(), self.where):
+            if dimension != "B" or index:
+                word = token if dimension == "S" else WORDS.get(dimension, "number")
+                places.append(f"{word} {index}")
         said = "should be masked" if self.masked else f"should be {self.right:.6g}"
         return f"{', '.join(places)}: holds {self.found:.6g}, {said}"
 
 
 @dataclass
 class Report:
-    """What `compare` found: the stages in order, what could not be compared, and the mistake that explains it."""
+    """What `compare` found.
+
+    Attributes:
+        stages: what was compared, in the order of computing.
+        missing, unknown, misshapen: what could not be: not given, not in the reference, of another shape.
+        first: the first stage that is wrong; if none is, the first one that is right in another layout.
+        agrees: whether something was compared, and all of it is right.
+        sentence: the same in words.
+        verdict, mutant: the known mistake that explains it, if one does.
+        fitted: the stranger's tensors in the reference's shapes, and which of their entries count.
+    """
 
     stages: list[Stage]
     missing: list[str]
     unknown: list[str]
     misshapen: list[str]
     first: str | None
+    agrees: bool
     sentence: str
     verdict: str = ""
     mutant: str | None = None
-    fitted: dict[str, Tensor] = field(default_factory=dict, repr=False)  # the stranger's tensors in the right shapes
+    fitted: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
     def to_json(self) -> str:
         """All of it; numbers that JSON does not have are null."""
@@ -91,6 +101,32 @@ class Report:
                 if isinstance(value, float) and not math.isfinite(value):
                     entry[key] = None
         return json.dumps(content, indent=2, allow_nan=False)
+
+
+# ------------------------------------------------------------------------------------------------------- shapes
+
+
+def as_dumped(name: str, mine: Tensor, shape: Sequence[int]) -> Iterator[tuple[str, Tensor]]:
+    """What a tensor is without what dumps often have more: heads that repeat a mask or a key head, columns of a padded
+    vocabulary, the numbers that are added to scores for a mask, True for hidden."""
+    heads = dimensions(name).split().index("G") if " G " in dimensions(name) else None
+    if name.endswith(".mask"):
+        if mine.ndim == 4 and bool((mine == mine[:, :1]).all()):
+            mine = mine[:, 0]
+        added = mine.is_floating_point() and bool((mine < 0).any())
+        mine = mine == 0 if added else mine != 0
+        yield "as added to scores" if added else "", mine
+        yield "True is hidden", ~mine
+    elif name == "logits" and mine.shape[-1:] > tuple(shape[-1:]):
+        yield f"the first {shape[-1]} columns", mine[..., : shape[-1]]
+    elif heads is not None and mine.ndim == len(shape) and mine.shape[heads] > shape[heads] and (
+            mine.shape[heads] % shape[heads] == 0):  # fmt: skip
+        groups = mine.reshape(*mine.shape[:heads], shape[heads], -1, *mine.shape[heads + 1 :])
+        once = groups.narrow(heads + 1, 0, 1)
+        if bool((groups == once).all()):
+            yield "one of each repeated head", once.squeeze(heads + 1)
+    else:
+        yield "", mine
 
 
 def rearranged(mine: Tensor, shape: Sequence[int]) -> Iterator[tuple[str, Tensor]]:
@@ -112,10 +148,27 @@ def rearranged(mine: Tensor, shape: Sequence[int]) -> Iterator[tuple[str, Tensor
             yield "heads split", squeezed.reshape(*batch, S, H, D).transpose(-3, -2)
     if mine.numel() == math.prod(shape) and mine.ndim != len(shape) and mine.shape[-1:] != shape[-1:]:
         yield "last dimensions joined", mine.reshape(shape)  # (B, S, H, D) for (B, S, H * D)
-    if mine.numel() == math.prod(shape) and mine.ndim == 2 and len(shape) == 3 and mine.shape[-1] == shape[-1]:
-        yield "texts split", mine.reshape(shape)  # (B * S, E) for (B, S, E)
+    if mine.ndim == len(shape) - 1 and mine.ndim > 1 and mine.shape == (shape[0] * shape[1], *shape[2:]):
+        yield "texts split", mine.reshape(shape)  # (B * S, E) for (B, S, E), (B * H, S, D) for (B, H, S, D)
     if len(shape) >= 2 and squeezed.ndim == len(wanted) + 1 and squeezed.numel() == math.prod(shape):
         yield "heads joined", squeezed.transpose(-3, -2).reshape(shape)  # (B, H, S, D) for (B, S, H * D)
+
+
+def fits(name: str, mine: Tensor, shape: Sequence[int], real: Tensor | None) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """All ways to bring a stranger's tensor to the reference's shape: how, the tensor, and which entries are given."""
+    everything = torch.ones(tuple(shape), dtype=torch.bool)
+    for dumped, tensor in as_dumped(name, mine, shape):
+        for how, fit in rearranged(tensor, shape):
+            yield ", ".join(filter(None, (dumped, how))), fit, everything
+        if name == "logits" and shape[1] > 1 and tensor.shape in ((shape[0], shape[2]), (shape[0], 1, shape[2])):
+            last = torch.full((shape[0],), shape[1] - 1)
+            if real is not None:
+                last = torch.where(real, torch.arange(shape[1]), 0).amax(1)
+            rows, full = torch.arange(shape[0]), torch.zeros(tuple(shape), dtype=tensor.dtype)
+            full[rows, last] = tensor.reshape(shape[0], shape[2])
+            given = torch.zeros_like(everything)
+            given[rows, last] = True
+            yield ", ".join(filter(None, (dumped, "of the last token"))), full, given
 
 
 def relaid(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -125,6 +178,46 @@ def relaid(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
             rows = tensor.transpose(-1, -2)  # (..., D, S): the rows of one head
             order_of = reorder(torch.arange(rows.shape[-2])[:, None], 1)[:, 0]
             yield said, rows[..., order_of, :].transpose(-1, -2)
+
+
+# -------------------------------------------------------------------------------------------------------- types
+
+
+def narrowest(tensor: Tensor) -> torch.dtype:
+    """The narrowest of bfloat16, float16, float32 and float64 that holds all numbers of a tensor but those that mark
+    what is hidden or padding: NaN, infinities, lowest numbers."""
+    values = torch.where(tensor.double().abs() < 1e30, tensor.double(), 0.0)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        if values.to(dtype).double().equal(values):
+            return dtype
+    return torch.float64
+
+
+def coarser(a: torch.dtype, b: torch.dtype) -> torch.dtype:
+    """The one of two types that has fewer digits."""
+    return a if torch.finfo(a).eps >= torch.finfo(b).eps else b
+
+
+def least(dtype: torch.dtype) -> float:
+    """The relative error that a right port may have anywhere, however exact this implementation happens to be there."""
+    return LEAST if dtype == torch.float64 else torch.finfo(dtype).eps
+
+
+def computed_in(mine: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, torch.dtype]:
+    """The type that the error of each stage comes from: the coarsest of those that it and the stages before it were
+    computed in, because what is computed in float32 from bfloat16 is no better than that. What was computed in bfloat16
+    may be stored as float32, which .npz files make one do; but numbers that are exact in it, as embeddings, prove
+    nothing."""
+    found, coarsest = dict[str, torch.dtype](), torch.float64
+    for name in order(mine.keys() & reference.keys()):
+        if mine[name].is_floating_point() and not name.endswith(".mask"):
+            stored, held, exact = mine[name].dtype, narrowest(mine[name]), narrowest(reference[name])
+            shown = stored if coarser(exact, held) == exact else held
+            found[name] = coarsest = coarser(coarsest, shown)
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------- comparing
 
 
 def counts(name: str, shape: Sequence[int], masks: Mapping[str, Tensor], real: Tensor | None) -> Tensor:
@@ -139,143 +232,110 @@ def counts(name: str, shape: Sequence[int], masks: Mapping[str, Tensor], real: T
     return keep
 
 
-def stage(name: str, mine: Tensor, right: Tensor, keep: Tensor, noise: Tensor | None, how: str) -> Stage:
-    """Compare one tensor that fits."""
-    a, b = mine.double(), right.double()
-    error = torch.where(keep, (a - b).abs(), 0.0).nan_to_num(nan=math.inf, posinf=math.inf)
-    size = float(torch.where(keep, b.abs(), 0.0).max())
-    worst = int(error.argmax())
-    where = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), b.shape))
-    floor = math.nan
-    if noise is not None and mine.is_floating_point():
-        least = (LEAST if mine.dtype == torch.float64 else torch.finfo(mine.dtype).eps) * size
-        floor = max(float(torch.where(keep, (noise.double() - b).abs(), 0.0).max()), least)
-    largest = float(error.max())
-    diverges = largest > (1e-2 * size if math.isnan(floor) else MARGIN * floor)
-    found, wanted = float(a[where]), float(b[where])
-    return Stage(name, largest, largest / size if size else largest, floor, where, found, wanted, how, diverges)
+@dataclass
+class Truth:
+    """What a stage is compared with: the reference, its noise (in the stranger's type) or how much it is, relative to
+    the largest number, and what counts."""
+
+    name: str
+    right: Tensor
+    noise: Tensor | None
+    relative: float
+    keep: Tensor
+
+    def floor(self, keep: Tensor) -> float:
+        """The largest error that a right port of the type makes; NaN if unknown."""
+        if self.name.endswith(".mask"):
+            return 0.0
+        size = float(torch.where(keep, self.right.double().abs(), 0.0).max())
+        if self.noise is None:
+            return self.relative * size
+        noise = torch.where(keep, (self.noise.double() - self.right.double()).abs(), 0.0)
+        return max(float(noise.max()), least(self.noise.dtype) * size)
+
+    def stage(self, mine: Tensor, given: Tensor, how: str) -> Stage:
+        """Compare one tensor that fits."""
+        a, b, keep = mine.double(), self.right.double(), self.keep & given
+        error = torch.where(keep, (a - b).abs(), 0.0).nan_to_num(nan=math.inf, posinf=math.inf)
+        size = float(torch.where(keep, b.abs(), 0.0).max())
+        where = tuple(int(i) for i in torch.unravel_index(error.argmax(), b.shape))
+        largest, floor = float(error.max()), self.floor(keep)
+        diverges = largest > MARGIN * floor or math.isinf(largest)
+        relative = largest / size if size else largest
+        return Stage(self.name, largest, relative, floor, where, float(a[where]), float(b[where]), how, diverges)
+
+
+def leak(best: Stage, mine: Tensor, keep: Tensor, mask: Tensor) -> None:
+    """Make probabilities of hidden keys, however small, the stage's error."""
+    leaked = torch.where(keep & ~mask[:, None], mine.double().abs(), 0.0)
+    if float(leaked.max()) > 1e-6:
+        best.where = tuple(int(i) for i in torch.unravel_index(leaked.argmax(), leaked.shape))
+        best.found, best.right, best.diverges = float(leaked.max()), 0.0, True
+    best.masked = not mask[best.where[0], best.where[2], best.where[3]]
 
 
 def compare(
-    mine: Mapping[str, Tensor], reference: Mapping[str, Tensor], noise: Mapping[str, Tensor], real: Tensor | None = None
-) -> Report:
+    mine: Mapping[str, Tensor], reference: Mapping[str, Tensor], noise: Mapping[str, Tensor],
+    real: Tensor | None = None, relative: Mapping[str, float] | None = None,
+) -> Report:  # fmt: skip
     """Compare traces stage by stage, in the order of computing.
 
     Args:
         mine: the stranger's tensors, under the names of `reference.trace.POINTS`.
         reference: the same in float64.
-        noise: this implementation's in the stranger's type; may be empty.
+        noise: this implementation's in the type of `computed_in`; may be empty.
         real: bool (B, S), False at padding, which is not compared.
+        relative: where there is no noise, a right port's largest error over the largest number.
     """
     masks = {name: tensor.bool() for name, tensor in reference.items() if name.endswith(".mask")}
-    stages, misshapen, fitted = [], [], dict[str, Tensor]()
+    stages, misshapen, fitted = [], [], dict[str, tuple[Tensor, Tensor]]()
     for name in order(reference.keys() & mine.keys()):
         right = reference[name]
-        keep = counts(name, right.shape, masks, real)
-        fits = list(rearranged(mine[name], right.shape))
-        if not fits:
+        found = list(fits(name, mine[name], right.shape, real))
+        if not found:
             misshapen.append(f"{name} is {list(mine[name].shape)}, the reference {list(right.shape)}")
             continue
-        found = [stage(name, tensor, right, keep, noise.get(name), how) for how, tensor in fits]
-        place = 0 if not found[0].diverges else min(range(len(found)), key=lambda i: found[i].error)
-        best, fitted[name] = found[place], fits[place][1]
-        for said, other in relaid(name, fitted[name]) if best.diverges else ():
-            if not stage(name, other, right, keep, noise.get(name), best.how).diverges:
+        keep = counts(name, right.shape, masks, real)
+        truth = Truth(name, right, noise.get(name), (relative or {}).get(name, math.nan), keep)
+        tried = [truth.stage(tensor, given, how) for how, tensor, given in found]
+        apart = [(stage.error, int((fit != right).sum())) for stage, (_, fit, _) in zip(tried, found)]
+        place = apart.index(min(apart)) if tried[0].diverges else 0
+        best, (how, tensor, given) = tried[place], found[place]
+        fitted[name] = tensor, keep & given
+        for said, other in relaid(name, tensor) if best.diverges else ():
+            if not truth.stage(other, given, how).diverges:
                 best.equal_after = said
-        mask = masks.get(name.rpartition(".")[0] + ".mask")
-        if name.endswith(".probabilities") and mask is not None:
-            leaked = torch.where(keep & ~mask[:, None], fitted[name].double().abs(), 0.0)
-            if float(leaked.max()) > 1e-6:  # a hidden key that is seen, however little
-                best.where = tuple(int(i) for i in torch.unravel_index(leaked.argmax(), leaked.shape))
-                best.found, best.right, best.diverges = float(leaked.max()), 0.0, True
-            best.masked = not mask[best.where[0], best.where[2], best.where[3]]
+        if name.endswith(".probabilities") and (mask := masks.get(name.replace("probabilities", "mask"))) is not None:
+            leak(best, tensor, keep, mask)
         stages.append(best)
-    first = next((s for s in stages if s.diverges and not s.equal_after), None)
-    first = first or next((s for s in stages if s.diverges), None)
-    sentence = f"{len(stages)} stages agree" if stages else "nothing to compare: no tensor has a name of the reference"
-    if misshapen and not stages:
-        sentence = "nothing to compare: no tensor has the shape that it has in the reference"
-    if first is not None:
-        sentence = f"{first.name} diverges first. {first.words()}"
-        sentence += f". Equal after {first.equal_after}" if first.equal_after else ""
-    named = [name for name in order(reference) if name not in mine and not name.startswith("input.")]
+    missing = [name for name in order(reference) if name not in mine and not name.startswith("input.")]
     unknown = sorted(name for name in mine if name not in reference and not name.startswith("input."))
-    first_name = None if first is None else first.name
-    return Report(stages, named, unknown, misshapen, first_name, sentence, fitted=fitted)
+    wrong = next((s for s in stages if s.diverges and not s.equal_after), None)
+    first = next((s.name for s in (wrong, *stages) if s is not None and s.diverges), None)
+    judged = any(not math.isnan(s.floor) for s in stages)
+    agrees = judged and wrong is None and not misshapen
+    sentence = summary(stages, misshapen, wrong)
+    return Report(stages, missing, unknown, misshapen, first, agrees, sentence, fitted=fitted)
 
 
-# ------------------------------------------------------------------------------------------------------ mutants
-
-
-def differences(a: Tensor, b: Tensor) -> int:
-    """In how many numbers two tensors differ, rows that occur several times counted once."""
-    rows = torch.unique(torch.cat((a.flatten(0, -2), b.flatten(0, -2)), dim=-1).double(), dim=0)
-    return int((rows[:, : a.shape[-1]] != rows[:, a.shape[-1] :]).sum())
-
-
-def explain(
-    mine: Tensor, model: PreTrainedModel, exact: PreTrainedModel, inputs: Mapping[str, Any], name: str = "logits"
-) -> tuple[str | None, str]:
-    """Which known mistake reproduces a stranger's tensor, if any, and a sentence about it. A right port is not accused:
-    a mistake is named when it gives the stranger's very bits, the right model does not, and it matters in exact
-    arithmetic (or is one of rounding); or when the difference to float64 is, but for noise, the one that the mistake
-    makes there.
-
-    Args:
-        mine: the stranger's tensor of that name.
-        model: the model in the stranger's type.
-        exact: the same in float64.
-        inputs: what `record` takes.
-    """
-
-    def run(which: PreTrainedModel) -> Tensor | None:
-        try:
-            found = record(which, keep=name.__eq__, **inputs).get(name)
-        except ValueError:  # the mistake makes this input impossible: a text of one token without its first
-            return None
-        return found
-
-    right, truth = run(model), run(exact)
-    if right is None or truth is None:
-        return None, f"the reference has no {name}"
-    real = inputs.get("attention_mask")
-    keep = counts(name, truth.shape, {}, None if real is None else real.bool())
-
-    def vector(tensor: Tensor) -> Tensor:
-        kept = keep[:, -tensor.shape[1] :] if name == "logits" else keep
-        return tensor.double()[kept.expand_as(tensor)]
-
-    if mine.shape == right.shape and vector(mine).equal(vector(right)):
-        return None, f"your {name} are this implementation's, bit for bit"
-    shorter = name == "logits" and mine.ndim == truth.ndim and mine.shape[1] < truth.shape[1]  # without <s>
-    near, base = (tensor[:, -mine.shape[1] :] if shorter else tensor for tensor in (right, truth))
-    if mine.shape != base.shape:
-        return None, f"no known mistake reproduces your {name}"
-    noise, away = (vector(tensor) - vector(base) for tensor in (near, mine))
-    same, candidates = [], []
-    for mutant in MUTANTS.values():
-        with mutant.applied():
-            found, moved = run(model), run(exact)
-        if found is None or moved is None or found.shape != mine.shape:
-            continue
-        shift = vector(moved) - vector(base)
-        size = float(shift.norm())
-        changed = math.inf if found.shape != right.shape else differences(found, right)
-        matters = size > 1e-9 * float(vector(base).norm())
-        rounds = mutant.name in ROUNDING and mine.dtype in (torch.bfloat16, torch.float16)
-        if (matters or rounds) and changed >= ENOUGH and vector(found).equal(vector(mine)):
-            same.append(mutant.name)
-        share = float(away @ shift) / size**2 if size else 0.0  # 1 for this mistake, about 0 for a right port
-        if matters and 0.7 < share < 1.3 and (size > float(noise.norm()) or share * size > 0.9 * float(away.norm())):
-            cosine = float(torch.cosine_similarity(vector(moved), vector(mine), 0))
-            candidates.append((float((away - shift).norm()), mutant.name, cosine))
-    if not same and not candidates:
-        return None, f"no known mistake reproduces your {name}"
-    _, named, cosine = min(candidates) if not same else (0, same[0], 1.0)
-    how = "bit for bit" if same else f"cosine {cosine:.6f}"
-    others = f" (and {', '.join(same[1:])}, which does the same here)" if same[1:] else ""
-    said = f"your {name} match mutant {named!r}, {how}{others}: {MUTANTS[named].mistake}"
-    return named, f"{said} (see docs/numerics.md)"
+def summary(stages: Sequence[Stage], misshapen: Sequence[str], wrong: Stage | None) -> str:
+    """What was found, in a sentence or two."""
+    if not stages:
+        lacking = "the shape that it has in" if misshapen else "a name of"
+        return f"nothing to compare: no tensor has {lacking} the reference"
+    said = ""
+    if len(misshapen) > len(stages):
+        said = f"{len(misshapen)} of {len(misshapen) + len(stages)} stages cannot be compared: {misshapen[0]}. "
+    if wrong is not None:
+        return f"{said}{wrong.name} diverges first. {wrong.words()}"
+    judged = [s for s in stages if not math.isnan(s.floor)]
+    if judged:
+        said += f"{len(judged)} stage{'s agree' if len(judged) != 1 else ' agrees'}"
+    if layouts := sorted({s.equal_after for s in stages if s.equal_after}):
+        said += f", {sum(bool(s.equal_after) for s in stages)} of them after {' or '.join(layouts)}"
+    if unjudged := len(stages) - len(judged):
+        said += f"{', ' * bool(judged)}{unjudged} cannot be judged: the noise of their type is not known"
+    return said
 
 
 # ------------------------------------------------------------------------------------------------------- output

@@ -5,9 +5,10 @@ Mistral write them, and everything they compute in float64, float32 and bfloat16
     reference/golden/ministral3/      YaRN with all three zones, queries scaled from position 8 on; the same texts
     reference/golden/mistral3/        the same with eyes: two pictures of different sizes
 
-        hf/  mistral/  fp8/                                        weights: both layouts, and a copy in FP8
         float64.safetensors  float32.safetensors  bfloat16.safetensors      traces; float64 is the truth
-        fp8.safetensors                                            logits of the FP8 copy, in bfloat16 and float64
+        hf/        weights in Transformers' layout, as float32, which NumPy reads; all are bfloat16 numbers
+        mistral/   the same in Mistral's layout, as bfloat16, which is how both are published
+        fp8/       another model, hf/ in FP8, and float64.safetensors and bfloat16.safetensors: its input and logits
 
 `python -m reference golden` builds them again, bit for bit, and says where they differ.
 """
@@ -91,7 +92,7 @@ def inputs(name: str, model: Any) -> dict[str, Tensor]:
     words = torch.randint(14, 40, (6,), generator=generator).tolist()
     pictures = [image_tokens(size, model.config, 12, 13) for size in sizes]
     ids = torch.tensor([[1, 3, *pictures[0], *words[:3], *pictures[1], *words[3:], 4]])
-    pixels = torch.randn(2, 3, 18, 18, generator=generator, dtype=torch.float64)
+    pixels = torch.randn(2, 3, 18, 18, generator=generator).bfloat16().float()
     return {"input_ids": ids, "pixel_values": pixels, "image_sizes": torch.tensor(sizes)}
 
 
@@ -124,20 +125,21 @@ def build(directory: Path) -> None:
         here = directory / name
         here.mkdir(parents=True)
         given = inputs(name, model)
-        model.save_pretrained(here / "hf")
-        model.save_pretrained(here / "fp8")
+        for copy in ("hf", "fp8"):
+            model.save_pretrained(here / copy)
         quantize(here / "fp8")
         checkpoint.convert(here / "hf", here / "mistral", format="mistral")
-        about = {"model": "hf", "made by": COMMAND}
+        model.float().save_pretrained(here / "hf")
+        about = {"made by": COMMAND}
         for kind, dtype in DTYPES.items():
             trace = record(load_model(here / "hf", dtype), **arguments(given, dtype))
-            save(here / f"{kind}.safetensors", trace, given, about | {"dtype": kind})
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
-            fp8 = {kind: load_model(here / "fp8", DTYPES[kind]) for kind in ("float64", "bfloat16")}
-        logits = {f"logits.{kind}": record(model, keep="logits".__eq__, **arguments(given, DTYPES[kind]))["logits"]
-                  for kind, model in fp8.items()}  # fmt: skip
-        save(here / "fp8.safetensors", logits, given, about | {"model": "fp8"})
+            save(here / f"{kind}.safetensors", trace, given, about | {"model": "hf", "dtype": kind})
+        for kind in ("float64", "bfloat16"):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)
+                fp8 = load_model(here / "fp8", DTYPES[kind])
+            logits = record(fp8, keep="logits".__eq__, **arguments(given, DTYPES[kind]))
+            save(here / "fp8" / f"{kind}.safetensors", logits, given, about | {"model": ".", "dtype": kind})
     checkpoint.write_json(directory / "manifest.json", manifest(directory))
 
 
@@ -147,9 +149,8 @@ def manifest(directory: Path) -> dict[str, Any]:
     for path in sorted(directory.rglob("*")):
         if path.is_file() and path.name != "manifest.json":
             entry: dict[str, Any] = {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-            if path.suffix == ".safetensors" and path.parent.parent == directory:
-                entry["tensors"] = {n: f"{str(t.dtype)[6:]} {list(t.shape)} {dimensions(n)}".strip()
-                                    for n, t in load_file(path).items()}  # fmt: skip
+            if path.name == "float64.safetensors":  # the other types have the same tensors
+                entry["tensors"] = {n: f"{list(t.shape)} {dimensions(n)}".strip() for n, t in load_file(path).items()}
             files[path.relative_to(directory).as_posix()] = entry
     return {
         "command": COMMAND,
@@ -179,18 +180,34 @@ def rebuild(directory: Path = HERE) -> None:
         os.replace(Path(elsewhere) / "golden", directory)
 
 
-def noise_table(directory: Path = HERE) -> str:
-    """How far float32 and bfloat16 are from float64 at every stage, in Markdown: the largest error over the largest
-    value, of the worst of the three models and all layers."""
+def noise(directory: Path = HERE) -> dict[str, dict[str, float]]:
+    """How far float32 and bfloat16 are from float64 at every stage: the largest error over the largest value, of the
+    worst of the three models and all layers. Stage, with N for the layer -> type -> number."""
     worst: dict[str, dict[str, float]] = {}
-    for name in ("ministral", "ministral3", "mistral3"):
-        truth, _ = load(directory / name / "float64.safetensors")
+    for path in sorted(directory.glob("*/float64.safetensors")):
+        truth, _ = load(path)
         mask = truth.get("input.attention_mask")
         for kind in ("float32", "bfloat16"):
-            trace, _ = load(directory / name / f"{kind}.safetensors")
+            trace, _ = load(path.with_name(f"{kind}.safetensors"))
             for stage in compare(trace, truth, {}, None if mask is None else mask.bool()).stages:
                 entry = worst.setdefault(LAYER.sub("N", stage.name), {})
                 entry[kind] = max(entry.get(kind, 0.0), stage.relative)
-    names = [name for name in POINTS if not name.endswith("mask")]
-    rows = [f"| `{name}` | {worst[name]['float32']:.0e} | {worst[name]['bfloat16']:.0e} |" for name in names]
-    return "\n".join(["| stage | float32 | bfloat16 |", "|---|---|---|", *rows])
+    return {name: worst[name] for name in POINTS if name in worst and not name.endswith(".mask")}
+
+
+def noise_table(directory: Path = HERE) -> str:
+    """`noise` in Markdown; neighbours that differ by less than a factor of 2 share a row, which says the larger."""
+    rows: list[tuple[str, list[str], list[dict[str, float]]]] = []
+    for name, entry in noise(directory).items():
+        part, _, point = name.rpartition(".")
+        near = rows and all(0.5 < other[kind] / entry[kind] < 2 for other in rows[-1][2] for kind in entry)
+        if near and rows[-1][0] == part:
+            rows[-1][1].append(point)
+            rows[-1][2].append(entry)
+        else:
+            rows.append((part, [point], [entry]))
+    lines = ["| stage | float32 | bfloat16 |", "|---|---|---|"]
+    for part, points, entries in rows:
+        figures = " | ".join(f"{max(entry[kind] for entry in entries):.0e}" for kind in ("float32", "bfloat16"))
+        lines.append(f"| {f'`{part}`: ' * bool(part)}{', '.join(points)} | {figures} |")
+    return "\n".join(lines)

@@ -46,7 +46,8 @@ class Mutant:
 
 
 MUTANTS: dict[str, Mutant] = {}
-ROUNDING = {"softmax_not_in_float32", "norm_weight_before_rounding"}  # right in exact arithmetic
+# Right in exact arithmetic: only rounding differs.
+ROUNDING = {"softmax_not_in_float32", "norm_weight_before_rounding", "query_scale_before_rope"}
 
 
 def mutant(switch: Callable[[ExitStack], None]) -> Callable[[ExitStack], None]:
@@ -206,6 +207,19 @@ def query_scale_on_keys(stack: ExitStack) -> None:
 
 
 @mutant
+def query_scale_before_rope(stack: ExitStack) -> None:
+    """Scales queries before they are rotated. Algebraically equal, as a rotation is linear; only rounding differs."""
+    def make(_: Any) -> Any:
+        def changed(self: Any, q: Tensor, k: Tensor, tables: Any) -> tuple[Tensor, Tensor]:
+            cos, sin, scale = tables
+            return MinistralAttention.rotate(self, q * scale, k, (cos, sin))
+
+        return changed
+
+    replace(stack, Ministral3Attention, "rotate", make)
+
+
+@mutant
 def query_scale_by_cache_position(stack: ExitStack) -> None:
     """Scales queries by their place in the cache; with padding or explicit positions that is another number."""
     def make(right: Any) -> Any:
@@ -306,11 +320,11 @@ def gqa_tiled(stack: ExitStack) -> None:
     def tile(x: Tensor, groups: int) -> Tensor:
         return x.repeat(1, groups, 1, 1)
 
-    def make(right: Any) -> Any:
+    def make(right: Any) -> Any:  # the fused kernel groups by itself, unless there are as many key heads as query heads
         return lambda q, k, v, *rest: right(q, *(tile(x, q.shape[1] // x.shape[1]) for x in (k, v)), *rest)
 
-    for name, attend in ministral.ATTENTION.items():
-        stack.enter_context(patch.dict(ministral.ATTENTION, {name: make(attend)}))
+    replace(stack, ministral, "repeat_kv", lambda _: tile)
+    stack.enter_context(patch.dict(ministral.ATTENTION, sdpa=make(ministral.ATTENTION["sdpa"])))
 
 
 @mutant

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 import checkpoint
 import ministral
 import vision
-from ministral import ACTIVATIONS, MinistralDecoderLayer, PreTrainedModel, repeat_kv
+from ministral import ACTIVATIONS, MinistralDecoderLayer, PreTrainedModel
 from vision import Mistral3Config, PixtralAttentionLayer
 
 FORMAT = "1"
@@ -202,7 +202,8 @@ class Recorder:
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """In the place of `eager_attention`."""
         out, probabilities = original(q, k, v, mask, scaling, dropout)
-        scores = torch.matmul(q, repeat_kv(k, q.shape[1] // k.shape[1]).transpose(2, 3)) * scaling
+        keys = ministral.repeat_kv(k, q.shape[1] // k.shape[1])
+        scores = torch.matmul(q, keys.transpose(2, 3)) * scaling
         seen = torch.ones(q.shape[0], 1, *scores.shape[2:], dtype=torch.bool, device=q.device)
         seen = seen.tril(scores.shape[3] - scores.shape[2]) if mask is None else seen & mask
         found = {"q_scaled": q, "scores": scores, "mask": seen[:, 0], "probabilities": probabilities}

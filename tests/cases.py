@@ -97,6 +97,9 @@ def draw_config(rng: Random, family: str | None = None, **fixed: Any) -> Ministr
         beta_slow=rng.choice([0.25, 1.0]),
         llama_4_scaling_beta=rng.choice([0.0, 0.1, 0.5]) if SCALES_BY_POSITION else 0.0,
     )
+    for key in ("beta_fast", "beta_slow"):  # 32 and 1 by default
+        if rng.random() < 0.3:
+            del rope[key]
     for key, values in (("mscale", [0.0, 0.7, 1.0]), ("mscale_all_dim", [0.0, 1.0]), ("attention_factor", [1.3])):
         if rng.random() < (0.2 if key == "attention_factor" else 0.7):
             rope[key] = rng.choice(values)
