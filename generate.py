@@ -196,8 +196,8 @@ def generate(
         on_prompt: called as on_prompt(read, T) after each chunk of the prompt.
         fast: run `fast.py`'s form of the model where it computes the same function, which rounds in another order;
             False: `model(...)` itself.
-        compile: let `torch.compile` fuse a decode step of fixed shapes, which takes about a minute first. (On CUDA such
-            a step is recorded and replayed in any case.)
+        compile: let `torch.compile` fuse a decode step of fixed shapes, for long texts: it takes up to a minute in each
+            call. (On CUDA such a step is recorded and replayed in any case.)
 
     Returns:
         (B, T + n): prompts and continuations; a row that ended early is filled up with `pad_token_id` (with the
@@ -267,7 +267,7 @@ def generate(
         if on_prompt is not None:
             on_prompt(min(start + chunk, T), T)
     captured = None
-    if forward is not None and (compile or device.type == "cuda"):
+    if forward is not None and (compile or device.type == "cuda") and total > T + 1:
         captured = Captured(forward, cache, total, first_positions, mask, compile)
     running = [True] * B
     for slot in range(T, total):

@@ -169,7 +169,7 @@ tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
 ids = tokenizer("To be, or not to be", return_tensors="pt").input_ids
 out = model.generate(ids, max_new_tokens=1, do_sample=False, pad_token_id=0)
-print(tokenizer.decode(out[0]))
+print(out[0].tolist())
 """
 
 

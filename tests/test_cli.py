@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import generate
-from generate import BUNDLED, Writer, available_memory, human, kv_cache_bytes, load_model, main, model_words
+from generate import BUNDLED, Writer, available_memory, human, kv_cache_bytes, load_model, main, model_words, progress_bar
 from ministral import KVCache, MinistralConfig
 from tokenizer import Tokenizer
 
@@ -247,3 +247,14 @@ def test_the_words_of_a_name_are_the_models(tmp_path, name, directory, words):
     path = tmp_path / directory
     path.mkdir(parents=True, exist_ok=True)
     assert model_words(name if "/" in name else str(path), path) == words
+
+
+@pytest.mark.parametrize("seconds", [0.0, 2.1])
+def test_only_long_prompts_show_a_bar(capsys, seconds):
+    show = progress_bar()
+    show(512, 1536)
+    time.sleep(seconds)
+    show(1024, 1536)
+    said = capsys.readouterr().err
+    assert ("reading:  67%" in said) == (seconds > 2), said
+    show(1536, 1536)
