@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,21 +63,28 @@ def prompt(model: Any, length: int) -> torch.Tensor:
 
 
 def decode(name: str, kind: str, new: int, rounds: int, attn: str = "sdpa", **extra: Any) -> Row:
-    """Tokens per second of `generate` after a prompt of 32 tokens, greedy."""
+    """Tokens per second of `generate`, greedy, after a prompt of 32 tokens and the first new one, whose time is
+    measured, too, and taken off."""
     dtype = DTYPES[SHORT[kind]]
     model = common.ours(name, dtype)
     other, ids = common.theirs(model, attn), prompt(model, 32)
-    runs: dict[str, Callable[[], object]] = {
-        "ours": lambda: generate(model, ids, max_new_tokens=new, eos_token_id=()),
-        "theirs": lambda: other.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False,
-                                         eos_token_id=None, pad_token_id=0, **extra),
-    }  # fmt: skip
-    seconds = common.alternate(runs, rounds)
-    read = sum(p.numel() * p.element_size() for p in model.parameters()) * new
-    read -= 0 if model.config.tie_word_embeddings else model.lm_head.weight.nbytes * new
+    runs = dict[str, Callable[[], object]]()
+    for count in (1, new + 1):
+        runs[f"ours {count}"] = partial(generate, model, ids, max_new_tokens=count, eos_token_id=())
+        runs[f"theirs {count}"] = partial(their_generate, other, ids, count, **extra)
+    found = common.alternate(runs, rounds)
+    seconds = {side: (found[f"{side} {new + 1}"] - found[f"{side} 1"]) / new for side in ("ours", "theirs")}
+    read = sum(p.numel() * p.element_size() for p in model.parameters())
+    read -= 0 if model.config.tie_word_embeddings else model.lm_head.weight.nbytes
     share = read / seconds["ours"] / limits(dtype)[0]
-    return Row("", f"{new / seconds['ours']:.1f} tokens/s", f"{new / seconds['theirs']:.1f}",
+    return Row("", f"{1 / seconds['ours']:.1f} tokens/s", f"{1 / seconds['theirs']:.1f}",
                seconds["theirs"] / seconds["ours"], f"{share:.0%} of memory bandwidth")  # fmt: skip
+
+
+def their_generate(other: Any, ids: torch.Tensor, new: int, **extra: Any) -> object:
+    """Transformers' `generate`, greedy, that many tokens."""
+    return other.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False,
+                          eos_token_id=None, pad_token_id=0, **extra)  # fmt: skip
 
 
 def prefill(name: str, kind: str, length: int, rounds: int) -> Row:
@@ -85,9 +93,8 @@ def prefill(name: str, kind: str, length: int, rounds: int) -> Row:
     model = common.ours(name, dtype)
     other, ids = common.theirs(model), prompt(model, length)
     seconds = common.alternate({
-        "ours": lambda: generate(model, ids, max_new_tokens=1, eos_token_id=()),
-        "theirs": lambda: other.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False,
-                                         eos_token_id=None, pad_token_id=0),
+        "ours": partial(generate, model, ids, max_new_tokens=1, eos_token_id=()),
+        "theirs": partial(their_generate, other, ids, 1),
     }, rounds)  # fmt: skip
     numbers = sum(p.numel() for name, p in model.named_parameters() if p.ndim > 1 and "embed" not in name)
     share = 2 * numbers * length / seconds["ours"] / limits(dtype)[1]
@@ -148,8 +155,7 @@ def child(side: str, name: str, kind: str, length: int) -> None:
     if other is None:
         generate(model, ids, max_new_tokens=1, eos_token_id=())
     else:
-        other.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False, eos_token_id=None,
-                       pad_token_id=0)  # fmt: skip
+        their_generate(other, ids, 1)
     print(common.peak() - before)
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks import common
-from benchmarks.bench import prompt
+from benchmarks.bench import prompt, their_generate
 from checkpoint import Parser, exit_code
 from generate import generate
 
@@ -58,8 +58,7 @@ def read_prompt(side: str, pattern: str, length: int) -> None:
         if other is None:
             generate(model, ids, max_new_tokens=1, eos_token_id=())
         else:
-            other.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False,
-                           eos_token_id=None, pad_token_id=0)  # fmt: skip
+            their_generate(other, ids, 1)
 
     run(ids[:, :600])
     before, start = common.reset_peak(), time.perf_counter()
