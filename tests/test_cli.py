@@ -13,7 +13,17 @@ import pytest
 import torch
 
 import generate
-from generate import BUNDLED, Writer, available_memory, human, kv_cache_bytes, load_model, main, model_words, progress_bar
+from generate import (
+    BUNDLED,
+    Writer,
+    available_memory,
+    human,
+    kv_cache_bytes,
+    load_model,
+    main,
+    model_words,
+    progress_bar,
+)
 from ministral import KVCache, MinistralConfig
 from tokenizer import Tokenizer
 
