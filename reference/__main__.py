@@ -241,13 +241,12 @@ def accuse(
     if not diverges and sum(p.numel() for p in exact.parameters()) > SMALL:
         return
     compared = [name for name in report.fitted if name in types]
-    first = next((s.name for s in report.stages if s.diverges and not s.equal_after), None)
-    for name in dict.fromkeys([*compared[-1:], *(name for name in compared if name == first), "logits"]):
+    for name in dict.fromkeys([*compared[-1:], *(name for name in compared if name == report.first), "logits"]):
         if name in types and report.mutant is None:
             tensor, keep = report.fitted.get(name, (mine[name], None))
             given = golden.arguments(inputs, torch.float64)
-            report.mutant, said = explain(tensor, model(types[name]), exact, given, name, keep, first)
-            if report.mutant or first or said.endswith("bit for bit"):
+            report.mutant, said = explain(tensor, model(types[name]), exact, given, name, keep, report.first)
+            if report.mutant or report.first or said.endswith("bit for bit"):
                 report.verdict = said
     if report.mutant and not diverges:
         report.verdict = f"within the noise of its type, but {report.verdict}"

@@ -75,7 +75,7 @@ class Report:
     Attributes:
         stages: what was compared, in the order of computing.
         missing, unknown, misshapen: what could not be: not given, not in the reference, of another shape.
-        first: the first stage that is wrong; if none is, the first one that is right in another layout.
+        first: the first stage that is wrong, if any; one that is right in another layout is not.
         agrees: whether something was compared, and all of it is right.
         sentence: the same in words.
         verdict, mutant: the known mistake that explains it, if one does.
@@ -311,10 +311,10 @@ def compare(
     missing = [name for name in order(reference) if name not in mine and not name.startswith("input.")]
     unknown = sorted(name for name in mine if name not in reference and not name.startswith("input."))
     wrong = next((s for s in stages if s.diverges and not s.equal_after), None)
-    first = next((s.name for s in (wrong, *stages) if s is not None and s.diverges), None)
     judged = any(not math.isnan(s.floor) for s in stages)
     agrees = judged and wrong is None and not misshapen
     sentence = summary(stages, misshapen, wrong)
+    first = None if wrong is None else wrong.name
     return Report(stages, missing, unknown, misshapen, first, agrees, sentence, fitted=fitted)
 
 
