@@ -53,14 +53,19 @@ def test_padding_and_company_change_nothing_in_float64(device, rng):
 @torch.no_grad()
 def test_transformers_is_not_float64():
     """Transformers keeps norms, rotary tables and softmax in float32, so its float64 run is off by about 1e-5. Ours
-    is not: the two differ by what float32 costs. (A statement, not a goal.)"""
+    is not: the two differ by what float32 costs. Padding that sees nothing makes it NaN: its lowest number of float64
+    is no float32. (A statement, not a goal.)"""
     distances = []
     for seed in range(20):
         case = draw_case(random.Random(seed), dtype=torch.float32, attn_implementation="eager")
         theirs = case.theirs.double()(case.ids, attention_mask=case.mask).logits
         ours = case.truth()(case.ids, case.mask).logits
-        distances.append((ours - theirs)[case.real].abs().max().item())
-    assert 1e-8 < statistics.median(distances) < 1e-4, distances
+        assert ours.isfinite().all()
+        if theirs[case.real].isnan().any():
+            assert not case.real.all()
+        else:
+            distances.append((ours - theirs)[case.real].abs().max().item())
+    assert len(distances) >= 10 and 1e-8 < statistics.median(distances) < 1e-4, distances
 
 
 # ------------------------------------------------------------------------------ bit-identical until a wrap
