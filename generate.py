@@ -28,7 +28,7 @@ from torch import Tensor
 import checkpoint
 from checkpoint import DTYPES, Parser, exit_code, human
 from fast import Captured, flat, widens
-from ministral import KVCache, MinistralConfig, MinistralForCausalLM, at_least_float32
+from ministral import KVCache, MinistralConfig, MinistralForCausalLM, at_least_float32, expect_ids
 from ministral3 import Ministral3ForCausalLM
 from tokenizer import ChatStream, TextStream, Tokenizer, split_thinking
 from vision import (
@@ -216,6 +216,9 @@ def generate(
             raise ValueError(f"{name}={value} is impossible; allowed: a whole number not below 1")
     if input_ids.ndim != 2 or input_ids.numel() == 0:
         raise ValueError(f"input_ids must be (batch, tokens) with at least one token; found {tuple(input_ids.shape)}")
+    expect_ids(input_ids, config.vocab_size)  # for the fast path, which asks no more
+    if past_key_values is not None:
+        past_key_values.key_positions(config, 1, device)  # refuses the cache of another configuration
     input_ids = input_ids.to(device)
     B, T = input_ids.shape
     if past >= T:

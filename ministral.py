@@ -878,13 +878,7 @@ class MinistralModel(PreTrainedModel):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             assert input_ids is not None
-            last = self.config.vocab_size - 1
-            if input_ids.ndim != 2 or input_ids.numel() == 0 or input_ids.dtype not in (torch.int64, torch.int32):
-                found = f"{tuple(input_ids.shape)} of {input_ids.dtype}"
-                raise ValueError(f"input_ids must be (batch, tokens) of whole numbers, not empty; found {found}")
-            if input_ids.device.type == "cpu" and not 0 <= input_ids.min() <= input_ids.max() <= last:
-                # (On another device the check would wait for it.)
-                raise ValueError(f"input_ids from {input_ids.min()} to {input_ids.max()}; allowed: 0 to {last}")
+            expect_ids(input_ids, self.config.vocab_size)
             inputs_embeds = self.embed_tokens(input_ids)
         if inputs_embeds.ndim != 3 or inputs_embeds.numel() == 0 or inputs_embeds.shape[2] != self.config.hidden_size:
             allowed = f"(batch, tokens, {self.config.hidden_size}), not empty"
@@ -911,6 +905,17 @@ def expect(name: str, tensor: Tensor, *shapes: tuple[int, ...]) -> None:
     if tensor.shape not in shapes:
         allowed = " or ".join(str(tuple(shape)) for shape in shapes)
         raise ValueError(f"{name} must be {allowed}; found {tuple(tensor.shape)}")
+
+
+def expect_ids(input_ids: Tensor, vocab_size: int) -> None:
+    """Raise ValueError unless these are token ids (B, S) of the vocabulary."""
+    last = vocab_size - 1
+    if input_ids.ndim != 2 or input_ids.numel() == 0 or input_ids.dtype not in (torch.int64, torch.int32):
+        found = f"{tuple(input_ids.shape)} of {input_ids.dtype}"
+        raise ValueError(f"input_ids must be (batch, tokens) of whole numbers, not empty; found {found}")
+    if input_ids.device.type == "cpu" and not 0 <= input_ids.min() <= input_ids.max() <= last:
+        # (On another device the check would wait for it.)
+        raise ValueError(f"input_ids from {input_ids.min()} to {input_ids.max()}; allowed: 0 to {last}")
 
 
 def same_text(position_ids: Tensor) -> Tensor | None:

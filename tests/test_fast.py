@@ -263,6 +263,16 @@ def test_the_widened_types_are_those_without_arithmetic():
     assert not fast.widens(torch.bfloat16, torch.device("cuda"))
 
 
+@pytest.mark.parametrize("fast", [True, False])
+def test_wrong_input_is_refused_on_both_paths(fast):
+    model = tiny()
+    for ids in ([[1, VOCAB]], [[-1, 1]]):
+        with pytest.raises(ValueError, match=f"allowed: 0 to {VOCAB - 1}"):
+            generate(model, torch.tensor(ids), fast=fast)
+    with pytest.raises(ValueError, match="other layers or another window"):
+        generate(model, torch.tensor([[1, 2]]), fast=fast, past_key_values=KVCache(tiny(sliding_window=7).config))
+
+
 def test_published_shapes_are_taken():
     """Ministral 3 with query scales and tied embeddings."""
     model = tiny(Ministral3ForCausalLM, sliding_window=None, tie_word_embeddings=True)
