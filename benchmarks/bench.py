@@ -104,25 +104,32 @@ def prefill(name: str, kind: str, length: int, rounds: int) -> Row:
 
 
 @torch.inference_mode()
-def decode_at(name: str, length: int, steps: int, rounds: int) -> Row:
-    """Milliseconds per token after `length` tokens of random keys and values, float32."""
-    model = common.ours(name, torch.float32)
+def step_seconds(model: Any, length: int, steps: int, rounds: int) -> tuple[dict[str, float], int]:
+    """Seconds of a token after `length` tokens of random keys and values, "ours" and "theirs", and the bytes of our
+    cache."""
     other, ids = common.theirs(model), prompt(model, 1)
-    caches = {"ours": common.our_cache(model, length), "theirs": common.their_cache(model, other, length)}
-
-    def run_ours() -> None:
-        held = caches["ours"].get_seq_length()
-        tokens = ids.expand(1, held + 1)  # only the last one is read
-        generate(model, tokens, max_new_tokens=steps, eos_token_id=(), past_key_values=caches["ours"])
+    ours, theirs = common.our_cache(model, length), common.their_cache(model, other, length)
 
     def run_theirs() -> None:
         for _ in range(steps):
-            other(ids, past_key_values=caches["theirs"], use_cache=True)
+            other(ids, past_key_values=theirs, use_cache=True)
 
-    seconds = common.alternate({"ours": run_ours, "theirs": run_theirs}, rounds)
-    each = {key: f"{value / steps * 1000:.1f} ms" for key, value in seconds.items()}
-    size = caches["ours"].nbytes() + sum(p.nbytes for p in model.parameters())
-    share = size * steps / seconds["ours"] / limits(torch.float32)[0]
+    found = common.alternate({"ours": partial(more, model, ids, ours, steps), "theirs": run_theirs}, rounds)
+    return {side: seconds / steps for side, seconds in found.items()}, ours.nbytes()
+
+
+def more(model: Any, ids: torch.Tensor, cache: KVCache, steps: int) -> None:
+    """Our `steps` more tokens after a full cache."""
+    tokens = ids.expand(1, cache.get_seq_length() + 1)  # only the last one is read
+    generate(model, tokens, max_new_tokens=steps, eos_token_id=(), past_key_values=cache)
+
+
+def decode_at(name: str, length: int, steps: int, rounds: int) -> Row:
+    """Milliseconds per token after `length` others, float32."""
+    model = common.ours(name, torch.float32)
+    seconds, cached = step_seconds(model, length, steps, rounds)
+    each = {side: f"{value * 1000:.1f} ms" for side, value in seconds.items()}
+    share = (cached + sum(p.nbytes for p in model.parameters())) / seconds["ours"] / limits(torch.float32)[0]
     ratio = seconds["theirs"] / seconds["ours"]
     return Row("", each["ours"], each["theirs"], ratio, f"{share:.0%} of memory bandwidth")
 
@@ -131,15 +138,10 @@ def decode_at(name: str, length: int, steps: int, rounds: int) -> Row:
 def grows(name: str, short: int, long: int, steps: int, rounds: int) -> Row:
     """Our time per token at a long context over that at a short one (in the column of Transformers)."""
     model = common.ours(name, torch.float32)
-    ids, runs = prompt(model, 1), dict[str, Callable[[], object]]()
-    for length in (short, long):
-        cache = common.our_cache(model, length)
-
-        def run(cache: KVCache = cache) -> None:
-            tokens = ids.expand(1, cache.get_seq_length() + 1)
-            generate(model, tokens, max_new_tokens=steps, eos_token_id=(), past_key_values=cache)
-
-        runs[str(length)] = run
+    runs: dict[str, Callable[[], object]] = {
+        str(length): partial(more, model, prompt(model, 1), common.our_cache(model, length), steps)
+        for length in (short, long)
+    }
     seconds = common.alternate(runs, rounds)
     each = [f"{seconds[key] / steps * 1000:.2f} ms" for key in runs]
     return Row("", each[1], f"(ours, {short}) {each[0]}", seconds[str(long)] / seconds[str(short)])

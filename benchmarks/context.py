@@ -14,39 +14,20 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import common
-from benchmarks.bench import prompt, their_generate
+from benchmarks.bench import prompt, step_seconds, their_generate
 from checkpoint import Parser, exit_code
 from generate import generate
 
 PATTERNS = ("full", "mixed", "sliding")
 CONTEXTS = tuple(2**n for n in range(10, 19))  # 1k to 256k
 PROMPTS = {"ours": tuple(2**n for n in range(10, 17)), "theirs": tuple(2**n for n in range(10, 16))}
-
-
-@torch.inference_mode()
-def step_seconds(pattern: str, length: int, steps: int = 8) -> dict[str, float]:
-    """Seconds of a token after `length` others, of both."""
-    model = common.ours(pattern, torch.float32)
-    other, ids = common.theirs(model), prompt(model, 1)
-    ours, theirs = common.our_cache(model, length), common.their_cache(model, other, length)
-
-    def run_ours() -> None:
-        tokens = ids.expand(1, ours.get_seq_length() + 1)
-        generate(model, tokens, max_new_tokens=steps, eos_token_id=(), past_key_values=ours)
-
-    def run_theirs() -> None:
-        for _ in range(steps):
-            other(ids, past_key_values=theirs, use_cache=True)
-
-    runs: dict[str, Callable[[], object]] = {"ours": run_ours, "theirs": run_theirs}
-    return {side: seconds / steps for side, seconds in common.alternate(runs, 5).items()}
 
 
 def read_prompt(side: str, pattern: str, length: int) -> None:
@@ -71,7 +52,8 @@ def measure() -> dict[str, Any]:
     found: dict[str, Any] = {"machine": common.machine(), "step": {}, "prompt": {}}
     for pattern in PATTERNS:
         for length in CONTEXTS:
-            found["step"][f"{pattern} {length}"] = step_seconds(pattern, length)
+            model = common.ours(pattern, torch.float32)
+            found["step"][f"{pattern} {length}"], _ = step_seconds(model, length, steps=8, rounds=5)
             print(pattern, length, found["step"][f"{pattern} {length}"], file=sys.stderr, flush=True)
         for side, lengths in PROMPTS.items():
             for length in lengths:
