@@ -9,6 +9,7 @@ the readable path (tests/test_fast.py); sums run in another order, so bits diffe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -45,54 +46,67 @@ def join(*modules: nn.Module) -> Tensor:
     return whole.t()
 
 
-def widens(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether products of matrices of this type are slow here: 16-bit numbers on a CPU without such arithmetic."""
-    native = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
-    return device.type == "cpu" and dtype in native and not getattr(torch.ops.mkldnn, native[dtype])()
+def wide_rows(dtype: torch.dtype, device: torch.device) -> float:
+    """From how many rows on 16-bit weights are multiplied faster in float32: on a CPU without such arithmetic from 8; with
+    bfloat16 instructions, but the matrix unit (AMX) of that processor hidden by a virtual machine, from 128 (512 rows:
+    300 against 180 GFLOPS); elsewhere never. Single rows are bound by reading the weight."""
+    native = {torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+              torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported()}  # fmt: skip
+    if device.type != "cpu" or dtype not in native:
+        return math.inf
+    if not native[dtype]:
+        return 8
+    hidden = torch.cpu._is_avx512_bf16_supported() and native[torch.float16] and not torch.cpu._is_amx_tile_supported()
+    return 128 if dtype == torch.bfloat16 and hidden else math.inf
 
 
-TILE = 1 << 20  # numbers of a weight that are widened at a time: 4 MB stay in the cache (64 rows, 3B: 1.5 to 1.8 times)
+TILE = 1 << 22  # numbers of a weight that are widened at a time: 16 MB (a tenth slower than no widening; 1 MB: a third)
 
 
-def wide_mm(x: Tensor, matrix: Tensor) -> Tensor:
-    """x (N, in) times the transpose (in, out) of a weight, of 16 bits, with float32 products: closer to the truth, and
-    several times faster where the processor has none. Single rows are bound by reading the weight, and stay."""
-    if len(x) < 8:
-        return torch.mm(x, matrix)
-    weight = matrix.t()
-    rows, wide = max(TILE // weight.shape[1], 1), x.float().t()
-    out = wide.new_empty(len(weight), len(x))
-    for start in range(0, len(weight), rows):
-        torch.mm(weight[start : start + rows].float(), wide, out=out[start : start + rows])
-    return torch.empty(len(x), len(weight), dtype=x.dtype).copy_(out.t())
+def mm(x: Tensor, matrix: Tensor) -> Tensor:
+    """x (N, in) times the transpose (in, out) of a weight. float32 rows times 16-bit weights are multiplied in float32:
+    closer to the truth, and faster where `wide_rows` says so; a few rows in 16 bits."""
+    if x.dtype == matrix.dtype or len(x) < 8:
+        return torch.mm(x.to(matrix.dtype), matrix)
+    columns, out = max(TILE // len(matrix), 1), x.new_empty(len(x), matrix.shape[1])
+    for at in range(0, matrix.shape[1], columns):
+        torch.mm(x, matrix[:, at : at + columns].to(x.dtype), out=out[:, at : at + columns])
+    return out
+
+
+BLOCK = 8192  # keys of which attention has a copy in float32 at a time
 
 
 def chunk_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
     """Attention of a chunk of S tokens, without padding, to P earlier keys and its own: q (B, H, S, D), k and v
-    (B, G, P + S, D), keys in order -> (B, H, S, D).
+    (B, G, P + S, D), keys in order, of the dtype of q or narrower -> (B, H, S, D).
 
-    A mask (S, P + S) is long to read and all ones but for its ends. So attention runs in parts: keys that leave the
-    window while the chunk goes on (masked), keys that every query sees, the chunk itself (causal). They are joined as
-    in FlashAttention (https://arxiv.org/abs/2205.14135), each weighted by its share of the sum of exponentials."""
+    A mask (S, P + S) is long to read and all ones but for its ends. So attention runs in parts, none of which needs one:
+    keys that leave the window while the chunk goes on (read backwards, they are causal), keys that every query sees, the
+    chunk itself (causal). They are joined as in FlashAttention (https://arxiv.org/abs/2205.14135), each weighted by its
+    share of the sum of exponentials."""
     (B, H, S, D), G, P = q.shape, k.shape[1], k.shape[2] - q.shape[2]
     edge = 0 if window is None or window >= P + S else P + S - window + 1
     on_cpu = q.device.type == "cpu"
     if edge > (P if on_cpu else 0):  # the chunk is longer than the window, or the kernel of the parts is not there
-        places = torch.arange(P + S, device=q.device)
+        places, k, v = torch.arange(P + S, device=q.device), k.to(q.dtype), v.to(q.dtype)
         return sdpa_attention(q, k, v, make_attention_mask(places[P:], places, window), D**-0.5, 0.0)[0]
     if not on_cpu:
         from torch.nn.attention.bias import causal_lower_right  # fmt: skip  # imported late: it takes 1.6 s
         k, v = repeat_kv(k, H // G), repeat_kv(v, H // G)
         return F.scaled_dot_product_attention(q, k, v, causal_lower_right(S, P + S))
     attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    parts = [attend(q, *(repeat_kv(x[:, :, P:], H // G) for x in (k, v)), 0.0, True)]
-    if edge < P:  # the heads of a group become rows of queries over their one key head: nothing is repeated
-        out, total = attend(q.reshape(B, G, H // G * S, D), k[:, :, edge:P], v[:, :, edge:P])
+
+    def some(first: int, last: int, groups: int = 1) -> list[Tensor]:
+        return [repeat_kv(x[:, :, first:last].to(q.dtype), groups) for x in (k, v)]
+
+    parts = [attend(q, *some(P, P + S, H // G), 0.0, True)]
+    for at in range(edge, P, BLOCK):  # a group's heads become rows of queries over one key head: nothing is repeated
+        out, total = attend(q.reshape(B, G, H // G * S, D), *some(at, min(at + BLOCK, P)))
         parts.append((out.reshape(q.shape), total.reshape(B, H, S)))
     if edge:
-        mask = make_attention_mask(torch.arange(P, P + S), torch.arange(edge), window)
-        bias = torch.zeros(S, edge, dtype=q.dtype).masked_fill(~mask[0, 0], float("-inf"))
-        parts.append(attend(q, *(repeat_kv(x[:, :, :edge], H // G) for x in (k, v)), attn_mask=bias))
+        out, total = attend(*(x.flip(2) for x in (q, *some(0, edge, H // G))), 0.0, True)
+        parts.append((out.flip(2), total.flip(2)))
     joined, total = parts[0][0].to(parts[0][1].dtype), parts[0][1]  # (B, H, S, D), (B, H, S) log of the sum
     for out, more in parts[1:]:
         joined = torch.lerp(joined, out.to(joined.dtype), torch.sigmoid(more - total)[..., None])
@@ -108,7 +122,7 @@ class Flat:
         self.rotary, self.act = text.rotary_emb, ministral.ACTIVATIONS[c.hidden_act]
         self.embeddings: Tensor = text.embed_tokens.weight
         self.norm, self.head = text.norm.weight, head.weight.t()
-        self.mm = wide_mm if widens(self.head.dtype, self.head.device) else torch.mm
+        self.wide_rows = wide_rows(self.head.dtype, self.head.device)
         self.layers = []
         blocks: list[Any] = list(text.layers)
         for block in blocks:
@@ -128,11 +142,16 @@ class Flat:
                 masks[kept.window] = make_attention_mask(places[-S:], keys, kept.window, real[:, None, keys])
 
         def attend(n: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            kept = cache.layers[n]
-            k, v = kept.update(k, v)
-            if S == 1 or real is not None:
-                return sdpa_attention(q, k, v, masks.get(kept.window), q.shape[-1] ** -0.5, 0.0)[0]
-            return chunk_attention(q, k, v, kept.window)
+            kept, dtype = cache.layers[n], self.embeddings.dtype
+            k, v = kept.update(k.to(dtype), v.to(dtype))
+            if kept.window in masks:
+                mask = masks[kept.window][:, :, -q.shape[2] :]
+                return sdpa_attention(q, k.to(q.dtype), v.to(q.dtype), mask, q.shape[-1] ** -0.5, 0.0)[0]
+            if q.shape[2] > 1:
+                return chunk_attention(q, k, v, kept.window)
+            if kept.window is not None:
+                k, v = k[:, :, -kept.window :], v[:, :, -kept.window :]
+            return sdpa_attention(q.to(dtype), k, v, None, q.shape[-1] ** -0.5, 0.0)[0]
 
         cos, sin, *scale = self.rotary(self.embeddings, position_ids)
         if scale and x.device.type == "cpu" and bool((scale[0] == 1).all()):
@@ -146,20 +165,25 @@ class Flat:
         (B, S, E), H, G, D = x.shape, c.num_attention_heads, c.num_key_value_heads, c.head_dim
         cos, sin, *scale = tables
         x = x.reshape(B * S, E)
+        if B * S >= self.wide_rows:
+            x, cos, sin, *scale = (t.float() for t in (x, cos, sin, *scale))
         for n, layer in enumerate(self.layers):
-            heads = self.mm(self.normed(x, layer.input_norm), layer.qkv).view(B, S, -1, D).transpose(1, 2)
+            heads = mm(self.normed(x, layer.input_norm), layer.qkv).view(B, S, -1, D).transpose(1, 2)
             qk, v = heads[:, : H + G], heads[:, H + G :]
             qk = qk * cos + rotate_half(qk) * sin  # (B, H + G, S, D), both at once
             q, k = qk[:, :H], qk[:, H:]
-            found = attend(n, q * scale[0] if scale else q, k, v)
-            x = x + self.mm(found.transpose(1, 2).reshape(B * S, H * D), layer.o)
-            gate, up = self.mm(self.normed(x, layer.post_norm), layer.gate_up).chunk(2, dim=-1)
-            x = x + self.mm(self.act(gate) * up, layer.down)
-        return self.mm(self.normed(x.view(B, S, E)[:, -1], self.norm), self.head)
+            q = q * scale[0] if scale else q
+            if S > 1 and n + 1 == len(self.layers):  # of this layer, the other tokens leave keys and values, no more
+                q, x = q[:, :, -1:], x.view(B, S, E)[:, -1]
+            found = attend(n, q, k, v)
+            x = x + mm(found.transpose(1, 2).reshape(len(x), H * D).to(x.dtype), layer.o)
+            gate, up = mm(self.normed(x, layer.post_norm), layer.gate_up).chunk(2, dim=-1)
+            x = x + mm(self.act(gate) * up, layer.down)
+        return mm(self.normed(x, self.norm), self.head)
 
     def normed(self, x: Tensor, weight: Tensor) -> Tensor:
         """`RMSNorm`, rounded before the weight multiplies, as there."""
-        return F.rms_norm(x, x.shape[-1:], None, self.config.rms_norm_eps) * weight
+        return F.rms_norm(x, x.shape[-1:], None, self.config.rms_norm_eps) * weight.to(x.dtype)
 
 
 class Captured:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 import checkpoint
 from checkpoint import DTYPES, Parser, exit_code, human
-from fast import Captured, flat, widens
+from fast import Captured, flat, wide_rows
 from ministral import KVCache, MinistralConfig, MinistralForCausalLM, at_least_float32, expect_ids
 from ministral3 import Ministral3ForCausalLM
 from tokenizer import ChatStream, TextStream, Tokenizer, split_thinking
@@ -793,9 +793,10 @@ def run(options: argparse.Namespace) -> int:
     budget = plan_memory(directory, config, len(ids), budget, options.max_new_tokens is None, device, dtype)
     model = cls.from_pretrained(directory, dtype, device, options.attn)
     settings = asdict(sampling) | {"max_new_tokens": budget}
-    if widens(model.dtype, model.device):
+    rows = wide_rows(model.dtype, model.device)
+    if rows < math.inf:
         kind = str(model.dtype).removeprefix("torch.")
-        print(f"this processor has no {kind} arithmetic: matrices are multiplied in float32", file=sys.stderr)
+        print(f"{rows} tokens or more at once are computed in float32, faster here than {kind}", file=sys.stderr)
     if options.chat:
         return converse(talk, model, options, settings)
 
