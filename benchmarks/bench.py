@@ -10,6 +10,7 @@ The ratio is the seconds of Transformers over ours: above 1, we are faster (for 
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
@@ -181,6 +182,18 @@ print(out[0].tolist())
 """
 
 
+def first_byte(*command: str) -> None:
+    """Run Python until it has printed something, its modules cached on disk as in any installation. (What a process
+    does before it ends is not counted.)"""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+    with subprocess.Popen([sys.executable, "-u", *command], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                          env=environment) as process:  # fmt: skip
+        assert process.stdout is not None
+        if not process.stdout.read(1):
+            raise ValueError(f"python {' '.join(command)} printed nothing")
+        process.kill()
+
+
 def start(rounds: int) -> Row:
     """Seconds from the start of a process to the first token, the 135-million shape in bfloat16, command line and all;
     `import torch` alone is in the last column."""
@@ -189,13 +202,12 @@ def start(rounds: int) -> Row:
         tekken = (BUNDLED / "tekken.json").read_bytes()
         (Path(directory) / "tekken.json").write_bytes(tekken)
 
-        def process(*command: str) -> Callable[[], object]:
-            return lambda: subprocess.run([sys.executable, *command], check=True, capture_output=True)
-
         seconds = common.alternate({
-            "ours": process("generate.py", "--model", directory, "--max-new-tokens", "1", "--temperature", "0", "To"),
-            "theirs": process("-c", THEIR_START, directory),
-            "torch": process("-c", "import torch"),
+            "ours": partial(
+                first_byte, "generate.py", "--model", directory, "--max-new-tokens", "1", "--temperature", "0", "To"
+            ),
+            "theirs": partial(first_byte, "-c", THEIR_START, directory),
+            "torch": partial(first_byte, "-c", "import torch; print(torch)"),
         }, rounds)  # fmt: skip
     return Row("", f"{seconds['ours']:.2f} s", f"{seconds['theirs']:.2f} s", seconds["theirs"] / seconds["ours"],
                f"import torch {seconds['torch']:.2f} s")  # fmt: skip
