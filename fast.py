@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -22,18 +22,6 @@ import ministral
 from ministral import KVCache, make_attention_mask, repeat_kv, rotate_half, sdpa_attention
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (number of the layer, q, k, v) -> what the heads find
-
-
-class Layer(NamedTuple):
-    """The weights of one layer, matrices as transposed views, which spares `F.linear` that step in every call (4 to 6 %
-    of a step of small models)."""
-
-    input_norm: Tensor  # (E,)
-    qkv: Tensor  # (E, (H + 2 G) D)
-    o: Tensor  # (H D, E)
-    post_norm: Tensor  # (E,)
-    gate_up: Tensor  # (E, 2 F)
-    down: Tensor  # (F, E)
 
 
 def join(*modules: nn.Module) -> Tensor:
@@ -47,25 +35,23 @@ def join(*modules: nn.Module) -> Tensor:
 
 
 def wide_rows(dtype: torch.dtype, device: torch.device) -> float:
-    """From how many rows on 16-bit weights are multiplied faster in float32: on a CPU without such arithmetic from 8; with
-    bfloat16 instructions, but the matrix unit (AMX) of that processor hidden by a virtual machine, from 128 (512 rows:
-    300 against 180 GFLOPS); elsewhere never. Single rows are bound by reading the weight."""
-    native = {torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
-              torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported()}  # fmt: skip
+    """From how many rows on a CPU multiplies 16-bit weights faster in float32: 8 without such arithmetic; 128 in
+    bfloat16 on processors whose matrix unit, AMX, is hidden by a virtual machine (512 rows: 300 against 180 GFLOPS)."""
+    cpu = torch.ops.mkldnn
+    native = {torch.bfloat16: cpu._is_mkldnn_bf16_supported(), torch.float16: cpu._is_mkldnn_fp16_supported()}
     if device.type != "cpu" or dtype not in native:
         return math.inf
-    if not native[dtype]:
-        return 8
     hidden = torch.cpu._is_avx512_bf16_supported() and native[torch.float16] and not torch.cpu._is_amx_tile_supported()
-    return 128 if dtype == torch.bfloat16 and hidden else math.inf
+    return 8 if not native[dtype] else 128 if dtype == torch.bfloat16 and hidden else math.inf
 
 
-TILE = 1 << 22  # numbers of a weight that are widened at a time: 16 MB (a tenth slower than no widening; 1 MB: a third)
+TILE = 1 << 22  # numbers of a weight that are widened at a time, 16 MB: a tenth slower than without (1 MB: a third)
+BLOCK = 8192  # keys that are widened at a time
 
 
 def mm(x: Tensor, matrix: Tensor) -> Tensor:
-    """x (N, in) times the transpose (in, out) of a weight. float32 rows times 16-bit weights are multiplied in float32:
-    closer to the truth, and faster where `wide_rows` says so; a few rows in 16 bits."""
+    """x (N, in) times the transpose (in, out) of a weight. float32 rows times 16-bit weights are multiplied in float32,
+    closer to the truth; but few rows, bound by reading the weight, in 16 bits."""
     if x.dtype == matrix.dtype or len(x) < 8:
         return torch.mm(x.to(matrix.dtype), matrix)
     columns, out = max(TILE // len(matrix), 1), x.new_empty(len(x), matrix.shape[1])
@@ -74,17 +60,13 @@ def mm(x: Tensor, matrix: Tensor) -> Tensor:
     return out
 
 
-BLOCK = 8192  # keys of which attention has a copy in float32 at a time
-
-
 def chunk_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
     """Attention of a chunk of S tokens, without padding, to P earlier keys and its own: q (B, H, S, D), k and v
     (B, G, P + S, D), keys in order, of the dtype of q or narrower -> (B, H, S, D).
 
-    A mask (S, P + S) is long to read and all ones but for its ends. So attention runs in parts, none of which needs one:
-    keys that leave the window while the chunk goes on (read backwards, they are causal), keys that every query sees, the
-    chunk itself (causal). They are joined as in FlashAttention (https://arxiv.org/abs/2205.14135), each weighted by its
-    share of the sum of exponentials."""
+    A mask (S, P + S) is long to read and all ones but for its ends. So attention runs in parts without one: keys that
+    leave the window while the chunk goes on (causal, read backwards), keys that every query sees, the chunk itself
+    (causal). They are joined as in FlashAttention (https://arxiv.org/abs/2205.14135): each weighs its share."""
     (B, H, S, D), G, P = q.shape, k.shape[1], k.shape[2] - q.shape[2]
     edge = 0 if window is None or window >= P + S else P + S - window + 1
     on_cpu = q.device.type == "cpu"
@@ -107,9 +89,10 @@ def chunk_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tens
     if edge:
         out, total = attend(*(x.flip(2) for x in (q, *some(0, edge, H // G))), 0.0, True)
         parts.append((out.flip(2), total.flip(2)))
-    joined, total = parts[0][0].to(parts[0][1].dtype), parts[0][1]  # (B, H, S, D), (B, H, S) log of the sum
-    for out, more in parts[1:]:
-        joined = torch.lerp(joined, out.to(joined.dtype), torch.sigmoid(more - total)[..., None])
+    joined, total = parts.pop()  # (B, H, S, D), (B, H, S) logarithm of the sum of exponentials
+    joined = joined.to(total.dtype)
+    for out, more in parts:
+        joined = torch.lerp(joined, out.to(total.dtype), torch.sigmoid(more - total)[..., None])
         total = torch.logaddexp(total, more)
     return joined.to(q.dtype)
 
@@ -123,13 +106,16 @@ class Flat:
         self.embeddings: Tensor = text.embed_tokens.weight
         self.norm, self.head = text.norm.weight, head.weight.t()
         self.wide_rows = wide_rows(self.head.dtype, self.head.device)
-        self.layers = []
+        # Each layer: norm (E,), q/k/v (E, (H + 2 G) D), o (H D, E), norm (E,), gate/up (E, 2 F), down (F, E), matrices
+        # as transposed views, which spares `F.linear` that step in every call (4 to 6 % of a step of small models).
+        self.layers: list[tuple[Tensor, ...]] = []
         blocks: list[Any] = list(text.layers)
         for block in blocks:
             at, mlp = block.self_attn, block.mlp
-            qkv, gate_up = join(at.q_proj, at.k_proj, at.v_proj), join(mlp.gate_proj, mlp.up_proj)
+            attention = join(at.q_proj, at.k_proj, at.v_proj), at.o_proj.weight.t()
+            feed_forward = join(mlp.gate_proj, mlp.up_proj), mlp.down_proj.weight.t()
             norms = block.input_layernorm.weight, block.post_attention_layernorm.weight
-            self.layers.append(Layer(norms[0], qkv, at.o_proj.weight.t(), norms[1], gate_up, mlp.down_proj.weight.t()))
+            self.layers.append((norms[0], *attention, norms[1], *feed_forward))
 
     def __call__(self, x: Tensor, position_ids: Tensor, cache: KVCache, real: Tensor | None = None) -> Tensor:
         """Logits (B, V) after the last of S new tokens, which the cache takes in. x: (B, S) ids, or (B, S, E)
@@ -142,21 +128,17 @@ class Flat:
                 masks[kept.window] = make_attention_mask(places[-S:], keys, kept.window, real[:, None, keys])
 
         def attend(n: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            kept, dtype = cache.layers[n], self.embeddings.dtype
+            kept, new, dtype = cache.layers[n], q.shape[2], self.embeddings.dtype
             k, v = kept.update(k.to(dtype), v.to(dtype))
-            if kept.window in masks:
-                mask = masks[kept.window][:, :, -q.shape[2] :]
-                return sdpa_attention(q, k.to(q.dtype), v.to(q.dtype), mask, q.shape[-1] ** -0.5, 0.0)[0]
-            if q.shape[2] > 1:
+            if new > 1 and real is None:
                 return chunk_attention(q, k, v, kept.window)
-            if kept.window is not None:
+            mask = None if real is None else masks[kept.window][:, :, -new:]
+            q = q.to(dtype) if new == 1 else q  # bound by reading the keys
+            if mask is None and kept.window is not None:
                 k, v = k[:, :, -kept.window :], v[:, :, -kept.window :]
-            return sdpa_attention(q.to(dtype), k, v, None, q.shape[-1] ** -0.5, 0.0)[0]
+            return sdpa_attention(q, k.to(q.dtype), v.to(q.dtype), mask, q.shape[-1] ** -0.5, 0.0)[0]
 
-        cos, sin, *scale = self.rotary(self.embeddings, position_ids)
-        if scale and x.device.type == "cpu" and bool((scale[0] == 1).all()):
-            scale = []  # (elsewhere the question would wait for the device)
-        return self.run(x, (cos, sin, *scale), attend)
+        return self.run(x, self.rotary(self.embeddings, position_ids), attend)
 
     def run(self, x: Tensor, tables: ministral.RopeTables, attend: Attend) -> Tensor:
         """All layers, with any form of attention."""
@@ -165,10 +147,10 @@ class Flat:
         (B, S, E), H, G, D = x.shape, c.num_attention_heads, c.num_key_value_heads, c.head_dim
         cos, sin, *scale = tables
         x = x.reshape(B * S, E)
-        if B * S >= self.wide_rows:
+        if len(x) >= self.wide_rows:
             x, cos, sin, *scale = (t.float() for t in (x, cos, sin, *scale))
-        for n, layer in enumerate(self.layers):
-            heads = mm(self.normed(x, layer.input_norm), layer.qkv).view(B, S, -1, D).transpose(1, 2)
+        for n, (norm, qkv, o, post_norm, gate_up, down) in enumerate(self.layers):
+            heads = mm(self.normed(x, norm), qkv).view(B, S, -1, D).transpose(1, 2)
             qk, v = heads[:, : H + G], heads[:, H + G :]
             qk = qk * cos + rotate_half(qk) * sin  # (B, H + G, S, D), both at once
             q, k = qk[:, :H], qk[:, H:]
@@ -176,10 +158,10 @@ class Flat:
             if S > 1 and n + 1 == len(self.layers):  # of this layer, the other tokens leave keys and values, no more
                 q, x = q[:, :, -1:], x.view(B, S, E)[:, -1]
             found = attend(n, q, k, v)
-            x = x + mm(found.transpose(1, 2).reshape(len(x), H * D).to(x.dtype), layer.o)
-            gate, up = mm(self.normed(x, layer.post_norm), layer.gate_up).chunk(2, dim=-1)
-            x = x + mm(self.act(gate) * up, layer.down)
-        return mm(self.normed(x, self.norm), self.head)
+            x = x + mm(found.transpose(1, 2).reshape(len(x), H * D).to(x.dtype), o)
+            gate, up = mm(self.normed(x, post_norm), gate_up).chunk(2, dim=-1)
+            x = x + mm(self.act(gate) * up, down)
+        return mm(self.normed(x, self.norm), self.head).to(self.head.dtype)
 
     def normed(self, x: Tensor, weight: Tensor) -> Tensor:
         """`RMSNorm`, rounded before the weight multiplies, as there."""
@@ -194,9 +176,7 @@ class Captured:
     first (B or 1, 1) is the position of slot 0, negative where padding comes first; real, bool (B, total), False at
     padding. `compile` fuses the small operations by `torch.compile`, which takes about a minute first."""
 
-    def __init__(
-        self, forward: Flat, cache: KVCache, total: int, first: Tensor, real: Tensor | None, compile: bool = False
-    ) -> None:
+    def __init__(self, forward: Flat, cache: KVCache, total: int, first: Tensor, real: Tensor | None, compile: bool):
         self.forward, self.cache, self.first, self.real = forward, cache, first, real
         self.held: list[tuple[Tensor, Tensor]] = []  # keys and values of each layer
         for kept in cache.layers:
@@ -222,18 +202,18 @@ class Captured:
 
     def _step(self, ids: Tensor) -> Tensor:
         masks: dict[int, Tensor] = {}  # number of slots -> which are seen
-        for keys, _ in self.held:
-            if keys.shape[2] not in masks:
-                slots = torch.arange(keys.shape[2], device=ids.device)
-                place = self.slot - (self.slot - slots) % len(slots)  # of the token in each slot; below 0: none yet
-                seen = (place >= 0)[None]
-                seen = seen if self.real is None else seen & self.real[:, place.clamp(min=0)]
-                masks[len(slots)] = seen[:, None, None]
+        for length in {keys.shape[2] for keys, _ in self.held}:
+            slots = torch.arange(length, device=ids.device)
+            place = self.slot - (self.slot - slots) % length  # of the token in each slot; below 0: none yet
+            seen = (place >= 0)[None]
+            seen = seen if self.real is None else seen & self.real[:, place.clamp(min=0)]
+            masks[length] = seen[:, None, None]
 
         def attend(n: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            for held, new in zip(self.held[n], (k, v)):
-                held.index_copy_(2, self.slot % held.shape[2], new)
-            return sdpa_attention(q, *self.held[n], masks[self.held[n][0].shape[2]], q.shape[-1] ** -0.5, 0.0)[0]
+            keys, values = self.held[n]
+            for held, new in (keys, k), (values, v):
+                held.index_copy_(2, self.slot % held.shape[2], new.to(held.dtype))
+            return sdpa_attention(q.to(keys.dtype), keys, values, masks[keys.shape[2]], q.shape[-1] ** -0.5, 0.0)[0]
 
         tables = self.forward.rotary(self.forward.embeddings, (self.first + self.slot).clamp(min=0))
         return self.forward.run(ids, tables, attend)

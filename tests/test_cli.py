@@ -1,6 +1,7 @@
 """`python generate.py`: what it prints, and that every wrong use is one line on stderr and exit code 2."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -41,13 +42,21 @@ def run(capsys, *arguments):
     return code, out.out, out.err
 
 
-def test_text_is_streamed_and_then_one_line_of_figures(capsys):
+def test_text_is_streamed_and_then_one_line_of_figures(capsys, monkeypatch):
+    monkeypatch.setattr(generate, "wide_rows", lambda dtype, device: math.inf)
     code, out, err = run(capsys, "To be, or not to be", "--max-new-tokens", 20, "--seed", 1)
     kind, plan, figures = err.splitlines()
     assert kind == "plain text: neither name nor files say that the model knows chats"
     assert code == 0 and out.endswith("\n") and len(out) > 20
     assert "million parameters" in plan and "of weights" in plan and "of cache for" in plan
     assert figures.startswith("20 tokens, ") and f"tokens/s, {BUNDLED}, " in figures and "bfloat16" in figures
+
+
+def test_products_in_another_type_are_told(capsys, monkeypatch):
+    monkeypatch.setattr(generate, "wide_rows", lambda dtype, device: 8)
+    line = "8 tokens or more at once are computed in float32, faster here than bfloat16\n"
+    assert line in run(capsys, "To be, or not to be, that is the question", "--max-new-tokens", 1)[2]
+    assert line not in run(capsys, "To be", "--max-new-tokens", 1)[2]
 
 
 def test_the_same_seed_gives_the_same_text(capsys):

@@ -1,5 +1,6 @@
 """The fast path computes what the readable one does: in float64 to 1e-12, in other types with the same error."""
 
+import math
 import random
 import shutil
 import statistics
@@ -9,7 +10,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 import fast
-from fast import Captured, Flat, chunk_attention, flat, wide_mm
+from fast import Captured, Flat, chunk_attention, flat, mm
 from generate import generate
 from ministral import KVCache, MinistralConfig, MinistralForCausalLM, eager_attention, make_attention_mask
 from ministral3 import Ministral3ForCausalLM
@@ -61,8 +62,10 @@ def test_float64_equals_the_readable_path(rng):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_error_is_that_of_the_readable_path(dtype):
-    """Against float64, over 150 random models: the mean ratio of the errors is 1 but for chance."""
+def test_error_is_that_of_the_readable_path(dtype, monkeypatch):
+    """Against float64, over 150 random models: the mean ratio of the errors is 1 but for chance. (Where 16-bit weights
+    are multiplied in float32, it is less: see below.)"""
+    monkeypatch.setattr(fast, "wide_rows", lambda dtype, device: math.inf)
     errors = []
     for seed in range(150):
         rng = random.Random(seed)
@@ -230,37 +233,58 @@ def test_only_what_it_computes_is_taken_over():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rows", [1, 7, 8, 33])
-def test_wide_products_are_closer_to_the_truth(dtype, rows, monkeypatch):
-    """Over the edges of the pieces in which a weight is widened, too."""
+def test_wide_products_are_those_of_float32(dtype, rows, monkeypatch):
+    """Over the edges of the pieces in which a weight is widened, too; a few rows stay in 16 bits."""
     g = torch.Generator().manual_seed(rows)
-    x, weight = torch.randn(rows, 96, generator=g).to(dtype), torch.randn(75, 96, generator=g).to(dtype)
-    exact = x.double() @ weight.double().T
+    x, weight = torch.randn(rows, 96, generator=g), torch.randn(75, 96, generator=g).to(dtype)
     monkeypatch.setattr(fast, "TILE", 96 * 32)
-    found = wide_mm(x, weight.t())
-    assert found.dtype == dtype and found.is_contiguous()
-    if rows >= 8:  # rounded once, from float32
-        assert torch.equal(found, exact.float().to(dtype)) or (found.double() - exact).abs().max() <= (
-            (exact.float().to(dtype).double() - exact).abs().max() * 1.01)
+    found = mm(x, weight.t())
+    if rows < 8:
+        assert torch.equal(found, torch.mm(x.to(dtype), weight.t()))
     else:
-        assert torch.equal(found, torch.mm(x, weight.t()))
+        exact = x.double() @ weight.double().T
+        assert found.dtype == torch.float32 and found.is_contiguous()
+        assert (found - exact).abs().max() <= 1e-5 * exact.abs().max()
 
 
-def test_wide_products_in_a_model(monkeypatch):
-    """As on a processor without 16-bit arithmetic: closer to float64 than the readable path, over 40 models."""
-    monkeypatch.setattr(fast, "widens", lambda dtype, device: dtype == torch.bfloat16)
+def test_a_wide_model_is_closer_to_the_truth(monkeypatch):
+    """As where float32 is faster, over 60 models. (Measured: 0.72 of the readable path's error; logits and cache are
+    rounded in both.)"""
     errors = []
-    for seed in range(40):
+    for seed in range(60):
+        monkeypatch.setattr(fast, "wide_rows", lambda dtype, device: 8)
+        monkeypatch.setattr(fast, "BLOCK", seed % 5 + 1)
         case, positions, _ = left_padded(random.Random(seed), dtype=torch.bfloat16)
         truth = both(case, truth_of(case), positions)
         for (exact, _), (readable, found) in zip(truth, both(case, case.ours, positions)):
+            assert found.dtype == torch.bfloat16
             errors.append([(x.double() - exact).abs().mean().item() for x in (readable, found)])
-    assert sum(found for _, found in errors) < sum(readable for readable, _ in errors) * 1.02
+    assert sum(found for _, found in errors) < sum(readable for readable, _ in errors) * 0.85
 
 
-def test_the_widened_types_are_those_without_arithmetic():
-    assert fast.widens(torch.bfloat16, torch.device("cpu")) is not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    assert not fast.widens(torch.float32, torch.device("cpu"))
-    assert not fast.widens(torch.bfloat16, torch.device("cuda"))
+@pytest.mark.parametrize("captured", [False, True])
+def test_a_wide_batch_of_single_tokens(captured, monkeypatch):
+    """Nine rows are enough to widen the matrices; the cache stays in 16 bits."""
+    monkeypatch.setattr(fast, "wide_rows", lambda dtype, device: 8)
+    model = tiny(initializer_range=0.1)
+    exact = model(ids := torch.randint(VOCAB, (9, 12), generator=torch.Generator().manual_seed(0))).logits[:, -1]
+    model, positions = model.bfloat16(), torch.arange(12)[None]
+    forward, cache = flat(model), KVCache(model.config)
+    with torch.inference_mode():
+        forward(ids[:, :-1], positions[:, :-1], cache)
+        step = Captured(forward, cache, 12, torch.zeros(1, 1, dtype=torch.int64), None, compile=False)
+        found = step(ids[:, -1:]) if captured else forward(ids[:, -1:], positions[:, -1:], cache)
+    assert {layer.keys.dtype for layer in cache.layers} == {found.dtype} == {torch.bfloat16}
+    torch.testing.assert_close(found.float(), exact, rtol=0, atol=0.02 * exact.abs().max().item())
+
+
+def test_the_widened_types_are_those_that_gain():
+    bf16, fp16 = torch.ops.mkldnn._is_mkldnn_bf16_supported(), torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    cpu = torch.device("cpu")
+    assert (fast.wide_rows(torch.bfloat16, cpu) == 8) is not bf16
+    assert (fast.wide_rows(torch.float16, cpu) == 8) is not fp16
+    assert torch.cpu._is_amx_tile_supported() <= (fast.wide_rows(torch.bfloat16, cpu) == math.inf)
+    assert fast.wide_rows(torch.float32, cpu) == fast.wide_rows(torch.bfloat16, torch.device("cuda")) == math.inf
 
 
 @pytest.mark.parametrize("fast", [True, False])
