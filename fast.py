@@ -21,8 +21,6 @@ from torch import Tensor, nn
 import ministral
 from ministral import KVCache, make_attention_mask, repeat_kv, rotate_half, sdpa_attention
 
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (number of the layer, q, k, v) -> what the heads find
-
 
 def join(*modules: nn.Module) -> Tensor:
     """The transpose of the rows of several modules' weights in one, of which they become slices: none is held twice.
@@ -49,14 +47,15 @@ TILE = 1 << 22  # numbers of a weight that are widened at a time, 16 MB: a tenth
 BLOCK = 8192  # keys that are widened at a time
 
 
-def mm(x: Tensor, matrix: Tensor) -> Tensor:
-    """x (N, in) times the transpose (in, out) of a weight. float32 rows times 16-bit weights are multiplied in float32,
-    closer to the truth; but few rows, bound by reading the weight, in 16 bits."""
-    if x.dtype == matrix.dtype or len(x) < 8:
+def wide_mm(x: Tensor, matrix: Tensor) -> Tensor:
+    """x (N, in) times the transpose (in, out) of a 16-bit weight, multiplied in float32: closer to the truth. Few rows,
+    bound by reading the weight, stay in 16 bits."""
+    if len(x) < 8:
         return torch.mm(x.to(matrix.dtype), matrix)
-    columns, out = max(TILE // len(matrix), 1), x.new_empty(len(x), matrix.shape[1])
+    x, columns = x.float(), max(TILE // len(matrix), 1)
+    out = x.new_empty(len(x), matrix.shape[1])
     for at in range(0, matrix.shape[1], columns):
-        torch.mm(x, matrix[:, at : at + columns].to(x.dtype), out=out[:, at : at + columns])
+        torch.mm(x, matrix[:, at : at + columns].float(), out=out[:, at : at + columns])
     return out
 
 
@@ -69,11 +68,10 @@ def chunk_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tens
     (causal). They are joined as in FlashAttention (https://arxiv.org/abs/2205.14135): each weighs its share."""
     (B, H, S, D), G, P = q.shape, k.shape[1], k.shape[2] - q.shape[2]
     edge = 0 if window is None or window >= P + S else P + S - window + 1
-    on_cpu = q.device.type == "cpu"
-    if edge > (P if on_cpu else 0):  # the chunk is longer than the window, or the kernel of the parts is not there
+    if edge > (P if q.is_cpu else 0):  # the chunk is longer than the window, or the kernel of the parts is not there
         places, k, v = torch.arange(P + S, device=q.device), k.to(q.dtype), v.to(q.dtype)
         return sdpa_attention(q, k, v, make_attention_mask(places[P:], places, window), D**-0.5, 0.0)[0]
-    if not on_cpu:
+    if not q.is_cpu:
         from torch.nn.attention.bias import causal_lower_right  # fmt: skip  # imported late: it takes 1.6 s
         k, v = repeat_kv(k, H // G), repeat_kv(v, H // G)
         return F.scaled_dot_product_attention(q, k, v, causal_lower_right(S, P + S))
@@ -90,9 +88,8 @@ def chunk_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tens
         out, total = attend(*(x.flip(2) for x in (q, *some(0, edge, H // G))), 0.0, True)
         parts.append((out.flip(2), total.flip(2)))
     joined, total = parts.pop()  # (B, H, S, D), (B, H, S) logarithm of the sum of exponentials
-    joined = joined.to(total.dtype)
     for out, more in parts:
-        joined = torch.lerp(joined, out.to(total.dtype), torch.sigmoid(more - total)[..., None])
+        joined = torch.lerp(joined.to(total.dtype), out.to(total.dtype), torch.sigmoid(more - total)[..., None])
         total = torch.logaddexp(total, more)
     return joined.to(q.dtype)
 
@@ -113,9 +110,8 @@ class Flat:
         for block in blocks:
             at, mlp = block.self_attn, block.mlp
             attention = join(at.q_proj, at.k_proj, at.v_proj), at.o_proj.weight.t()
-            feed_forward = join(mlp.gate_proj, mlp.up_proj), mlp.down_proj.weight.t()
-            norms = block.input_layernorm.weight, block.post_attention_layernorm.weight
-            self.layers.append((norms[0], *attention, norms[1], *feed_forward))
+            mix = join(mlp.gate_proj, mlp.up_proj), mlp.down_proj.weight.t()
+            self.layers.append((block.input_layernorm.weight, *attention, block.post_attention_layernorm.weight, *mix))
 
     def __call__(self, x: Tensor, position_ids: Tensor, cache: KVCache, real: Tensor | None = None) -> Tensor:
         """Logits (B, V) after the last of S new tokens, which the cache takes in. x: (B, S) ids, or (B, S, E)
@@ -129,27 +125,32 @@ class Flat:
 
         def attend(n: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             kept, new, dtype = cache.layers[n], q.shape[2], self.embeddings.dtype
-            k, v = kept.update(k.to(dtype), v.to(dtype))
+            if q.dtype != dtype:  # (one query is bound by reading the keys)
+                q, k, v = q.to(dtype) if new == 1 else q, k.to(dtype), v.to(dtype)
+            k, v = kept.update(k, v)
             if new > 1 and real is None:
                 return chunk_attention(q, k, v, kept.window)
+            k, v = (k, v) if new == 1 else (k.to(q.dtype), v.to(q.dtype))
             mask = None if real is None else masks[kept.window][:, :, -new:]
-            q = q.to(dtype) if new == 1 else q  # bound by reading the keys
-            if mask is None and kept.window is not None:
+            if new < S and mask is None and kept.window is not None:
                 k, v = k[:, :, -kept.window :], v[:, :, -kept.window :]
-            return sdpa_attention(q, k.to(q.dtype), v.to(q.dtype), mask, q.shape[-1] ** -0.5, 0.0)[0]
+            return sdpa_attention(q, k, v, mask, q.shape[-1] ** -0.5, 0.0)[0]
 
         return self.run(x, self.rotary(self.embeddings, position_ids), attend)
 
-    def run(self, x: Tensor, tables: ministral.RopeTables, attend: Attend) -> Tensor:
-        """All layers, with any form of attention."""
+    def run(self, x: Tensor, tables: ministral.RopeTables, attend: Callable[..., Tensor]) -> Tensor:
+        """All layers, with any form of attention: attend(number of the layer, q, k, v) -> what the heads find."""
         c = self.config
         x = F.embedding(x, self.embeddings) if x.ndim == 2 else x
         (B, S, E), H, G, D = x.shape, c.num_attention_heads, c.num_key_value_heads, c.head_dim
         cos, sin, *scale = tables
         x = x.reshape(B * S, E)
+        mm: Any = torch.mm
         if len(x) >= self.wide_rows:
-            x, cos, sin, *scale = (t.float() for t in (x, cos, sin, *scale))
+            mm, (x, cos, sin, *scale) = wide_mm, (t.float() for t in (x, cos, sin, *scale))
         for n, (norm, qkv, o, post_norm, gate_up, down) in enumerate(self.layers):
+            if mm is wide_mm:  # (numbers of two types are multiplied slowly)
+                norm, post_norm = norm.float(), post_norm.float()
             heads = mm(self.normed(x, norm), qkv).view(B, S, -1, D).transpose(1, 2)
             qk, v = heads[:, : H + G], heads[:, H + G :]
             qk = qk * cos + rotate_half(qk) * sin  # (B, H + G, S, D), both at once
@@ -158,14 +159,14 @@ class Flat:
             if S > 1 and n + 1 == len(self.layers):  # of this layer, the other tokens leave keys and values, no more
                 q, x = q[:, :, -1:], x.view(B, S, E)[:, -1]
             found = attend(n, q, k, v)
-            x = x + mm(found.transpose(1, 2).reshape(len(x), H * D).to(x.dtype), o)
+            x = x + mm(found.transpose(1, 2).reshape(len(x), H * D), o)
             gate, up = mm(self.normed(x, post_norm), gate_up).chunk(2, dim=-1)
             x = x + mm(self.act(gate) * up, down)
         return mm(self.normed(x, self.norm), self.head).to(self.head.dtype)
 
     def normed(self, x: Tensor, weight: Tensor) -> Tensor:
         """`RMSNorm`, rounded before the weight multiplies, as there."""
-        return F.rms_norm(x, x.shape[-1:], None, self.config.rms_norm_eps) * weight.to(x.dtype)
+        return F.rms_norm(x, x.shape[-1:], None, self.config.rms_norm_eps) * weight
 
 
 class Captured:
@@ -205,8 +206,7 @@ class Captured:
         for length in {keys.shape[2] for keys, _ in self.held}:
             slots = torch.arange(length, device=ids.device)
             place = self.slot - (self.slot - slots) % length  # of the token in each slot; below 0: none yet
-            seen = (place >= 0)[None]
-            seen = seen if self.real is None else seen & self.real[:, place.clamp(min=0)]
+            seen = (place >= 0)[None] & (True if self.real is None else self.real[:, place.clamp(min=0)])
             masks[length] = seen[:, None, None]
 
         def attend(n: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

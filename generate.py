@@ -795,7 +795,7 @@ def run(options: argparse.Namespace) -> int:
     model = cls.from_pretrained(directory, dtype, device, options.attn)
     settings = asdict(sampling) | {"max_new_tokens": budget}
     rows = wide_rows(model.dtype, model.device)
-    if rows <= len(ids) or options.chat and rows < math.inf:
+    if rows <= len(ids) or (options.chat and rows < math.inf):
         kind = str(model.dtype).removeprefix("torch.")
         print(f"{rows} tokens or more at once are computed in float32, faster here than {kind}", file=sys.stderr)
     if options.chat:

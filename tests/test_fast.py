@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 import fast
-from fast import Captured, Flat, chunk_attention, flat, mm
+from fast import Captured, Flat, chunk_attention, flat, wide_mm
 from generate import generate
 from ministral import KVCache, MinistralConfig, MinistralForCausalLM, eager_attention, make_attention_mask
 from ministral3 import Ministral3ForCausalLM
@@ -238,7 +238,7 @@ def test_wide_products_are_those_of_float32(dtype, rows, monkeypatch):
     g = torch.Generator().manual_seed(rows)
     x, weight = torch.randn(rows, 96, generator=g), torch.randn(75, 96, generator=g).to(dtype)
     monkeypatch.setattr(fast, "TILE", 96 * 32)
-    found = mm(x, weight.t())
+    found = wide_mm(x, weight.t())
     if rows < 8:
         assert torch.equal(found, torch.mm(x.to(dtype), weight.t()))
     else:
