@@ -14,10 +14,11 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -244,30 +245,31 @@ CASES: dict[str, Callable[[int], Row]] = {
 }  # fmt: skip
 
 
-def run_cases(names: Sequence[str], rounds: int) -> Iterator[Row]:
-    """The rows of the cases whose names begin with one of `names`, or of all."""
-    for case, measure in CASES.items():
-        if not names or case.startswith(tuple(names)):
-            began = time.perf_counter()
-            row = measure(rounds)
-            row.case = case
-            print(f"{case}: {time.perf_counter() - began:.0f} s", file=sys.stderr)
-            yield row
+def run_case(case: str, rounds: int, threads: int) -> tuple[Row, dict[torch.dtype, tuple[float, float]]]:
+    """One row, and the limits it was held against."""
+    torch.set_num_threads(threads)
+    row = CASES[case](rounds)
+    row.case = case
+    return row, _limits
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure and print."""
-    torch.set_num_threads(options.threads)
+    """Measure and print, each case in a process of its own: what one leaves in memory slows the next."""
     if options.child:
+        torch.set_num_threads(options.threads)
         side, name, kind, length = options.child
         child(side, name, kind, int(length))
         return 0
+    cases = [case for case in CASES if not options.cases or case.startswith(tuple(options.cases))]
     if options.list:
-        print("\n".join(CASES))
+        print("\n".join(cases))
         return 0
     print(f"{common.machine()}\n\n{HEAD}", flush=True)
-    for row in run_cases(options.cases, options.rounds):
+    for case in cases:
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            row, limits = pool.submit(run_case, case, options.rounds, options.threads).result()
         print(row, flush=True)
+        _limits.update(limits)
     for dtype, (vector, matrix) in _limits.items():
         print(f"\nlimits in {dtype}: {vector / 1e9:.1f} GB/s of a matrix times a vector, {matrix / 1e9:.0f} GFLOPS")
     return 0

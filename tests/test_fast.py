@@ -80,9 +80,11 @@ def test_error_is_that_of_the_readable_path(dtype, monkeypatch):
     assert 0.9 < sum(found for _, found in errors) / sum(readable for readable, _ in errors) < 1.1
 
 
+@pytest.mark.parametrize("block", [3, 8192])
 @pytest.mark.parametrize("window", [None, 1, 2, 3, 5, 8, 11])
-def test_attention_in_parts_equals_the_formula(window):
+def test_attention_in_parts_equals_the_formula(window, block, monkeypatch):
     """Every number of earlier keys and of new tokens up to 12, as a cache hands them out."""
+    monkeypatch.setattr(fast, "BLOCK", block)
     g = torch.Generator().manual_seed(0)
     for P in range(12):
         for S in range(2, 13):
