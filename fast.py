@@ -10,7 +10,7 @@ the readable path (tests/test_fast.py); sums run in another order, so bits diffe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -43,8 +43,8 @@ def wide_rows(dtype: torch.dtype, device: torch.device) -> float:
     return 8 if not native[dtype] else 128 if dtype == torch.bfloat16 and hidden else math.inf
 
 
-TILE = 1 << 22  # numbers of a weight that are widened at a time, 16 MB: a tenth slower than without (1 MB: a third)
-BLOCK = 8192  # keys that are widened at a time
+# Numbers of a weight (16 MB: a tenth slower than all at once; 1 MB: a third), and keys, that are widened at a time.
+TILE, BLOCK = 1 << 22, 8192
 
 
 def wide_mm(x: Tensor, matrix: Tensor) -> Tensor:
@@ -52,8 +52,7 @@ def wide_mm(x: Tensor, matrix: Tensor) -> Tensor:
     bound by reading the weight, stay in 16 bits."""
     if len(x) < 8:
         return torch.mm(x.to(matrix.dtype), matrix)
-    x, columns = x.float(), max(TILE // len(matrix), 1)
-    out = x.new_empty(len(x), matrix.shape[1])
+    x, columns, out = x.float(), max(TILE // len(matrix), 1), torch.empty(len(x), matrix.shape[1], dtype=torch.float32)
     for at in range(0, matrix.shape[1], columns):
         torch.mm(x, matrix[:, at : at + columns].float(), out=out[:, at : at + columns])
     return out
@@ -80,15 +79,16 @@ def chunk_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tens
     def some(first: int, last: int, groups: int = 1) -> list[Tensor]:
         return [repeat_kv(x[:, :, first:last].to(q.dtype), groups) for x in (k, v)]
 
-    parts = [attend(q, *some(P, P + S, H // G), 0.0, True)]
-    for at in range(edge, P, BLOCK):  # a group's heads become rows of queries over one key head: nothing is repeated
-        out, total = attend(q.reshape(B, G, H // G * S, D), *some(at, min(at + BLOCK, P)))
-        parts.append((out.reshape(q.shape), total.reshape(B, H, S)))
-    if edge:
-        out, total = attend(*(x.flip(2) for x in (q, *some(0, edge, H // G))), 0.0, True)
-        parts.append((out.flip(2), total.flip(2)))
-    joined, total = parts.pop()  # (B, H, S, D), (B, H, S) logarithm of the sum of exponentials
-    for out, more in parts:
+    def others() -> Iterator[tuple[Tensor, Tensor]]:  # one at a time: together they would grow with the context
+        for at in range(edge, P, BLOCK):  # a group's heads become rows of queries over one key head: none is repeated
+            out, more = attend(q.reshape(B, G, H // G * S, D), *some(at, min(at + BLOCK, P)))
+            yield out.reshape(q.shape), more.reshape(B, H, S)
+        if edge:
+            out, more = attend(*(x.flip(2) for x in (q, *some(0, edge, H // G))), 0.0, True)
+            yield out.flip(2), more.flip(2)
+
+    joined, total = attend(q, *some(P, P + S, H // G), 0.0, True)  # and (B, H, S) logarithm of the sum of exponentials
+    for out, more in others():
         joined = torch.lerp(joined.to(total.dtype), out.to(total.dtype), torch.sigmoid(more - total)[..., None])
         total = torch.logaddexp(total, more)
     return joined.to(q.dtype)

@@ -1,6 +1,6 @@
 """Speed, memory and start against Transformers, on the same weights, in turn in one process; medians.
 
-    python -m benchmarks.bench                      # all that memory allows, about 40 minutes on 2 cores
+    python -m benchmarks.bench                      # all of them, about a quarter of an hour on 2 cores
     python -m benchmarks.bench decode-135m-bf16     # the cases whose names begin so
     python -m benchmarks.bench --list
 
