@@ -354,7 +354,7 @@ def softmax_not_in_float32(stack: ExitStack) -> None:
         powers = (x - x.amax(dim, keepdim=True)).exp()
         return powers / powers.sum(dim, keepdim=True)
 
-    replace(stack, ministral, "F", lambda right: _Namespace(right, softmax=softmax))
+    replace(stack, ministral, "F", lambda right: Namespace(right, softmax=softmax))
 
 
 @mutant
@@ -425,7 +425,7 @@ def vision_axes_swapped(stack: ExitStack) -> None:
             lambda right: lambda self, x, position_ids: right(self, x, position_ids.flip(-1)))  # fmt: skip
 
 
-class _Namespace:
+class Namespace:
     """A module with some of its functions replaced."""
 
     def __init__(self, module: Any, **changes: Any) -> None:

@@ -10,8 +10,9 @@ import torch
 if not any(argument.startswith("--weights") for argument in sys.argv):
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing else in the tests may reach the network
 
-# 100 examples by default, more in CI (where the variable CI is set) or with `pytest --hypothesis-profile=ci`.
-for name, examples in (("default", 100), ("ci", 200)):
+# 100 examples by default, more in CI (where the variable CI is set) or with `pytest --hypothesis-profile=ci`. Few where
+# the same tests run many times (tests/processors.py).
+for name, examples in (("default", 100), ("ci", 200), ("quick", 8)):
     hypothesis.settings.register_profile(
         name,
         max_examples=examples,
@@ -23,7 +24,8 @@ hypothesis.settings.register_profile("mutants", hypothesis.settings.get_profile(
                                      phases=[hypothesis.Phase.generate], database=None)  # fmt: skip
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 
-torch.set_num_threads(2)
+if "OMP_NUM_THREADS" not in os.environ:
+    torch.set_num_threads(2)
 
 
 

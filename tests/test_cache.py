@@ -4,14 +4,27 @@ import math
 import random
 import re
 import statistics
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from ministral import KVCache, LayerCache, MinistralConfig, MinistralForCausalLM, make_attention_mask
+import ministral
+from ministral import (
+    KVCache,
+    LayerCache,
+    MinistralConfig,
+    MinistralForCausalLM,
+    RMSNorm,
+    RotaryEmbedding,
+    make_attention_mask,
+)
+from ministral3 import YarnRotaryEmbedding
+from reference.mutants import Namespace, replace
 from tests.cases import DTYPES, draw_case, draw_chunks, run_chunked
 from tests.conftest import CUDA
+from tests.errors import Errors
 from tests.test_parity import assert_same
 
 rngs = st.randoms(use_true_random=False)
@@ -92,48 +105,50 @@ def test_a_window_of_one_is_right(rng):
     torch.testing.assert_close(run_chunked(case.ours, case)[case.real], whole[case.real], rtol=1e-4, atol=1e-4)
 
 
-# -------------------------------------------------------------------- elsewhere: no further from float64
+# ------------------------------------------------------------------ elsewhere: an error no larger than Transformers'
 
 
-def distances_from_float64(device, dtype, cases, chunked, **fixed):
-    """For many drawn cases: the largest error of the logits, ours and Transformers', both through their caches. NaN
-    counts as infinite: in float16, Transformers adds its mask to the scores of padding rows, overflows, and NaN
-    spreads to real tokens."""
-    ours, theirs = [], []
-    for seed in range(cases):
+def draw_errors(device, dtype, attn_implementation, cases, chunked=True, planted=nullcontext):
+    """Errors of the logits of many random models, ours and Transformers', both decoded through their caches.
+
+    Each side gets its own random chunks, so that their sums differ. Texts shorter than 10 tokens are left out, because
+    few numbers give a heavy tail. A window of 1 is left out, because Transformers' cache is wrong there. Float16 cases
+    in which Transformers returns NaN (its mask overflows on padding) are left out, too; ours must be finite always.
+
+    Args:
+        chunked: whether the texts are cut into chunks at all.
+        planted: a context in which our side runs.
+    """
+    errors, seed = Errors(), 0
+    while len(errors.mean) < cases:
+        seed += 1
         rng = random.Random(seed)
-        case = draw_case(rng, device, dtype, **fixed)
-        if case.ours.config.sliding_window == 1:
+        case = draw_case(rng, device, dtype, attn_implementation=attn_implementation)
+        if case.ours.config.sliding_window == 1 or case.real.sum() < 10:
             continue
-        if not chunked:
-            case.chunks = [case.ids.shape[1]]
-        truth = case.truth()(case.ids, case.mask).logits[case.real]
-        for model, errors in ((case.ours, ours), (case.theirs, theirs)):
-            error = (run_chunked(model, case)[case.real] - truth).abs().max().item()
-            errors.append(math.inf if math.isnan(error) else error)
-    return ours, theirs
-
-
-def check_errors(device, dtype, attn_implementation, chunked, capsys):
-    ours, theirs = distances_from_float64(device, dtype, 250, chunked, attn_implementation=attn_implementation)
-    with capsys.disabled():
-        print(
-            f"\n{device} {attn_implementation:5} {dtype!s:15} {len(ours)} cases, error against float64:"
-            f" median {statistics.median(ours):.3e} (Transformers {statistics.median(theirs):.3e}),"
-            f" maximum {max(ours):.3e} ({max(theirs):.3e})"
-        )
-    assert len(ours) >= 200 and math.isfinite(max(ours))
-    finite = [(a, b) for a, b in zip(ours, theirs) if math.isfinite(b)]
-    assert max(a for a, _ in finite) <= max(b for _, b in finite)
-    assert statistics.median(ours) <= statistics.median(theirs)
-    assert max(ours) <= max(theirs)
+        length = case.ids.shape[1]
+        exact = case.truth()(case.ids, case.mask).logits[case.real]
+        case.chunks = draw_chunks(rng, length) if chunked else [length]
+        with planted():
+            ours = run_chunked(case.ours, case)[case.real]
+        assert ours.isfinite().all()
+        case.chunks = draw_chunks(rng, length) if chunked else [length]
+        theirs = run_chunked(case.theirs, case)[case.real]
+        if theirs.isfinite().all():
+            errors.add(ours, theirs, exact)
+    return errors
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
 def test_cached_decoding_is_no_further_from_float64(device, dtype, attn_implementation, capsys):
-    check_errors(device, dtype, attn_implementation, True, capsys)
+    """The criterion is in tests/errors.py. In 16-bit types most logits are equal to the bit, whatever the chunks."""
+    errors = draw_errors(device, dtype, attn_implementation, 280)
+    with capsys.disabled():
+        print(f"\n{device} {attn_implementation} {dtype}: {errors}")
+    assert dtype != torch.float32 or errors.differ >= 200
+    assert errors.no_larger, errors
 
 
 @torch.no_grad()
@@ -141,7 +156,60 @@ def test_cached_decoding_is_no_further_from_float64(device, dtype, attn_implemen
 @pytest.mark.parametrize("device", [CUDA])
 def test_whole_sequences_on_cuda_are_no_further_from_float64(device, dtype, capsys):
     """The fused kernels of CUDA; the eager path, and both paths on the CPU, are bit-identical (test_parity.py)."""
-    check_errors(device, dtype, "sdpa", False, capsys)
+    errors = draw_errors(device, dtype, "sdpa", 280, chunked=False)
+    with capsys.disabled():
+        print(f"\n{device} sdpa {dtype}, whole sequences: {errors}")
+    assert errors.no_larger, errors
+
+
+def softmax_in_bfloat16(stack):
+    replace(stack, ministral, "F", lambda right: Namespace(
+        right, softmax=lambda x, dim, dtype: right.softmax(x.bfloat16(), dim)))  # fmt: skip
+
+
+def probabilities_in_16_bits(stack):
+    replace(stack, ministral, "F", lambda right: Namespace(
+        right, softmax=lambda x, dim, dtype: right.softmax(x, dim, dtype=dtype).bfloat16()))  # fmt: skip
+
+
+def rotary_tables_in_16_bits(stack):
+    for cls in (RotaryEmbedding, YarnRotaryEmbedding):
+        replace(stack, cls, "forward", lambda right: lambda self, x, position_ids: tuple(
+            table.bfloat16().to(x.dtype) for table in right(self, x, position_ids)))  # fmt: skip
+
+
+def norms_in_16_bits(stack):
+    def forward(self, x):
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps))
+
+    replace(stack, RMSNorm, "forward", lambda _: forward)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "planted, dtype, attn_implementation",
+    [
+        (softmax_in_bfloat16, torch.float32, "eager"),
+        (probabilities_in_16_bits, torch.float32, "eager"),
+        (probabilities_in_16_bits, torch.float16, "eager"),
+        (rotary_tables_in_16_bits, torch.float32, "eager"),
+        (rotary_tables_in_16_bits, torch.float32, "sdpa"),
+        (rotary_tables_in_16_bits, torch.float16, "sdpa"),
+        (norms_in_16_bits, torch.bfloat16, "sdpa"),
+    ],
+)
+def test_a_planted_loss_of_precision_is_seen(planted, dtype, attn_implementation):
+    """The other side of the criterion: a quarter of the cases is enough to see each of these."""
+
+    @contextmanager
+    def applied():
+        with ExitStack() as stack:
+            planted(stack)
+            yield
+
+    errors = draw_errors("cpu", dtype, attn_implementation, 70, planted=applied)
+    print(f"{planted.__name__}, {attn_implementation} {dtype}: {errors}")
+    assert not errors.no_larger
 
 
 # -------------------------------------------------------------------------------------------- cache, in itself

@@ -33,6 +33,23 @@ def naive(model, ids, new, ends=()):
     return tokens
 
 
+@torch.no_grad()
+def assert_same_tokens(case, ours, theirs, penalty=1.0):
+    """Equal tokens in every row. A row may differ from the first tie on: where float64 gives both tokens the same logit
+    to within 1e-4 of the largest, ten times the error of float32 (tests/test_cache.py prints it)."""
+    length = min(ours.shape[1], theirs.shape[1])
+    assert ours.shape == theirs.shape or not torch.equal(ours[:, :length], theirs[:, :length])
+    for row, real in enumerate(case.real):
+        different = (ours[row, :length] != theirs[row, :length]).nonzero()
+        if len(different) == 0:
+            continue
+        place = int(different[0])
+        text = torch.cat((case.ids[row][real], ours[row, len(real) : place]))[None]
+        logits = penalize_repetition(case.truth()(text).logits[0, -1], text[0], penalty)
+        gap = logits[ours[row, place]] - logits[theirs[row, place]]
+        assert gap.abs() <= 1e-4 * logits.abs().max(), f"row {row}, token {place}: {gap:.3g} apart"
+
+
 @given(rngs)
 def test_greedy_equals_transformers_token_for_token(device, rng):
     """Also batched with padding, past the window, and past an end-of-sequence token that some row meets."""
@@ -49,7 +66,7 @@ def test_greedy_equals_transformers_token_for_token(device, rng):
     )  # fmt: skip
     case.ours.config.pad_token_id = 0
     ours = generate(case.ours, case.ids, mask, max_new_tokens=new, eos_token_id=ends, repetition_penalty=penalty)
-    assert torch.equal(ours, theirs)
+    assert_same_tokens(case, ours, theirs, penalty)
 
 
 @given(rngs)

@@ -1,0 +1,67 @@
+"""Run the numerical tests as other processors would run them: python -m tests.processors
+
+PyTorch, MKL and oneDNN choose their kernels by the instructions of the processor. The variables below hide
+instructions, so one machine runs the kernels of others: without AVX-512, without AVX2, without bfloat16 products, with
+one thread. Each setting is a process, two at a time, with few examples. One line for each shows the result.
+
+Arguments are passed on to pytest. This tries more examples of one file:
+
+    python -m tests.processors --hypothesis-profile=default tests/test_cache.py
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+SETTINGS: tuple[dict[str, str], ...] = (
+    {},
+    {"OMP_NUM_THREADS": "1"},
+    {"ATEN_CPU_CAPABILITY": "default"},
+    {"ATEN_CPU_CAPABILITY": "avx2"},
+    {"MKL_ENABLE_INSTRUCTIONS": "AVX2"},
+    {"MKL_CBWR": "COMPATIBLE"},
+    {"ONEDNN_MAX_CPU_ISA": "SSE41"},
+    {"ONEDNN_MAX_CPU_ISA": "AVX2"},
+    # Everything at once: a processor with AVX2 and no more.
+    {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
+)
+NUMERICAL = ("parity", "cache", "heads", "vision", "generate", "fast", "reference", "diff", "explain")
+# Not of numbers, or slow: the network, the command line, compilers.
+LEFT_OUT = "not address and not server and not compiled and not command and not planted"
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(setting: dict[str, str], arguments: list[str]) -> tuple[int, str]:
+    """The exit code and the output of pytest under a setting."""
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
+    environment = {key: value for key, value in os.environ.items() if key != "CI"} | setting
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+def main(arguments: list[str]) -> int:
+    """Run pytest under every setting; 1 if one is red."""
+    if not any(argument.startswith("--hypothesis-profile") for argument in arguments):
+        arguments = ["--hypothesis-profile=quick", *arguments]
+    if not any(argument.startswith("tests/") for argument in arguments):
+        files = [f"tests/test_{name}.py" for name in NUMERICAL]
+        arguments = [*arguments, "-k", LEFT_OUT, *files]
+    red = 0
+    with ThreadPoolExecutor(2) as pool:
+        results = pool.map(lambda setting: run(setting, arguments), SETTINGS)
+        for setting, (code, output) in zip(SETTINGS, results):
+            name = " ".join(f"{key}={value}" for key, value in setting.items())
+            lines = output.strip().splitlines()
+            print(f"{name or 'as it is'}: {lines[-1]}", flush=True)
+            if code != 0:
+                red = 1
+                print(output, flush=True)
+    return red
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
