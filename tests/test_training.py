@@ -213,11 +213,12 @@ def test_text_under_the_shipped_settings_does_not_loop(monkeypatch):
     """With room to spare: the table of models/shakespeare/README.md has no loop in 100 samples, and 0.68 distinct words
     against 0.11 in greedy text."""
     monkeypatch.setattr(samples, "PROMPTS", samples.PROMPTS[:1])
+    monkeypatch.setattr(samples, "LENGTH", 120)
     model, tokenizer = load_model(BUNDLED, torch.float32), Tokenizer.from_dir(BUNDLED)
     known = set(samples.words("".join(corpus.load()["train"])))
-    found = [samples.figures(text, known) for text in samples.samples(model, tokenizer, 10, shipped_settings())]
+    found = [samples.figures(text, known) for text in samples.samples(model, tokenizer, 5, shipped_settings())]
     grams, distinct, spelled, _, loops = np.mean(found, axis=0)
-    assert len(found) == 10 and loops <= 0.1 and grams > 0.97 and distinct > 0.55 and spelled > 0.95
+    assert len(found) == 5 and loops == 0 and grams > 0.97 and distinct > 0.55 and spelled > 0.95
     (greedy,) = samples.samples(model, tokenizer, 1, samples.GREEDY)
     assert samples.figures(greedy, known)[-1] == 1.0
 
