@@ -2,7 +2,7 @@
 
 PyTorch, MKL and oneDNN choose their kernels by the instructions of the processor. The variables below hide
 instructions, so one machine runs the kernels of others: without AVX-512, without AVX2, without bfloat16 products, with
-one thread. Each setting is a process, two at a time, with few examples. One line for each shows the result.
+one thread. Each setting is a process, one for each core, with few examples. One line for each shows the result.
 
 Arguments are passed on to pytest. This tries more examples of one file:
 
@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> int:
         files = [f"tests/test_{name}.py" for name in NUMERICAL]
         arguments = [*arguments, "-k", LEFT_OUT, *files]
     red = 0
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         results = pool.map(lambda setting: run(setting, arguments), SETTINGS)
         for setting, (code, output) in zip(SETTINGS, results):
             name = " ".join(f"{key}={value}" for key, value in setting.items())
