@@ -1,7 +1,9 @@
 """Hypothesis profiles, the devices the numerical tests run on, and options for published weights."""
 
+import logging
 import os
 import sys
+import warnings
 
 import hypothesis
 import pytest
@@ -11,7 +13,8 @@ if not any(argument.startswith("--weights") for argument in sys.argv):
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing else in the tests may reach the network
 
 # 100 examples by default, more in CI (where the variable CI is set) or with `pytest --hypothesis-profile=ci`.
-for name, examples in (("default", 100), ("ci", 200)):
+# Fewer with `--hypothesis-profile=quick`.
+for name, examples in (("quick", 10), ("default", 100), ("ci", 200)):
     hypothesis.settings.register_profile(
         name,
         max_examples=examples,
@@ -25,6 +28,17 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 torch.set_num_threads(2)
 
+
+class DeprecationHandler(logging.Handler):
+    """Turns what Transformers logs about deprecated names into a FutureWarning, which is an error (pyproject.toml).
+    Others of its deprecations are a FutureWarning already."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "deprecat" in record.getMessage().lower():
+            warnings.warn(record.getMessage(), FutureWarning, stacklevel=2)
+
+
+logging.getLogger("transformers").addHandler(DeprecationHandler(logging.WARNING))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
