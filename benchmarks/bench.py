@@ -29,6 +29,7 @@ from benchmarks import common
 from checkpoint import DTYPES, Parser, exit_code, human
 from generate import BUNDLED, generate
 from ministral import KVCache
+from tests.cases import cache_name
 
 SHORT = {"f32": "float32", "bf16": "bfloat16"}
 
@@ -112,9 +113,11 @@ def step_seconds(model: Any, length: int, steps: int, rounds: int) -> tuple[dict
     other, ids = common.theirs(model), prompt(model, 1)
     ours, theirs = common.our_cache(model, length), common.their_cache(model, other, length)
 
+    given = {cache_name(other): theirs}
+
     def run_theirs() -> None:
         for _ in range(steps):
-            other(ids, past_key_values=theirs, use_cache=True)
+            other(ids, use_cache=True, **given)
 
     found = common.alternate({"ours": partial(more, model, ids, ours, steps), "theirs": run_theirs}, rounds)
     return {side: seconds / steps for side, seconds in found.items()}, ours.nbytes()

@@ -22,7 +22,7 @@ import ministral3
 from ministral import KVCache, MinistralConfig, MinistralForCausalLM, PreTrainedModel
 from ministral3 import Ministral3Config
 
-transformers.logging.set_verbosity_error()
+transformers.logging.disable_default_handler()  # tests/conftest.py listens instead
 # Before its pull request 44860, Transformers scaled queries by their place in the cache instead of their position,
 # which is wrong with padding and with explicit positions. With such a version the scale is left out of the comparison.
 SCALES_BY_POSITION = "position_ids" in inspect.signature(modeling_ministral3.Ministral3Attention.forward).parameters
@@ -105,8 +105,8 @@ def draw_config(rng: Random, family: str | None = None, **fixed: Any) -> Ministr
             rope[key] = rng.choice(values)
     if rng.random() < 0.3:
         rope["truncate"] = False
-    window = rng.choice([None, None, 5])
-    return Ministral3Config(**common | dict(sliding_window=window, rope_parameters=rope, pad_token_id=0) | fixed)
+    special = dict(sliding_window=rng.choice([None, None, 5]), rope_parameters=rope, pad_token_id=0)
+    return Ministral3Config(**common | special | fixed)
 
 
 def our_class(family: str, task: str) -> type[PreTrainedModel]:
@@ -165,15 +165,21 @@ def draw_chunks(rng: Random, total: int) -> list[int]:
     return chunks
 
 
+def cache_name(model: Any) -> str:
+    """Name of the cache among the arguments and results of a model, ours or Transformers': "past_key_values", and
+    "cache" in Transformers from 5.24 on."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
 @torch.no_grad()
 def run_chunked(model: Any, case: Case, cache: Any = None) -> Tensor:
     """Logits (B, S, V) of a text that is fed through a cache chunk by chunk, for either side's models."""
     cache = KVCache(model.config) if cache is None and isinstance(model, MinistralForCausalLM) else cache
-    start, logits = 0, []
+    name, start, logits = cache_name(model), 0, []
     for length in case.chunks:
         end = start + length
         mask = None if case.mask is None else case.mask[:, :end]
-        out = model(case.ids[:, start:end], attention_mask=mask, past_key_values=cache, use_cache=True)
-        cache, start = out.past_key_values, end
+        out = model(case.ids[:, start:end], attention_mask=mask, use_cache=True, **{name: cache})
+        cache, start = getattr(out, name), end
         logits.append(out.logits)
     return torch.cat(logits, dim=1)

@@ -1,7 +1,9 @@
 """Hypothesis profiles, the devices the numerical tests run on, and options for published weights."""
 
+import logging
 import os
 import sys
+import warnings
 
 import hypothesis
 import pytest
@@ -27,6 +29,17 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 if "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(2)
 
+
+class DeprecationHandler(logging.Handler):
+    """Turns what Transformers logs about deprecated names into a FutureWarning, which is an error (pyproject.toml).
+    Others of its deprecations are a FutureWarning already."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "deprecat" in record.getMessage().lower():
+            warnings.warn(record.getMessage(), FutureWarning, stacklevel=2)
+
+
+logging.getLogger("transformers").addHandler(DeprecationHandler(logging.WARNING))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

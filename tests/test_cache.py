@@ -1,9 +1,11 @@
 """Decoding through the cache, padding, and true float64."""
 
+import logging
 import math
 import random
 import re
 import statistics
+import warnings
 from contextlib import ExitStack, contextmanager, nullcontext
 
 import pytest
@@ -22,7 +24,7 @@ from ministral import (
 )
 from ministral3 import YarnRotaryEmbedding
 from reference.mutants import Namespace, replace
-from tests.cases import DTYPES, draw_case, draw_chunks, run_chunked
+from tests.cases import DTYPES, cache_name, draw_case, draw_chunks, run_chunked
 from tests.conftest import CUDA
 from tests.errors import Errors
 from tests.test_parity import assert_same
@@ -103,6 +105,23 @@ def test_a_window_of_one_is_right(rng):
     case = draw_case(rng, family="ministral", sliding_window=1, layer_types=None, dtype=torch.float32)
     whole = case.theirs(case.ids, attention_mask=case.mask, use_cache=False).logits
     torch.testing.assert_close(run_chunked(case.ours, case)[case.real], whole[case.real], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_deprecations_of_transformers_are_errors():
+    """Those that it warns of and those that it only logs: no test uses an old name of an argument or a result."""
+    with pytest.raises(FutureWarning, match="x is deprecated"):
+        warnings.warn("x is deprecated", FutureWarning, stacklevel=1)
+    with pytest.raises(FutureWarning, match="x is deprecated"):
+        logging.getLogger("transformers.models").warning("x is deprecated")
+    case = draw_case(random.Random(0), dtype=torch.float32)
+    result = case.theirs(case.ids, use_cache=True)
+    assert getattr(result, cache_name(case.theirs)).get_seq_length() == case.ids.shape[1]
+    if cache_name(case.theirs) == "cache":
+        with pytest.raises(FutureWarning, match="past_key_values"):
+            case.theirs(case.ids, past_key_values=None)
+        with pytest.raises(FutureWarning, match="past_key_values"):
+            print(result.past_key_values)
 
 
 # ------------------------------------------------------------------ elsewhere: an error no larger than Transformers'

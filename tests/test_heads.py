@@ -5,6 +5,7 @@ import json
 import random
 import re
 import warnings
+from dataclasses import fields
 
 import pytest
 import torch
@@ -21,7 +22,17 @@ from heads import (
 )
 from ministral import KVCache, MinistralConfig, MinistralForCausalLM
 from ministral3 import Ministral3Config
-from tests.cases import DTYPES, HEADS, SCALES_BY_POSITION, draw_case, draw_config, our_class, pair, their_arguments
+from tests.cases import (
+    DTYPES,
+    HEADS,
+    SCALES_BY_POSITION,
+    cache_name,
+    draw_case,
+    draw_config,
+    our_class,
+    pair,
+    their_arguments,
+)
 from tests.test_checkpoint import assert_same_weights
 from tests.test_parity import assert_same
 from tokenizer import Tokenizer
@@ -94,7 +105,9 @@ def check_case(rng, device, dtype=None, **fixed):
     assert case.ours.config.problem_type == case.theirs.config.problem_type
     for x, y in zip(a.hidden_states, b.hidden_states, strict=True):
         assert_same(x, y, case.real)
-    assert (a.attentions is not None) == eager and hasattr(a, "past_key_values") == hasattr(b, "past_key_values")
+    assert (a.attentions is not None) == eager
+    ours, theirs = ({field.name for field in fields(out)} for out in (a, b))
+    assert (cache_name(case.ours) in ours) == (cache_name(case.theirs) in theirs)
 
 
 @torch.no_grad()

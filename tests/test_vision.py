@@ -142,6 +142,14 @@ def real_of(case):
     return torch.ones_like(case.ids, dtype=torch.bool) if case.mask is None else case.mask.bool()
 
 
+def image_embeddings(out):
+    """The embeddings of all images (N, D) in either side's result, None without images. From 5.24 on Transformers has
+    them in `image_outputs`, a tensor for each image."""
+    if not hasattr(out, "image_outputs"):
+        return out.image_hidden_states
+    return None if out.image_outputs is None else torch.cat(out.image_outputs.pooler_output)
+
+
 # ------------------------------------------------------------------------------------------------------ parity
 
 
@@ -165,11 +173,11 @@ def test_one_picture_is_bit_identical(device, rng):
         assert len(x.hidden_states) == len(y.hidden_states)
         for one, other in zip((x.last_hidden_state, *x.hidden_states), (y.last_hidden_state, *y.hidden_states)):
             assert_same(one, other)
-        assert_same(a.image_hidden_states, b.image_hidden_states)
+        assert_same(image_embeddings(a), image_embeddings(b))
         whole = case.pixels[:, :, : case.sizes[0][0], : case.sizes[0][1]]
         assert_same(case.ours.model.vision_tower(whole).last_hidden_state, case.theirs.model.vision_tower(whole)[0])
     else:
-        assert a.image_hidden_states is None
+        assert image_embeddings(a) is None and image_embeddings(b) is None
     for one, other in zip(a.hidden_states, b.hidden_states, strict=True):
         assert_same(one, other, real)
     assert_same(a.logits, b.logits, real)
@@ -189,7 +197,7 @@ def test_several_pictures_are_no_further_from_float64(device, dtype, attn_implem
         case = draw_case(rng, device, dtype, pictures=2 + seed % 2, attn_implementation=attn_implementation)
         truth = torch.cat(case.truth().model.get_image_features(case.pixels.double(), case.sizes))
         for side, model in (("ours", case.ours), ("theirs", case.theirs)):
-            features = model(**case.arguments()).image_hidden_states
+            features = image_embeddings(model(**case.arguments()))
             errors[side].append(((features.double() - truth).norm() / truth.norm()).item())
     ratio = math.exp(statistics.mean(math.log(a / b) for a, b in zip(errors["ours"], errors["theirs"], strict=True)))
     figures = ", ".join(f"{side} {statistics.median(e):.2e} (maximum {max(e):.2e})" for side, e in errors.items())
@@ -223,7 +231,7 @@ def test_pictures_do_not_see_each_other(device, rng):
         alone = model.get_image_features(pixels[None, :, :h, :w])[0]
         torch.testing.assert_close(features, alone, rtol=1e-12, atol=1e-12)
     case.theirs.double()
-    their_features = case.theirs(**case.arguments(pixel_values=case.pixels.double())).image_hidden_states
+    their_features = image_embeddings(case.theirs(**case.arguments(pixel_values=case.pixels.double())))
     torch.testing.assert_close(torch.cat(together), their_features, rtol=1e-2, atol=1e-3)  # float32 in its norms
 
 
