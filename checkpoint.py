@@ -643,6 +643,25 @@ def named_dtype(config: dict[str, Any]) -> torch.dtype | None:
     return DTYPES.get(str(named))
 
 
+def as_dtype(dtype: Any, torch_dtype: Any = None) -> torch.dtype | None:
+    """The type that an argument names, as a torch.dtype or as text; None for None and for "auto", the stored type.
+    `torch_dtype` is another name of the argument.
+
+    Raises:
+        ValueError: another type, or both names with different values.
+    """
+    if dtype is not None and torch_dtype not in (None, dtype):
+        raise ValueError(f"dtype={dtype!r} and torch_dtype={torch_dtype!r} differ; give one of the two")
+    wanted = torch_dtype if dtype is None else dtype
+    if wanted is None or wanted == "auto":
+        return None
+    found = DTYPES.get(str(wanted).removeprefix("torch."))
+    if found is None or not isinstance(wanted, (str, torch.dtype)):
+        supported = f"{', '.join(DTYPES)}, or auto for the stored type (a device is given as device=)"
+        raise ValueError(f"dtype={wanted!r} is not supported; supported: {supported}")
+    return found
+
+
 class Checkpoint:
     """The tensors of a model directory, in one file or in shards with an index, under the names and in the order of
     rows of Transformers' files. Opening reads the headers only; `read` maps one tensor at a time into memory.
@@ -885,8 +904,8 @@ def write(
     directory = Path(directory)
     if format not in FORMATS:
         raise ValueError(f"format={format!r} is impossible; allowed: {', '.join(FORMATS)}")
-    if max_shard_bytes < 1:
-        raise ValueError(f"max_shard_bytes={max_shard_bytes} is impossible; allowed: a whole number not below 1")
+    if not is_size(max_shard_bytes):
+        raise ValueError(f"max_shard_bytes={max_shard_bytes!r} is impossible; allowed: a whole number not below 1")
     if directory.exists() and not directory.is_dir():
         raise NotADirectoryError(f"{directory} is a file; a model is written into a directory")
     directory.mkdir(parents=True, exist_ok=True)

@@ -28,8 +28,9 @@ from torch import Tensor
 
 import checkpoint
 from checkpoint import DTYPES, Parser, exit_code, human
+from checks import expect_ids
 from fast import Captured, flat, wide_rows
-from ministral import KVCache, MinistralConfig, MinistralForCausalLM, at_least_float32, expect_ids
+from ministral import KVCache, MinistralConfig, MinistralForCausalLM, at_least_float32
 from ministral3 import Ministral3ForCausalLM
 from tokenizer import ChatStream, TextStream, Tokenizer, split_thinking
 from vision import (
