@@ -32,10 +32,10 @@ def is_whole(tensor: Tensor) -> bool:
 # -------------------------------------------------------------------------------------------- any kind of argument
 
 
-def expect_kind(name: str, value: object, kind: type, said: str) -> None:
+def expect_kind(name: str, value: object, kind: type | tuple[type, ...], said: str) -> None:
     """Raise ValueError unless the value is None or of the kind; `said` is that kind in words."""
     if value is not None and not isinstance(value, kind):
-        raise ValueError(f"{name} must be {said}; found {type(value).__name__}")
+        raise ValueError(f"{name} must be {said}; found {type(value).__name__} {str(value)[:40]!r}")
 
 
 def expect_tensor(name: str, value: object) -> None:
@@ -147,10 +147,9 @@ def warn_of_padding(input_ids: Tensor, attention_mask: Tensor | None, config: An
         return
     edges = input_ids[:, [0, -1]] if ends else input_ids[:, :1]
     if (edges == pad).any():
-        where = "begins or ends" if ends else "begins"
-        cure = "give attention_mask, 0 at padding"
-        # (This line is the place of the warning, so that Python shows it once.)
-        warnings.warn(f"a row {where} with pad_token_id {pad}, which is read as text; {cure}", stacklevel=1)
+        cure = "give attention_mask, 1 at text and 0 at padding"
+        # One text from one line, so that Python shows it once.
+        warnings.warn(f"a row is padded with pad_token_id {pad}, which is read as text; {cure}", stacklevel=1)
 
 
 def expect_fit(kept: Tensor, new: Tensor) -> None:
