@@ -607,7 +607,7 @@ WRAPPERS = {
 
 
 def origin(names: Sequence[str]) -> str:
-    """Whose names of tensors these seem to be, which no parameter has, for an error message; "" if that is not known."""
+    """Whose names of tensors these seem to be, which no parameter has, for a message; "" if that is not known."""
     prefix = next((prefix for prefix in WRAPPERS if names and all(prefix in name for name in names)), None)
     if any(".lora_" in name for name in names):
         return "; they are of a LoRA adapter that is not merged: save model.merge_and_unload()"

@@ -445,8 +445,8 @@ class LayerCache:
 
     def crop(self, max_length: int) -> None:
         """See `KVCache.crop`."""
-        if not 0 <= max_length <= self.length:
-            raise ValueError(f"max_length={max_length} is impossible; allowed: 0 to {self.length}, the tokens held")
+        if not is_number(max_length, int, 0) or max_length > self.length:
+            raise ValueError(f"max_length={max_length!r} is impossible; allowed: 0 to {self.length}, the tokens held")
         if max_length < self.length and self.window is not None and self.length > self.window:
             raise ValueError(f"keys before the last {self.window} are gone; a window that is full cannot be cropped")
         self.length = max_length
@@ -499,6 +499,7 @@ class KVCache:
     """
 
     def __init__(self, config: Any, expected: int = 64) -> None:
+        expect_kind("config", config, PreTrainedConfig, "a configuration, such as model.config")
         config = config.get_text_config()
         windows = {"full_attention": None, "sliding_attention": config.sliding_window}
         self.layers = [LayerCache(windows[kind], expected) for kind in config.layer_types]
@@ -922,7 +923,7 @@ class MinistralModel(PreTrainedModel):
     ) -> Tensor | None:
         """The mask for layers of one kind, or None where the fused kernel needs none."""
         window = self.config.sliding_window if kind == "sliding_attention" else None
-        S, K = len(queries), len(keys)
+        S, K = queries.shape[0], keys.shape[0]
         allowed = packed if real is None else real[:, None, keys]  # (B, 1 or S, K)
         # One query sees all keys that a cache hands out; a first chunk that the window spares is causal. (At K = W no
         # key is hidden either, but Transformers builds a mask there, and that takes another kernel.)
