@@ -571,7 +571,8 @@ def test_models_compile_and_export_whole(family, task):
     ids = torch.randint(1, 50, (2, 9), generator=torch.Generator().manual_seed(0))
     ids[0, 0] = 0
     mask, packed = (ids != 0).long(), torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
-    for more in ({}, {"attention_mask": mask}, {"position_ids": packed}):
+    variants = [{"attention_mask": mask}, {}, {"position_ids": packed}]
+    for more in variants if task == "CausalLM" else variants[:1]:
         found = traced(model, ids, {"use_cache": False} | more)
         for other in found[1:]:
             torch.testing.assert_close(other, found[0], rtol=1e-5, atol=1e-5)
