@@ -35,6 +35,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"  # of a LoRA adapter, as PEFT writes it
 PARAMS, CONSOLIDATED = "params.json", "consolidated.safetensors"
 # What stands beside weights and configuration, and is taken along.
 OTHER_FILES = ["tekken.json", "tokenizer*.json", "special_tokens_map.json", "generation_config.json",
@@ -64,6 +65,8 @@ def find(path_or_hub_id: str | Path, revision: str | None = None, weights: bool 
             that is what it needs.
         ValueError: a revision of a directory.
     """
+    if not isinstance(path_or_hub_id, (str, Path)) or not str(path_or_hub_id):
+        raise ValueError(f"a model is named by a directory or a Hub id 'owner/name'; found {path_or_hub_id!r}"[:200])
     path = Path(path_or_hub_id)
     with suppress(RuntimeError):  # "~" of a user who is not there
         path = path.expanduser()
@@ -80,7 +83,7 @@ def find(path_or_hub_id: str | Path, revision: str | None = None, weights: bool 
     from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
 
     def fetch(*files: str) -> Path:
-        get = partial(snapshot_download, name, revision=revision, allow_patterns=[CONFIG, PARAMS, *files])
+        get = partial(snapshot_download, name, revision=revision, allow_patterns=[CONFIG, PARAMS, ADAPTER, *files])
         try:
             return Path(get())
         except OfflineModeIsEnabled:  # some versions ask for a list of files before they look into the cache
@@ -135,10 +138,22 @@ def read_config(directory: Path) -> dict[str, Any]:
     `read_json` and `from_params`)."""
     mistral = layout(directory) == "mistral"
     file = directory / (PARAMS if mistral else CONFIG)
+    if not file.is_file():
+        refuse_adapter(directory)
     content = read_json(file)
     if not isinstance(content, dict):
         raise ValueError(f"{file} must hold a JSON object; found {type(content).__name__}")
     return from_params(content) if mistral else content
+
+
+def refuse_adapter(directory: Path) -> None:
+    """Raise ValueError if a directory that lacks a model's files is a LoRA adapter."""
+    if (directory / ADAPTER).is_file():
+        content = read_json(directory / ADAPTER)
+        base = content.get("base_model_name_or_path") if isinstance(content, dict) else None
+        whole = f"PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), {str(directory)!r})"
+        cure = f"merge it into its base with peft: {whole}.merge_and_unload().save_pretrained('merged')"
+        raise ValueError(f"{directory} is a LoRA adapter ({ADAPTER}) of {base}, not a whole model; {cure}")
 
 
 # --------------------------------------------------------------------------------------------------- config.json
@@ -582,6 +597,33 @@ def text_name(name: str) -> str | None:
     return None if name.startswith(EYES) else name.removeprefix("language_model.").removeprefix("model.")
 
 
+# What wrappers put before the names in the files that are written of them, and what has to be written instead.
+WRAPPERS = {
+    "module.": "torch's DataParallel: save model.module",
+    "_orig_mod.": "torch.compile: save model._orig_mod",
+    "_fsdp_wrapped_module.": "torch's FSDP: save the full state dict",
+    "base_model.model.": "PEFT: save model.merge_and_unload()",
+}
+
+
+def origin(names: Sequence[str]) -> str:
+    """Whose names of tensors these seem to be, which no parameter has, for a message; "" if that is not known."""
+    prefix = next((prefix for prefix in WRAPPERS if names and all(prefix in name for name in names)), None)
+    if any(".lora_" in name for name in names):
+        return "; they are of a LoRA adapter that is not merged: save model.merge_and_unload()"
+    if prefix is not None:
+        return f"; {prefix!r} is written by {WRAPPERS[prefix]}"
+    if names and all(from_mistral(name, False) is not None for name in names):
+        return f"; they are Mistral's names, which belong into {CONSOLIDATED} with {PARAMS}"
+    return ""
+
+
+def listed(names: Sequence[str], most: int) -> str:
+    """Names for an error message, `most` of them."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
 def half_split(weight: Tensor, heads: int) -> Tensor:
     """Reorder the rows of a query or key projection (heads * D, E) from Mistral's order, in which the two rows that
     rotate together are neighbours (0, 1), (2, 3), ..., to Transformers', in which they are D/2 apart (0, D/2),
@@ -643,6 +685,25 @@ def named_dtype(config: dict[str, Any]) -> torch.dtype | None:
     return DTYPES.get(str(named))
 
 
+def as_dtype(dtype: Any, torch_dtype: Any = None) -> torch.dtype | None:
+    """The type that an argument names, as a torch.dtype or as text; None for None and for "auto", the stored type.
+    `torch_dtype` is another name of the argument.
+
+    Raises:
+        ValueError: another type, or both names with different values.
+    """
+    if dtype is not None and torch_dtype not in (None, dtype):
+        raise ValueError(f"dtype={dtype!r} and torch_dtype={torch_dtype!r} differ; give one of the two")
+    wanted = torch_dtype if dtype is None else dtype
+    if wanted is None or wanted == "auto":
+        return None
+    found = DTYPES.get(str(wanted).removeprefix("torch."))
+    if found is None or not isinstance(wanted, (str, torch.dtype)):
+        supported = f"{', '.join(DTYPES)}, or auto for the stored type (a device is given as device=)"
+        raise ValueError(f"dtype={wanted!r} is not supported; supported: {supported}")
+    return found
+
+
 class Checkpoint:
     """The tensors of a model directory, in one file or in shards with an index, under the names and in the order of
     rows of Transformers' files. Opening reads the headers only; `read` maps one tensor at a time into memory.
@@ -675,6 +736,7 @@ class Checkpoint:
         elif (directory / f"{weights}.index.json").is_file():
             stored = self._open_shards(directory / f"{weights}.index.json")
         else:
+            refuse_adapter(directory)
             found = ", ".join(sorted(path.name for path in directory.iterdir())[:8]) or "nothing"
             raise FileNotFoundError(f"{directory} holds neither {weights} nor {weights}.index.json; found {found}")
         self._files: dict[str, tuple[Any, str]] = {}  # name -> (open file, name in it)
@@ -684,7 +746,8 @@ class Checkpoint:
             if "fake_quantizer" in name:  # ranges of quantisation in training, not used in computing
                 continue
             if own is None:
-                raise ValueError(f"{directory / weights}: {name} is no tensor of Mistral's layout (see NAMES)")
+                looks = origin([name for name in stored if from_mistral(name, eyes) is None])
+                raise ValueError(f"{directory / weights}: {name} is no tensor of Mistral's layout (see NAMES){looks}")
             self._files[own] = file, name
         expect_fp8(quantization := self.config.get("quantization_config"))
         self._block = (quantization or {}).get("weight_block_size")
@@ -824,9 +887,10 @@ def fill(
             elif said_tied:
                 warnings.warn(f"{name} is stored with values of its own, so it is not tied to {other}", stacklevel=3)
     shapes = {name: files.shape(stored[name]) for name in wanted if name in stored}
+    foreign = sorted(stored[name] for name in stored.keys() - wanted.keys())
     problems = {
         "missing": sorted(wanted.keys() - stored.keys() - tied.keys()),
-        "unexpected": sorted(stored.keys() - wanted.keys()),
+        "unexpected": foreign,
         "misshapen": [
             f"{name} is {list(shape)}, {CONFIG} asks for {list(wanted[name].shape)}"
             for name, shape in sorted(shapes.items())
@@ -834,9 +898,10 @@ def fill(
         ],
     }
     for what, found in problems.items():
+        instead = f"; found {listed(foreign, 3)}" if foreign and what == "missing" else ""
         if found:
-            more = f" and {len(found) - 6} more" if len(found) > 6 else ""
-            raise ValueError(f"{files.directory}: {len(found)} tensors {what}: {', '.join(found[:6])}{more}")
+            said = f"{len(found)} tensors {what}: {listed(found, 6)}{instead}{origin(foreign)}"
+            raise ValueError(f"{files.directory}: {said}")
     kinds = {files.kind(stored[name]): name for name in shapes}
     if not kinds.keys() <= KINDS.keys() or (dtype is None and len(kinds) > 1):
         types = ", ".join(f"{name} is {kind}" for kind, name in sorted(kinds.items()))
@@ -885,8 +950,8 @@ def write(
     directory = Path(directory)
     if format not in FORMATS:
         raise ValueError(f"format={format!r} is impossible; allowed: {', '.join(FORMATS)}")
-    if max_shard_bytes < 1:
-        raise ValueError(f"max_shard_bytes={max_shard_bytes} is impossible; allowed: a whole number not below 1")
+    if not is_size(max_shard_bytes):
+        raise ValueError(f"max_shard_bytes={max_shard_bytes!r} is impossible; allowed: a whole number not below 1")
     if directory.exists() and not directory.is_dir():
         raise NotADirectoryError(f"{directory} is a file; a model is written into a directory")
     directory.mkdir(parents=True, exist_ok=True)

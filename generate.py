@@ -17,7 +17,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,8 +28,9 @@ from torch import Tensor
 
 import checkpoint
 from checkpoint import DTYPES, Parser, exit_code, human
+from checks import as_padding_mask, expect_ids, expect_kind, expect_tensor, is_number, warn_of_padding
 from fast import Captured, flat, wide_rows
-from ministral import KVCache, MinistralConfig, MinistralForCausalLM, at_least_float32, expect_ids
+from ministral import KVCache, MinistralConfig, MinistralForCausalLM, PreTrainedConfig, at_least_float32
 from ministral3 import Ministral3ForCausalLM
 from tokenizer import ChatStream, TextStream, Tokenizer, split_thinking
 from vision import (
@@ -67,16 +68,17 @@ def model_class(config: dict[str, object]) -> type[GenerativeModel]:
 
 def load_model(
     path_or_hub_id: str | Path,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     device: str | torch.device | None = None,
     attn_implementation: str | None = None,
     revision: str | None = None,
+    **changes: Any,
 ) -> GenerativeModel:
     """`from_pretrained` of the class that config.json asks for; arguments and errors are those of
     `PreTrainedModel.from_pretrained`."""
     directory = checkpoint.find(path_or_hub_id, revision)
     cls = model_class(checkpoint.read_config(directory))
-    return cls.from_pretrained(directory, dtype, device, attn_implementation)
+    return cls.from_pretrained(directory, dtype, device, attn_implementation, **changes)
 
 
 # ---------------------------------------------------------------------------------------------------- sampling
@@ -180,7 +182,8 @@ def generate(
 
     Args:
         input_ids: (B, T). Shorter prompts are padded on the left.
-        attention_mask: (B, T), 0 at padding; None: nothing is padding.
+        attention_mask: (B, T), 1 at text and 0 at padding; None: all is text. (A batch that is padded without a mask is
+            read as text; a warning says so where it is seen by `pad_token_id`.)
         max_new_tokens: how many tokens are added at most. A row also ends when it fills the model's
             `max_position_embeddings`.
         temperature, top_k, top_p, min_p, repetition_penalty: see `Sampling`. Temperature 0 is greedy.
@@ -208,24 +211,30 @@ def generate(
         ValueError: a setting out of range, an empty or padded-on-the-right row, or a prompt that leaves no position
             of `max_position_embeddings` for a new token.
     """
+    expect_model(model)
+    for name, number in (("temperature", temperature), ("top_k", top_k), ("top_p", top_p), ("min_p", min_p),
+                         ("repetition_penalty", repetition_penalty)):  # fmt: skip
+        expect_kind(name, number, (int, float), "a number")
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     config, device = model.config.get_text_config(), model.device
+    expect_kind("past_key_values", past_key_values, KVCache, "a KVCache of ministral.py")
     past = 0 if past_key_values is None else past_key_values.get_seq_length()
     chunk = prefill_chunk_size if prefill_chunk_size is not None else 512 if device.type == "cpu" else 4096
     for name, value in (("max_new_tokens", max_new_tokens), ("prefill_chunk_size", chunk)):
-        if value < 1:
-            raise ValueError(f"{name}={value} is impossible; allowed: a whole number not below 1")
-    if input_ids.ndim != 2 or input_ids.numel() == 0:
-        raise ValueError(f"input_ids must be (batch, tokens) with at least one token; found {tuple(input_ids.shape)}")
+        if not is_number(value, int, 1):
+            raise ValueError(f"{name}={value!r} is impossible; allowed: a whole number not below 1")
     expect_ids(input_ids, config.vocab_size)  # for the fast path, which asks no more
+    warn_of_padding(input_ids, attention_mask, config, ends=True)
     if past_key_values is not None:
         past_key_values.key_positions(config, 1, device)  # refuses the cache of another configuration
     input_ids = input_ids.to(device)
     B, T = input_ids.shape
     if past >= T:
         raise ValueError(f"past_key_values holds {past} tokens of {T}; allowed: fewer, the last one has to be read")
-    real = torch.ones(B, T, dtype=torch.bool) if attention_mask is None else attention_mask.cpu().bool()
-    if real.shape != (B, T) or not real[:, -1].all():
+    real = torch.ones(B, T, dtype=torch.bool)
+    if attention_mask is not None:
+        real = as_padding_mask(attention_mask, B, T).cpu()
+    if not real[:, -1].all():
         raise ValueError(f"attention_mask must be {(B, T)}, padding on the left: every row ends with a real token")
     lengths = real.sum(1).tolist()
     check_length(max(lengths), config)
@@ -233,9 +242,10 @@ def generate(
     total = T + max_new_tokens
     if eos_token_id is None:
         eos_token_id = config.eos_token_id
+    expect_kind("eos_token_id", eos_token_id, (int, Collection), "an id or a list of ids")
     ends = ending_ids(eos_token_id)
-    if not all(0 <= end < config.vocab_size for end in ends):
-        raise ValueError(f"eos_token_id={sorted(ends)} is impossible; allowed: ids below {config.vocab_size}")
+    if not all(is_number(end, int, 0) and end < config.vocab_size for end in ends):
+        raise ValueError(f"eos_token_id={list(ends)} is impossible; allowed: ids below {config.vocab_size}")
     filler = config.pad_token_id if config.pad_token_id is not None else min(ends, default=0)
     generators = _generators(seed, B, device)
 
@@ -244,6 +254,8 @@ def generate(
     first_positions = torch.tensor([[length - T] for length in lengths], device=device)
 
     embeds = None
+    if pixel_values is not None:
+        expect_tensor("pixel_values", pixel_values)
     if isinstance(model, Mistral3ForConditionalGeneration) and pixel_values is not None:
         embeds, _ = model.model.embed(input_ids[:, past:], pixel_values.to(device), image_sizes)
     elif pixel_values is not None:
@@ -294,6 +306,16 @@ def generate(
     return tokens
 
 
+def expect_model(model: Any) -> None:
+    """Raise ValueError unless that is a language model of this project (or a wrapper that shows its attributes)."""
+    found = type(model).__name__
+    if isinstance(model, (str, Path)):
+        raise ValueError(f"model must be a loaded model; found a name: give load_model({str(model)!r})")
+    if not isinstance(getattr(model, "config", None), PreTrainedConfig) or not hasattr(model, "lm_head"):
+        supported = "; ".join(sorted({cls.__name__ for cls in MODELS.values()}))
+        raise ValueError(f"model must be one that load_model returns ({supported}); found {found}")
+
+
 def ending_ids(eos_token_id: int | Sequence[int] | None) -> set[int]:
     """The ids that end a text, from any of the forms that a configuration has them in."""
     return {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id or ())
@@ -301,8 +323,8 @@ def ending_ids(eos_token_id: int | Sequence[int] | None) -> set[int]:
 
 def check_seed(seed: int | None) -> None:
     """Raise ValueError if that is no seed."""
-    if seed is not None and not 0 <= seed < 2**63:
-        raise ValueError(f"seed={seed} is impossible; allowed: a whole number from 0 to 2**63 - 1")
+    if seed is not None and not (is_number(seed, int, 0) and seed < 2**63):
+        raise ValueError(f"seed={seed!r} is impossible; allowed: a whole number from 0 to 2**63 - 1")
 
 
 def check_length(tokens: int, config: MinistralConfig) -> None:

@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import checkpoint
+from checks import expect, expect_classes, expect_tensor, is_whole, may_read
 from ministral import (
     PROBLEM_TYPES,
     KVCache,
@@ -40,10 +41,8 @@ from ministral import (
     MinistralModel,
     PreTrainedModel,
     at_least_float32,
-    expect,
-    expect_classes,
+    exportable,
     init_weights,
-    is_whole,
 )
 from ministral3 import Ministral3Config, Ministral3Model
 
@@ -103,13 +102,18 @@ class GenericForSequenceClassification(ModelWithHead):
         if pad is not None and input_ids is not None:
             places = torch.arange(S, device=logits.device)
             last = (places * (input_ids != pad)).argmax(-1)  # (B,), 0 for a row of nothing but padding
-        elif attention_mask is not None and input_ids is None and not attention_mask[:, -1].all():
+        elif attention_mask is not None and input_ids is None and ends_in_padding(attention_mask):
             warnings.warn("inputs_embeds that end in padding: it is read as text; put padding first", stacklevel=4)
         logits = logits[torch.arange(B, device=logits.device), last]  # (B, N)
         loss = None if labels is None else sequence_classification_loss(logits, labels, self.config)
         return SequenceClassifierOutputWithPast(
             loss, logits, outputs.past_key_values, outputs.hidden_states, outputs.attentions
         )
+
+
+def ends_in_padding(attention_mask: Tensor) -> bool:
+    """Whether a row does (unknown, and so no, while torch.compile traces)."""
+    return not torch.compiler.is_compiling() and not bool(attention_mask[:, -1].all())
 
 
 def sequence_classification_loss(logits: Tensor, labels: Tensor, config: MinistralConfig) -> Tensor:
@@ -127,6 +131,7 @@ def sequence_classification_loss(logits: Tensor, labels: Tensor, config: Ministr
         ValueError: labels of another shape, type or range.
     """
     B, N = logits.shape
+    expect_tensor("labels", labels)
     labels, kind = labels.to(logits.device), config.problem_type
     if kind is None:
         kind = REGRESSION if N == 1 else SINGLE_LABEL if is_whole(labels) else MULTI_LABEL
@@ -140,7 +145,7 @@ def sequence_classification_loss(logits: Tensor, labels: Tensor, config: Ministr
             labels = labels.to(logits.dtype)
         if not labels.is_floating_point():
             raise ValueError(f"labels of {labels.dtype} for {kind}; allowed: floating-point numbers")
-        if kind == MULTI_LABEL and labels.device.type == "cpu" and not ((labels >= 0) & (labels <= 1)).all():
+        if kind == MULTI_LABEL and may_read(labels) and not ((labels >= 0) & (labels <= 1)).all():
             raise ValueError(f"labels from {labels.min()} to {labels.max()} for {kind}; allowed: 0 to 1")
         loss_of = F.mse_loss if kind == REGRESSION else F.binary_cross_entropy_with_logits
         loss = loss_of(logits, labels.reshape(B, N))
@@ -230,6 +235,7 @@ def position_loss(name: str, logits: Tensor, positions: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------------ results
 
 
+@exportable
 @dataclass
 class SequenceClassifierOutputWithPast:
     """`logits` (B, N), one row per text; `loss` a scalar when labels were given."""
@@ -241,6 +247,7 @@ class SequenceClassifierOutputWithPast:
     attentions: tuple[Tensor, ...] | None = None
 
 
+@exportable
 @dataclass
 class TokenClassifierOutput:
     """`logits` (B, S, N), one row per token; `loss` a scalar when labels were given."""
@@ -251,6 +258,7 @@ class TokenClassifierOutput:
     attentions: tuple[Tensor, ...] | None = None
 
 
+@exportable
 @dataclass
 class QuestionAnsweringModelOutput:
     """`start_logits` and `end_logits` (B, S): how likely each token is the answer's first and its last one."""

@@ -34,6 +34,22 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as run_again_in_backward
 
 import checkpoint
+from checks import (
+    as_device,
+    as_padding_mask,
+    expect_classes,
+    expect_device,
+    expect_embeds,
+    expect_fit,
+    expect_ids,
+    expect_kind,
+    expect_labels,
+    expect_positions,
+    expect_tensor,
+    is_number,
+    may_read,
+    warn_of_padding,
+)
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu, "gelu": F.gelu, "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"), "relu": F.relu,
@@ -42,6 +58,7 @@ LAYER_TYPES = checkpoint.LAYER_TYPES  # full_attention, sliding_attention
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 RopeTables = tuple[Tensor, ...]
 Config = TypeVar("Config", bound="PreTrainedConfig")
+Output = TypeVar("Output")
 Model = TypeVar("Model", bound="PreTrainedModel")
 
 
@@ -224,15 +241,16 @@ class MinistralConfig(PreTrainedConfig):
         return {"model_type": self.model_type} | {k: v for k, v in values.items() if k not in unset or v != unset[k]}
 
 
-def is_number(value: object, kind: type, least: float) -> bool:
-    """Whether `value` is a finite number (a whole one for int) that is not below `least`."""
-    kinds = (int,) if kind is int else (int, float)
-    return isinstance(value, kinds) and not isinstance(value, bool) and least <= value < float("inf")
-
-
 # ---------------------------------------------------------------------------------------------------- results
 
 
+def exportable(cls: type[Output]) -> type[Output]:
+    """Make a dataclass known to `torch.export`, so that an exported model can return it."""
+    torch.export.register_dataclass(cls, serialized_type_name=f"{cls.__module__}.{cls.__name__}")
+    return cls
+
+
+@exportable
 @dataclass
 class BaseModelOutputWithPast:
     """What `MinistralModel` returns. `hidden_states` has num_hidden_layers + 1 entries of shape (B, S, E): the
@@ -245,6 +263,7 @@ class BaseModelOutputWithPast:
     attentions: tuple[Tensor, ...] | None = None
 
 
+@exportable
 @dataclass
 class CausalLMOutputWithPast:
     """What `MinistralForCausalLM` returns: `logits` (B, S or fewer, V), `loss` a scalar when labels were given."""
@@ -311,6 +330,9 @@ class RotaryEmbedding(nn.Module):
         self.config = config
         self._frequencies: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_frequencies": {}}  # copies and pickles compute them anew
+
     def inverse_frequencies(self, dtype: torch.dtype) -> Tensor:
         """The angle per position of each of the D/2 pairs, in radians, on the CPU."""
         exponents = torch.arange(0, self.config.head_dim, 2, dtype=dtype, device="cpu") / self.config.head_dim
@@ -323,9 +345,12 @@ class RotaryEmbedding(nn.Module):
     def forward(self, x: Tensor, position_ids: Tensor) -> RopeTables:
         """position_ids (B or 1, S) -> cosines and sines, each (B or 1, 1, S, D) in the dtype of x."""
         dtype = at_least_float32(x.dtype)
-        if (dtype, x.device) not in self._frequencies:
-            self._frequencies[dtype, x.device] = self.inverse_frequencies(dtype).to(x.device)
-        angles = position_ids[:, None, :, None].to(dtype) * self._frequencies[dtype, x.device]  # (B, 1, S, D/2)
+        frequencies = self._frequencies.get((dtype, x.device))
+        if frequencies is None:
+            frequencies = self.inverse_frequencies(dtype).to(x.device)
+            if not torch.compiler.is_compiling():  # a traced tensor has no numbers to keep
+                self._frequencies[dtype, x.device] = frequencies
+        angles = position_ids[:, None, :, None].to(dtype) * frequencies  # (B, 1, S, D/2)
         angles = torch.cat((angles, angles), dim=-1)  # (B, 1, S, D): the first and second half hold the same angles
         factor = self.attention_factor()
         return (angles.cos() * factor).to(x.dtype), (angles.sin() * factor).to(x.dtype)
@@ -420,16 +445,17 @@ class LayerCache:
 
     def crop(self, max_length: int) -> None:
         """See `KVCache.crop`."""
-        if not 0 <= max_length <= self.length:
-            raise ValueError(f"max_length={max_length} is impossible; allowed: 0 to {self.length}, the tokens held")
+        if not is_number(max_length, int, 0) or max_length > self.length:
+            raise ValueError(f"max_length={max_length!r} is impossible; allowed: 0 to {self.length}, the tokens held")
         if max_length < self.length and self.window is not None and self.length > self.window:
             raise ValueError(f"keys before the last {self.window} are gone; a window that is full cannot be cropped")
         self.length = max_length
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store new keys and values (B, G, S, D); return all those the new queries need, (B, G, K, D)."""
-        if self.keys is not None and self.keys.shape[0] != k.shape[0]:
-            raise ValueError(f"the cache holds a batch of {self.keys.shape[0]}, the input is a batch of {k.shape[0]}")
+        if self.keys is not None and self.values is not None:
+            expect_fit(self.keys, k)
+            expect_fit(self.values, v)
         start, new = self.length, k.shape[2]
         end, self.length = start + new, start + new
         if self.window is None or end <= self.window:  # nothing has left the window: slots are positions
@@ -473,6 +499,7 @@ class KVCache:
     """
 
     def __init__(self, config: Any, expected: int = 64) -> None:
+        expect_kind("config", config, PreTrainedConfig, "a configuration, such as model.config")
         config = config.get_text_config()
         windows = {"full_attention": None, "sliding_attention": config.sliding_window}
         self.layers = [LayerCache(windows[kind], expected) for kind in config.layer_types]
@@ -658,7 +685,8 @@ class PreTrainedModel(nn.Module):
     @property
     def gradient_checkpointing(self) -> bool:
         """Whether training keeps only the input of each layer and computes the rest again in the backward pass: less
-        memory, one more forward pass, the same bits (https://arxiv.org/abs/1604.06174). Off until set."""
+        memory, one more forward pass, the bits of `use_cache=False` (https://arxiv.org/abs/1604.06174). Off until set.
+        """
         return self._recompute
 
     @gradient_checkpointing.setter
@@ -666,6 +694,10 @@ class PreTrainedModel(nn.Module):
         for module in self.modules():
             if isinstance(module, PreTrainedModel):
                 module._recompute = on
+
+    def _recomputes(self) -> bool:
+        """Whether this forward pass does so: without gradients there is no backward pass."""
+        return self._recompute and self.training and torch.is_grad_enabled()
 
     @property
     def base_model(self) -> PreTrainedModel:
@@ -690,7 +722,7 @@ class PreTrainedModel(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls: type[Model], path_or_hub_id: str | Path, dtype: torch.dtype | None = None,
+        cls: type[Model], path_or_hub_id: str | Path, dtype: torch.dtype | str | None = None,
         device: str | torch.device | None = None, attn_implementation: str | None = None,
         revision: str | None = None, **changes: Any,
     ) -> Model:  # fmt: skip
@@ -698,8 +730,10 @@ class PreTrainedModel(nn.Module):
         Hub id ("owner/name"). A text model loads from the files of one with eyes, too, and leaves the eyes out.
 
         Args:
-            dtype: cast the weights; None keeps the type they are stored in.
+            dtype: cast the weights, to torch.bfloat16 or "bfloat16" for example; None or "auto" keeps the type they are
+                stored in. (`torch_dtype` is another name of it.)
             device: where to put them; None is the CPU, where weights that need no cast stay mapped to the file.
+                (`device_map` is another name of it.)
             attn_implementation: "sdpa" or "eager"; None takes the configuration's.
             revision: branch, tag or commit of a Hub id.
             changes: fields of the configuration to set, such as `num_labels=3`.
@@ -714,6 +748,8 @@ class PreTrainedModel(nn.Module):
             FileNotFoundError: no such directory or repository, or a file is missing in it.
             ValueError: not a configuration of this class; tensors missing, unexpected, misshapen or unreadable.
         """
+        dtype = checkpoint.as_dtype(dtype, changes.pop("torch_dtype", None))
+        to = as_device(device, changes.pop("device_map", None))
         directory = checkpoint.find(path_or_hub_id, revision)
         fields_in_file = checkpoint.read_config(directory)
         without_eyes = "text_config" in fields_in_file and issubclass(cls.config_class, MinistralConfig)
@@ -739,8 +775,7 @@ class PreTrainedModel(nn.Module):
         if new & {own_name(name) for name in files.names()}:
             new = set()
         said_tied = changes.get("tie_word_embeddings", text.get("tie_word_embeddings"))
-        to = dtype, torch.device(device or "cpu")
-        tie = checkpoint.fill(model, files, own_name, model.may_tie, said_tied, new, *to)
+        tie = checkpoint.fill(model, files, own_name, model.may_tie, said_tied, new, dtype, to)
         if model.may_tie:
             config.tie_word_embeddings = tie
         model.tie_weights()
@@ -801,44 +836,51 @@ class MinistralModel(PreTrainedModel):
 
         Args:
             input_ids: (B, S) token ids; or give `inputs_embeds` (B, S, E) instead.
-            attention_mask: (B, past + S), nonzero for real tokens and 0 for padding. None: all are real.
+            attention_mask: (B, past + S), 1 for text and 0 for padding. None: all is text, rows of padding included.
             position_ids: (B or 1, S) rotary positions. None: past, past + 1, ... (padding counts; `generate` passes
                 positions that skip it). Masks do not depend on these, with one exception, which is Transformers':
-                without mask and without cache (`use_cache=False`), every jump in a row starts a new text that
-                cannot see the ones before it (packed training sequences).
+                without mask and without cache, every jump in a row starts a new text that cannot see the ones before
+                it (packed training sequences). With a cache, which is the default (`use_cache=False` and
+                `gradient_checkpointing` make none), or with a mask of ones, packed texts DO see each other.
             past_key_values: the cache of the tokens before; it is extended in place.
-            use_cache: return a cache for the next call; None takes the configuration's word (and none is returned in
-                training with `gradient_checkpointing`).
+            use_cache: return a cache for the next call; None: as the configuration says (and none in training
+                with `gradient_checkpointing`).
             cache_position: (S,) if given, must be past, past + 1, ...: a cache has no gaps.
             output_hidden_states, output_attentions: also return what each layer put out, and its probabilities.
 
         Raises:
-            ValueError: both or neither of ids and embeddings, a wrong shape or dtype, an id outside the vocabulary,
-                or `output_attentions` on the sdpa path, which never holds the probabilities.
+            ValueError: both or neither of ids and embeddings, a wrong shape, dtype or device, an id outside the
+                vocabulary, or `output_attentions` on the sdpa path, which never holds the probabilities.
         """
         x = self._embed(input_ids, inputs_embeds)
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
         B, S, _ = x.shape
+        recompute = self._recomputes()
+        expect_kind("past_key_values", past_key_values, KVCache, "a KVCache of ministral.py")
+        if recompute and (use_cache or past_key_values is not None):
+            raise ValueError("gradient_checkpointing runs each layer twice, which a cache does not allow; leave it out")
+        # Whether there is a cache is decided here, once: masks, layers and the result only ask for past_key_values.
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if past_key_values is None and use_cache and not recompute:
+            past_key_values = KVCache(self.config)
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
         positions = torch.arange(past, past + S, device=x.device)  # (S,) places in the sequence, padding counted
         if output_attentions and self.config.attn_implementation != "eager":
             raise ValueError("output_attentions needs attn_implementation='eager'; the fused kernel keeps none")
-        if cache_position is not None and cache_position.tolist() != positions.tolist():
-            raise ValueError(f"cache_position must be {past}..{past + S - 1} after {past} cached tokens")
-        cached = past_key_values is not None or (self.config.use_cache if use_cache is None else use_cache)
-        recompute = self.training and self._recompute
-        if recompute and (use_cache or past_key_values is not None):
-            raise ValueError("gradient_checkpointing runs each layer twice, which a cache does not allow; leave it out")
-        if past_key_values is None and cached and not recompute:
-            past_key_values = KVCache(self.config)
+        if cache_position is not None and not torch.compiler.is_compiling():
+            expect_tensor("cache_position", cache_position)
+            if cache_position.tolist() != positions.tolist():
+                raise ValueError(f"cache_position must be {past}..{past + S - 1} after {past} cached tokens")
+        if input_ids is not None and past == 0 and may_read(input_ids):
+            warn_of_padding(input_ids, attention_mask, self.config)
 
         real = packed = None
         if attention_mask is not None:
-            expect("attention_mask", attention_mask, (B, past + S))
-            real = attention_mask.to(x.device).bool()
-            real = None if real.all() else real
+            real = as_padding_mask(attention_mask, B, past + S).to(x.device)
+            real = None if not torch.compiler.is_compiling() and real.all() else real
         if position_ids is not None:
-            expect("position_ids", position_ids, (B, S), (1, S))
-            if attention_mask is None and not cached:
+            expect_positions(position_ids, B, S)
+            position_ids = position_ids.to(x.device)
+            if attention_mask is None and past_key_values is None:
                 packed = same_text(position_ids)
         tables = self.rotary_emb(x, positions[None] if position_ids is None else position_ids)
         keys = dict.fromkeys(self.config.layer_types, positions)  # kind of layer -> (K,) places of its keys
@@ -849,8 +891,7 @@ class MinistralModel(PreTrainedModel):
         hidden_states, attentions = [x], []
         for kind, layer in zip(self.config.layer_types, self.layers):
             if recompute:
-                arguments = layer, x, tables, masks[kind], cached
-                x, probs = run_again_in_backward(self._run_alone, *arguments, use_reentrant=False)
+                x, probs = run_again_in_backward(layer, x, tables, masks[kind], None, use_reentrant=False)
             else:
                 x, probs = layer(x, tables, masks[kind], past_key_values)
             if output_hidden_states:
@@ -865,13 +906,6 @@ class MinistralModel(PreTrainedModel):
             attentions=tuple(attentions) if output_attentions else None,
         )
 
-    def _run_alone(
-        self, layer: MinistralDecoderLayer, x: Tensor, tables: RopeTables, mask: Tensor | None, cached: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """One layer, which will run again in the backward pass: with a cache of its own each time, if any, because a
-        cache hands keys out in another layout, and with other strides the last bit may differ."""
-        return layer(x, tables, mask, KVCache(self.config) if cached else None)
-
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         """(B, S, E) embeddings of either input, checked."""
         if (input_ids is None) == (inputs_embeds is None):
@@ -879,10 +913,9 @@ class MinistralModel(PreTrainedModel):
         if inputs_embeds is None:
             assert input_ids is not None
             expect_ids(input_ids, self.config.vocab_size)
-            inputs_embeds = self.embed_tokens(input_ids)
-        if inputs_embeds.ndim != 3 or inputs_embeds.numel() == 0 or inputs_embeds.shape[2] != self.config.hidden_size:
-            allowed = f"(batch, tokens, {self.config.hidden_size}), not empty"
-            raise ValueError(f"inputs_embeds must be {allowed}; found {tuple(inputs_embeds.shape)}")
+            expect_device("input_ids", input_ids, self.embed_tokens.weight)
+            return self.embed_tokens(input_ids)
+        expect_embeds(inputs_embeds, self.embed_tokens.weight)
         return inputs_embeds
 
     def _mask(
@@ -890,7 +923,7 @@ class MinistralModel(PreTrainedModel):
     ) -> Tensor | None:
         """The mask for layers of one kind, or None where the fused kernel needs none."""
         window = self.config.sliding_window if kind == "sliding_attention" else None
-        S, K = len(queries), len(keys)
+        S, K = queries.shape[0], keys.shape[0]
         allowed = packed if real is None else real[:, None, keys]  # (B, 1 or S, K)
         # One query sees all keys that a cache hands out; a first chunk that the window spares is causal. (At K = W no
         # key is hidden either, but Transformers builds a mask there, and that takes another kernel.)
@@ -900,67 +933,23 @@ class MinistralModel(PreTrainedModel):
         return make_attention_mask(queries, keys, window, allowed)
 
 
-def expect(name: str, tensor: Tensor, *shapes: tuple[int, ...]) -> None:
-    """Raise ValueError unless the tensor has one of the shapes."""
-    if tensor.shape not in shapes:
-        allowed = " or ".join(str(tuple(shape)) for shape in shapes)
-        raise ValueError(f"{name} must be {allowed}; found {tuple(tensor.shape)}")
-
-
-def expect_ids(input_ids: Tensor, vocab_size: int) -> None:
-    """Raise ValueError unless these are token ids (B, S) of the vocabulary."""
-    last = vocab_size - 1
-    if input_ids.ndim != 2 or input_ids.numel() == 0 or input_ids.dtype not in (torch.int64, torch.int32):
-        found = f"{tuple(input_ids.shape)} of {input_ids.dtype}"
-        raise ValueError(f"input_ids must be (batch, tokens) of whole numbers, not empty; found {found}")
-    if input_ids.device.type == "cpu" and not 0 <= input_ids.min() <= input_ids.max() <= last:
-        # (On another device the check would wait for it.)
-        raise ValueError(f"input_ids from {input_ids.min()} to {input_ids.max()}; allowed: 0 to {last}")
-
-
 def same_text(position_ids: Tensor) -> Tensor | None:
     """Packed training sequences: positions (B or 1, S) that do not advance by one start a new text. Returns bool
-    (B or 1, S, S), True where query and key belong to one text, or None when there is only one."""
+    (B or 1, S, S), True where query and key belong to one text, or None when there is only one text."""
     jumps = position_ids.diff(dim=1) != 1
-    if not jumps.any():
+    if not torch.compiler.is_compiling() and not jumps.any():
         return None
     text = F.pad(jumps.cumsum(dim=1), (1, 0))  # (B or 1, S) number of the text each token belongs to
     return text[:, :, None] == text[:, None, :]
-
-
-def is_whole(tensor: Tensor) -> bool:
-    """Whether a tensor holds whole numbers (of 8 to 64 bits)."""
-    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
-
-
-def expect_classes(labels: Tensor, count: int) -> None:
-    """Raise ValueError unless labels are whole numbers from 0 to count - 1, or -100, which the losses ignore."""
-    if not is_whole(labels):
-        raise ValueError(f"labels of {labels.dtype}; allowed: whole numbers, torch.int64 for example")
-    # (On another device than the CPU the check would wait for it.)
-    if labels.device.type == "cpu" and not ((labels == -100) | (labels >= 0) & (labels < count)).all():
-        found = f"{labels.min()} to {labels.max()}"
-        raise ValueError(f"labels from {found}; allowed: 0 to {count - 1}, or -100 to ignore one")
 
 
 def causal_lm_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy in nats of each token given those before it. logits (B, S, V); labels (B, S) are the input
     ids, -100 where a token does not count; the shift by one happens here."""
     expect_classes(labels, logits.shape[-1])
-    targets = F.pad(labels.long(), (0, 1), value=-100)[:, 1:]
+    targets = F.pad(labels.long().to(logits.device), (0, 1), value=-100)[:, 1:]
     logits = logits.to(at_least_float32(logits.dtype))
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
-
-
-def expect_labels(labels: Tensor | None, text: Tensor | None, logits_to_keep: int | Tensor) -> None:
-    """Raise ValueError unless labels belong to the text, (B, S) ids or (B, S, E) embeddings, and all logits are kept
-    for them."""
-    if labels is not None and text is not None:
-        expect("labels", labels, tuple(text.shape[:2]))
-        if isinstance(logits_to_keep, Tensor) or logits_to_keep:
-            raise ValueError("labels need all logits; leave logits_to_keep at 0")
-    if isinstance(logits_to_keep, int) and logits_to_keep < 0:
-        raise ValueError(f"logits_to_keep={logits_to_keep} is impossible; allowed: 0 (all), a count, or indices")
 
 
 def logits_and_loss(

@@ -52,6 +52,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as run_again_in_backward
 
 import checkpoint
+from checks import expect_labels, expect_tensor, is_number, may_read, warn_of_padding
 from ministral import (
     ACTIVATIONS,
     BaseModelOutputWithPast,
@@ -68,9 +69,8 @@ from ministral import (
     apply_rotary_pos_emb,
     at_least_float32,
     eager_attention,
-    expect_labels,
+    exportable,
     init_weights,
-    is_number,
     logits_and_loss,
 )
 from ministral3 import Ministral3Config, Ministral3Model
@@ -406,6 +406,7 @@ def image_tokens(size: tuple[int, int], config: Mistral3Config, break_id: int, e
 # ----------------------------------------------------------------------------------------------------- encoder
 
 
+@exportable
 @dataclass
 class BaseModelOutput:
     """What `PixtralVisionModel` returns: `last_hidden_state` (1, P, C), the patches of all pictures in a row;
@@ -505,6 +506,9 @@ class PixtralVisionModel(PreTrainedModel):
                 smaller than a patch.
         """
         channels, size = self.config.num_channels, self.config.patch_size
+        expect_tensor("pixel_values", pixel_values)
+        if not pixel_values.is_floating_point():
+            raise ValueError(f"pixel_values of {pixel_values.dtype} are not supported; supported: see `preprocess`")
         if pixel_values.ndim != 4 or pixel_values.shape[1] != channels:
             found = tuple(pixel_values.shape)
             raise ValueError(f"pixel_values must be (images, {channels}, height, width); found {found}")
@@ -545,8 +549,9 @@ class PixtralVisionModel(PreTrainedModel):
         layers: list[Any] = list(self.transformer["layers"])  # type: ignore[call-overload]
         wanted = range(len(layers) + 1) if output_hidden_states is True else output_hidden_states or ()
         hidden_states: list[Any] = [x if 0 in wanted else None]
+        recompute = self._recomputes()
         for i, layer in enumerate(layers, start=1):
-            if self._recompute and self.training:
+            if recompute:
                 x = run_again_in_backward(layer, x, tables, patches, use_reentrant=False)
             else:
                 x = layer(x, tables, patches)
@@ -599,6 +604,7 @@ class Mistral3MultiModalProjector(nn.Module):
 # ------------------------------------------------------------------------------------------------------ models
 
 
+@exportable
 @dataclass
 class Mistral3ModelOutputWithPast(BaseModelOutputWithPast):
     """As `BaseModelOutputWithPast`, and `image_hidden_states` (number of [IMG] tokens, E), what took their places."""
@@ -606,6 +612,7 @@ class Mistral3ModelOutputWithPast(BaseModelOutputWithPast):
     image_hidden_states: Tensor | None = None
 
 
+@exportable
 @dataclass
 class Mistral3CausalLMOutputWithPast(CausalLMOutputWithPast):
     """As `CausalLMOutputWithPast`, and `image_hidden_states` (number of [IMG] tokens, E), what took their places."""
@@ -675,7 +682,7 @@ class Mistral3Model(Mistral3PreTrainedModel):
         else:
             places = input_ids == self.config.image_token_id
         features = torch.cat(self.get_image_features(pixel_values, image_sizes, vision_feature_layer))
-        if places.sum() != len(features):
+        if not torch.compiler.is_compiling() and places.sum() != len(features):
             found = f"{int(places.sum())} [IMG] tokens (id {self.config.image_token_id})"
             raise ValueError(f"{found} for pictures that have {len(features)} embeddings; the numbers must be equal")
         features = features.to(embeds)
@@ -698,6 +705,8 @@ class Mistral3Model(Mistral3PreTrainedModel):
             ValueError: see `embed`.
         """
         embeds, features = self.embed(input_ids, pixel_values, image_sizes, inputs_embeds, vision_feature_layer)
+        if input_ids is not None and past_key_values is None and may_read(input_ids):
+            warn_of_padding(input_ids, attention_mask, self.config.text_config)
         out = self.language_model(
             None, attention_mask, position_ids, past_key_values, embeds, use_cache, **kwargs
         )

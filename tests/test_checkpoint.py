@@ -145,6 +145,84 @@ def test_wrong_tensors_are_named(saved, change, message):
         load_model(path)
 
 
+@pytest.mark.parametrize("cls", [MinistralForCausalLM, None], ids=["from_pretrained", "load_model"])
+def test_types_and_devices_as_text(saved, cls):
+    """Under both names of each argument; what is no type or no device here is refused."""
+    model, path = saved
+    load = load_model if cls is None else cls.from_pretrained
+    for value in ("float64", "torch.float64", torch.float64):
+        assert load(path, dtype=value).dtype == load(path, torch_dtype=value).dtype == torch.float64
+    for value in ("auto", None):
+        assert load(path, dtype=value).dtype == load(path, torch_dtype=value).dtype == model.dtype
+    for value in ("cpu", "cpu:0", torch.device("cpu"), None):
+        assert load(path, device=value).device.type == load(path, device_map=value).device.type == "cpu"
+    for arguments, message in (
+        (dict(dtype="int8"), "dtype='int8' is not supported; supported: bfloat16, float16, float32, float64, or auto"),
+        (dict(dtype="cuda"), r"dtype='cuda' is not supported; .*\(a device is given as device=\)"),
+        (dict(dtype=torch.int8), "dtype=torch.int8 is not supported"),
+        (dict(dtype=float), "dtype=<class 'float'> is not supported"),
+        (dict(dtype="float32", torch_dtype="float64"), "dtype='float32' and torch_dtype='float64' differ"),
+        (dict(device="bfloat16"), r"device='bfloat16' is not supported .*\(a type is given as dtype=\)"),
+        (dict(device_map="auto"), "device='auto' is not supported"),
+        (dict(device="cpu", device_map="meta"), "device='cpu' and device_map='meta' differ"),
+        (dict(device="cuda:99"), "device='cuda:99' is not supported"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load(path, **arguments)
+    for name in (None, "", 3, model):
+        with pytest.raises(ValueError, match="a model is named by a directory or a Hub id"):
+            load(name)
+    with pytest.raises(ValueError, match="max_shard_bytes='5GB' is impossible"):
+        model.save_pretrained(path, max_shard_bytes="5GB")
+
+
+@pytest.mark.parametrize(
+    "prefix, message",
+    [
+        ("module.", r"tensors missing: .*; found module\.lm_head.*'module.' is written by torch's DataParallel"),
+        ("_orig_mod.", r"found _orig_mod\.lm_head\.weight.*is written by torch.compile: save model._orig_mod"),
+        ("base_model.model.", r"found base_model\.model\.lm_head.*is written by PEFT: save model.merge_and_unload"),
+        ("net.", r"found net\.lm_head\.weight, net\.model\.embed_tokens\.weight.* and \d+ more$"),
+    ],
+)
+def test_names_that_a_wrapper_has_changed_are_shown(saved, prefix, message):
+    _, path = saved
+    tensors = load_file(path / "model.safetensors")
+    save_file({prefix + name: tensor for name, tensor in tensors.items()}, path / "model.safetensors")
+    with pytest.raises(ValueError, match=message):
+        load_model(path)
+
+
+def test_names_of_the_other_layout_and_of_adapters_are_shown(saved):
+    _, path = saved
+    tensors = load_file(path / "model.safetensors")
+    theirs = {checkpoint.to_mistral(name): tensor for name, tensor in tensors.items()}
+    save_file(theirs, path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"found layers\.0.*Mistral's names, which belong into consolidated"):
+        load_model(path)
+    lora = {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.zeros(2, 2)}
+    save_file(lora, path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"found base_model.*lora_A\.weight; they are of a LoRA adapter"):
+        load_model(path)
+    save_file(tensors | lora, path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"1 tensors unexpected: base_model.*lora_A\.weight; they are of a LoRA"):
+        load_model(path)
+
+
+@pytest.mark.parametrize("config", [False, True])
+def test_a_lora_adapter_is_told_from_a_model(saved, config):
+    """Also where the base's config.json lies beside it, as training programs leave it."""
+    _, path = saved
+    (path / "model.safetensors").rename(path / "adapter_model.safetensors")
+    (path / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "owner/base"}')
+    if not config:
+        (path / "config.json").unlink()
+    message = r"is a LoRA adapter .* of owner/base, not a whole model; merge it .*'owner/base'.*merge_and_unload"
+    for load in (load_model, MinistralForCausalLM.from_pretrained):
+        with pytest.raises(ValueError, match=message):
+            load(path)
+
+
 def test_types_of_numbers(saved):
     """Several floating-point types load with a dtype, and are refused without; whole numbers are refused."""
     _, path = saved

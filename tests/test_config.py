@@ -11,7 +11,7 @@ import torch
 import transformers
 from hypothesis import given, strategies as st
 
-from generate import MODELS, model_class
+from generate import MODELS, generate, model_class
 from ministral import KVCache, MinistralConfig, MinistralForCausalLM, MinistralModel
 from ministral3 import Ministral3Config, Ministral3ForCausalLM
 from tests.cases import draw_case, draw_config, pair, their_arguments
@@ -248,6 +248,25 @@ IDS = torch.ones(2, 3, dtype=torch.long)
         (dict(input_ids=IDS, labels=IDS[:, :2]), r"labels must be \(2, 3\); found \(2, 2\)"),
         (dict(input_ids=IDS, labels=IDS * 9), "labels from 9 to 9; allowed: 0 to 8, or -100"),
         (dict(input_ids=IDS, logits_to_keep=-1), "logits_to_keep=-1"),
+        (dict(input_ids=IDS, logits_to_keep=None), "logits_to_keep=None is impossible"),
+        (dict(input_ids=IDS, logits_to_keep=1.5), "logits_to_keep=1.5 is impossible"),
+        (dict(input_ids=[[1, 2]]), r"input_ids must be a tensor, as torch.tensor\(.*found list"),
+        (dict(input_ids="To be"), "input_ids must be a tensor, .*found str"),
+        (dict(input_ids=IDS.to("meta")), "input_ids is on meta, the model on cpu; move one of them"),
+        (dict(inputs_embeds=torch.zeros(2, 3, 8).double()), "inputs_embeds of torch.float64, weights of torch.float32"),
+        (dict(inputs_embeds=torch.zeros(2, 3, 8).long()), "inputs_embeds of torch.int64, weights of torch.float32"),
+        (dict(inputs_embeds=torch.zeros(2, 3, 8).tolist()), "inputs_embeds must be a tensor"),
+        (dict(input_ids=IDS, attention_mask=[[1, 1, 1]] * 2), "attention_mask must be a tensor.*found list"),
+        (dict(input_ids=IDS, attention_mask=torch.ones(2, 1, 3, 3)), "attention_mask of 4 dimensions is not supported"),
+        (dict(input_ids=IDS, attention_mask=torch.tensor([[0, 0, -torch.inf]] * 2)), "numbers from -inf to 0"),
+        (dict(input_ids=IDS, attention_mask=torch.tensor([[1, 1, -1e4]] * 2)), "numbers from -10000 to 1 is not"),
+        (dict(input_ids=IDS, attention_mask=torch.zeros(2, 3)), "numbers from 0 to 0 is not supported"),
+        (dict(input_ids=IDS, position_ids=torch.ones(1, 3)), "position_ids of torch.float32 are not supported"),
+        (dict(input_ids=IDS, position_ids=[[0, 1, 2]]), "position_ids must be a tensor"),
+        (dict(input_ids=IDS, cache_position=[0, 1, 2]), "cache_position must be a tensor"),
+        (dict(input_ids=IDS, labels=[[1, 1, 1]] * 2), "labels must be a tensor"),
+        (dict(input_ids=IDS, past_key_values=((IDS, IDS),)), "past_key_values must be a KVCache of .*found tuple"),
+        (dict(input_ids=IDS, past_key_values=transformers.DynamicCache()), "must be a KVCache of .*found DynamicCache"),
     ],
 )
 def test_wrong_inputs_are_refused(arguments, message):
@@ -257,6 +276,41 @@ def test_wrong_inputs_are_refused(arguments, message):
     )  # fmt: skip
     with pytest.raises(ValueError, match=message):
         model(**arguments)
+
+
+@torch.no_grad()
+def test_a_mask_may_be_of_any_type_of_ones_and_zeros():
+    case = draw_case(random.Random(1), dtype=torch.float32)
+    ids = torch.ones(2, 5, dtype=torch.long)
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    expected = case.ours(ids, mask).logits
+    for dtype in (torch.bool, torch.int32, torch.uint8, torch.float32, torch.bfloat16):
+        assert torch.equal(case.ours(ids, mask.to(dtype)).logits, expected)
+        assert torch.equal(generate(case.ours, ids, mask.to(dtype), 3), generate(case.ours, ids, mask, 3))
+
+
+@torch.no_grad()
+def test_a_batch_padded_without_a_mask_is_warned_of():
+    """At the start of a row, where all that follows sees it; in generation at its end, too. Never in a decode step,
+    with a mask, or where the id also begins or ends texts."""
+    case = draw_case(random.Random(3), dtype=torch.float32, family="ministral3", pad_token_id=0)
+    left, right = torch.tensor([[0, 0, 5], [5, 6, 7]]), torch.tensor([[5, 0, 0], [5, 6, 7]])
+    model, message = case.ours, "a row is padded with pad_token_id 0, which is read as text; give attention_mask"
+    with pytest.warns(UserWarning, match=message):
+        model(left)
+    for ids in (left, right):
+        for fast in (True, False):
+            with pytest.warns(UserWarning, match=message):
+                generate(model, ids, max_new_tokens=2, fast=fast)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(right)
+        model(left, left != 0)
+        generate(model, left, left != 0, max_new_tokens=2)
+        model(left, past_key_values=model(left[:, 2:]).past_key_values)
+        for ends in (0, [2, 0]):
+            model.config.eos_token_id = ends
+            model(left)
 
 
 @torch.no_grad()
@@ -275,6 +329,13 @@ def test_cache_arguments():
         case.ours(ids, attention_mask=torch.ones(1, n), past_key_values=cache)
     with pytest.raises(ValueError, match="the cache holds a batch of 1, the input is a batch of 2"):
         case.ours(ids.expand(2, -1), past_key_values=cache)
+    other = draw_case(random.Random(2), dtype=torch.float32).ours.double()
+    with pytest.raises(ValueError, match=r"holds .* torch.float32 on cpu, the model makes .* torch.float64"):
+        other(ids, past_key_values=cache)
+    with pytest.raises(ValueError, match=r"config must be a configuration, such as model.config; found"):
+        KVCache(case.ours)
+    with pytest.raises(ValueError, match=r"max_length=1.5 is impossible"):
+        cache.crop(1.5)
     cache.layers.append(cache.layers[0])
     with pytest.raises(ValueError, match="made for a configuration with other layers"):
         case.ours(ids, past_key_values=cache)

@@ -1,6 +1,9 @@
 """The fast path computes what the readable one does: in float64 to 1e-12, in other types with the same error."""
 
+import copy
+import io
 import math
+import pickle
 import random
 import shutil
 import statistics
@@ -8,11 +11,19 @@ import statistics
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from safetensors.torch import save_model
 
 import fast
 from fast import Captured, Flat, chunk_attention, flat, wide_mm
 from generate import generate
-from ministral import KVCache, MinistralConfig, MinistralForCausalLM, eager_attention, make_attention_mask
+from ministral import (
+    KVCache,
+    Linear,
+    MinistralConfig,
+    MinistralForCausalLM,
+    eager_attention,
+    make_attention_mask,
+)
 from ministral3 import Ministral3ForCausalLM
 from tests.cases import VOCAB, draw_case
 
@@ -167,44 +178,103 @@ def test_compiled_generation_gives_the_same_tokens():
 # ----------------------------------------------------------------------------------------------------------- weights
 
 
-def test_weights_are_joined_once_and_stay_the_models():
-    """Slices of one matrix, nothing twice in memory; what is written into them is seen, and files are as before."""
-    model, ids = tiny(), torch.tensor([[1, 2, 3]])
-    before = {name: p.clone() for name, p in model.state_dict().items()}
-    parameters = dict(model.named_parameters())
-    forward = flat(model)
-    assert flat(model) is forward
-    attention = model.model.layers[0].self_attn
-    storage = {id(p.untyped_storage()._cdata) for p in (attention.q_proj.weight, attention.k_proj.weight)}
-    assert len(storage) == 1 or attention.q_proj.weight.untyped_storage().data_ptr() == (
-        attention.v_proj.weight.untyped_storage().data_ptr())
-    held = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
-    assert sum(held.values()) == sum(p.nbytes for p in model.parameters())
-    assert {name: p is parameters[name] for name, p in model.named_parameters()} == dict.fromkeys(parameters, True)
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, before[name]), name
+def seen_by_a_caller(model):
+    """What can be seen of a model's weights from outside."""
+    places = {name: (p.data_ptr(), p.storage_offset(), p.stride(), p.untyped_storage().nbytes(), p._version)
+              for name, p in model.state_dict().items()}  # fmt: skip
+    file = io.BytesIO()
+    torch.save(model.model.layers[0].self_attn.k_proj.state_dict(), file)
+    return places, [id(p) for p in model.parameters()], len(file.getvalue()), len(pickle.dumps(model))
 
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    model.train()
-    model(ids, labels=ids, use_cache=False).loss.backward()
-    optimizer.step()
-    model.eval()
-    positions = torch.arange(3)[None]
-    assert flat(model) is forward
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("fast", [True, False])
+def test_generation_leaves_the_model_as_it_was(tmp_path, fast, tied):
+    """Names, places and sizes of weights; what is saved, copied and pickled."""
+    model, ids = tiny(tie_word_embeddings=tied), torch.tensor([[1, 2, 3]])
+    before, values = seen_by_a_caller(model), {name: p.clone() for name, p in model.state_dict().items()}
+    generate(model, ids, max_new_tokens=3, fast=fast)
+    assert seen_by_a_caller(model) == before
+    save_model(model, str(tmp_path / "model.safetensors"))
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        for name, tensor in copied.state_dict().items():
+            assert torch.equal(tensor, values[name]) and tensor.data_ptr() != model.state_dict()[name].data_ptr(), name
+
+
+def scale_in_place(model):
     with torch.no_grad():
-        found = forward(ids, positions, KVCache(model.config))
-        torch.testing.assert_close(found, model(ids).logits[:, -1])
+        for p in model.parameters():
+            p.mul_(0.5)
 
 
-def test_moved_weights_are_joined_anew(tmp_path):
-    model, ids = tiny(), torch.tensor([[1, 2, 3]])
-    generate(model, ids, max_new_tokens=2)
-    model.save_pretrained(tmp_path)
+def scale_data(model):
+    for p in model.parameters():
+        p.data = p.data * 0.5
+
+
+def scale_loaded(model):
+    model.load_state_dict({name: p * 0.5 for name, p in model.state_dict().items()})
+
+
+def scale_assigned(model):
+    model.load_state_dict({name: p * 0.5 for name, p in model.state_dict().items()}, assign=True)
+
+
+def scale_replaced(model):
+    """Some modules for others of the same class."""
+    for layer in model.model.layers:
+        for name in ("q_proj", "v_proj"):
+            old = getattr(layer.self_attn, name)
+            new = Linear(old.in_features, old.out_features)
+            new.weight.data = old.weight.data * 0.5
+            setattr(layer.self_attn, name, new)
+
+
+class Adapted(torch.nn.Module):
+    """A linear layer and a product of two small matrices, as LoRA adds it."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, size = base, base.weight.shape
+        self.a, self.b = (torch.nn.Parameter(torch.randn(*shape) * 0.5) for shape in ((2, size[1]), (size[0], 2)))
+
+    def forward(self, x):
+        return self.base(x) + x @ (self.b @ self.a).T
+
+
+def adapt(model):
+    torch.manual_seed(1)
+    for layer in model.model.layers:
+        layer.self_attn.q_proj, layer.mlp.up_proj = Adapted(layer.self_attn.q_proj), Adapted(layer.mlp.up_proj)
+
+
+def replace_forward(model):
+    """Of one module, as some libraries do instead of hooks."""
+    right = model.model.layers[0].mlp.forward
+    model.model.layers[0].mlp.forward = lambda x: right(x) * 0.5
+
+
+CHANGES = [scale_in_place, scale_data, scale_loaded, scale_assigned, scale_replaced, adapt, replace_forward,
+           torch.nn.Module.double]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_changed_weights_are_used(change):
+    """Whatever is done to a model that has generated, the next text is that of the readable path."""
+    model, ids = tiny().double(), torch.tensor([[1, 2, 3]])
+    first = generate(model, ids, max_new_tokens=9, eos_token_id=())
+    change(model)
+    if change is torch.nn.Module.double:
+        model.float().bfloat16().double()
     model.double()
-    with torch.no_grad():
-        again = MinistralForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
-        assert torch.equal(flat(model)(ids, torch.arange(3)[None], KVCache(model.config)),
-                           flat(again)(ids, torch.arange(3)[None], KVCache(model.config)))  # fmt: skip
+    expected = generate(model, ids, max_new_tokens=9, eos_token_id=(), fast=False)
+    assert torch.equal(generate(model, ids, max_new_tokens=9, eos_token_id=()), expected)
+    forward = flat(model)
+    if forward is not None:
+        with torch.no_grad():
+            found = forward(ids, torch.arange(3)[None], KVCache(model.config))
+            torch.testing.assert_close(found, model(ids).logits[:, -1], rtol=0, atol=1e-12 * found.abs().max().item())
+    assert (forward is None) == (change in (adapt, replace_forward)) and first.shape == expected.shape
 
 
 def test_a_model_can_train_after_it_has_generated():

@@ -151,12 +151,36 @@ def test_seeds_for_each_row():
         (dict(attention_mask=torch.tensor([[1, 1], [1, 0]])), "padding on the left"),
         (dict(attention_mask=torch.tensor([[0, 0], [1, 1]])), "padding on the left"),
         (dict(input_ids=torch.ones(1, 0, dtype=torch.long)), "at least one token"),
+        (dict(input_ids=[[1, 2]]), "input_ids must be a tensor"),
+        (dict(input_ids=torch.ones(2, 2)), "whole numbers .*found .* of torch.float32"),
+        (dict(attention_mask=[[1, 1], [1, 1]]), "attention_mask must be a tensor"),
+        (dict(attention_mask=torch.zeros(2, 2)), "numbers from 0 to 0 is not supported"),
+        (dict(attention_mask=torch.ones(2, 1, 2, 2)), "attention_mask of 4 dimensions"),
+        (dict(max_new_tokens="9"), "max_new_tokens='9' is impossible"),
+        (dict(max_new_tokens=1.5), "max_new_tokens=1.5 is impossible"),
+        (dict(prefill_chunk_size=1.5), "prefill_chunk_size=1.5 is impossible"),
+        (dict(temperature="0.7"), "temperature must be a number; found str '0.7'"),
+        (dict(top_p="1"), "top_p must be a number; found str"),
+        (dict(eos_token_id="</s>"), "eos_token_id=.* is impossible; allowed: ids below 50"),
+        (dict(eos_token_id=2.5), "eos_token_id must be an id or a list of ids; found float"),
+        (dict(seed="7"), "seed must be one number or one for each of 2 rows"),
+        (dict(seed=1.5), "seed=1.5 is impossible"),
+        (dict(past_key_values=transformers.DynamicCache()), "past_key_values must be a KVCache .*found DynamicCache"),
+        (dict(model="models/x"), r"model must be a loaded model; found a name: give load_model\('models/x'\)"),
+        (dict(model=torch.nn.Linear(2, 2)), "model must be one that load_model returns .*found Linear"),
     ],
 )
 def test_impossible_settings_are_refused(settings, message):
     case = draw_case(random.Random(1))
     with pytest.raises(ValueError, match=message):
-        generate(case.ours, **dict(input_ids=torch.ones(2, 2, dtype=torch.long)) | settings)
+        generate(**dict(model=case.ours, input_ids=torch.ones(2, 2, dtype=torch.long)) | settings)
+
+
+def test_models_of_another_kind_are_refused():
+    case = draw_case(random.Random(1))
+    for model in (case.theirs, case.ours.model, torch.nn.DataParallel(case.ours)):
+        with pytest.raises(ValueError, match=f"found {type(model).__name__}"):
+            generate(model, case.ids)
 
 
 # ---------------------------------------------------------------------------------------------------- sampling

@@ -1,6 +1,7 @@
 """Classification and question answering: logits, losses, gradients and training equal Transformers' to the bit."""
 
 import copy
+import io
 import json
 import random
 import re
@@ -13,7 +14,7 @@ import transformers
 from hypothesis import given, strategies as st
 
 from examples import verse
-from generate import BUNDLED, load_model
+from generate import BUNDLED, generate, load_model
 from heads import (
     Ministral3ForSequenceClassification,
     MinistralForQuestionAnswering,
@@ -36,6 +37,7 @@ from tests.cases import (
 from tests.test_checkpoint import assert_same_weights
 from tests.test_parity import assert_same
 from tokenizer import Tokenizer
+from vision import Mistral3Config, Mistral3ForConditionalGeneration, PixtralVisionConfig
 
 rngs = st.randoms(use_true_random=False)
 PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
@@ -142,6 +144,12 @@ def draw_training_case(rng, **fixed):
                 return case, arguments
 
 
+def checkpoint_theirs(model, on):
+    """Transformers' gradient checkpointing, by its newer name where there is one."""
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    getattr(model, f"{kind}_checkpointing_{'enable' if on else 'disable'}")()
+
+
 def gradients(model, arguments):
     model.zero_grad()
     run(model, arguments).loss.backward()
@@ -174,21 +182,24 @@ def test_gradients_of_single_tokens_and_under_autocast(family):
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 found = [gradients(model, arguments) for model in (ours, theirs)]
                 ours.train().gradient_checkpointing = True
-                found.append(gradients(ours, arguments))
+                checkpoint_theirs(theirs.train(), True)
+                found += [gradients(model, arguments) for model in (ours, theirs)]
                 ours.eval().gradient_checkpointing = False
+                checkpoint_theirs(theirs.eval(), False)
             for name, gradient in found[0].items():
-                assert torch.equal(gradient, found[1][name]) and torch.equal(gradient, found[2][name]), name
+                assert torch.equal(gradient, found[1][name]) and torch.equal(found[2][name], found[3][name]), name
 
 
 @given(rngs)
 def test_gradient_checkpointing_changes_no_bit(rng):
-    """Whatever dropout draws and however texts are packed; and it is switched by any model, for its backbone."""
+    """Of `use_cache=False`, whatever the configuration says of caches, dropout draws and however texts are packed; and
+    it is switched by any model, for its backbone."""
     case, arguments = draw_training_case(rng)
     model, S = case.ours, case.ids.shape[1]
     if rng.random() < 0.3:
         arguments |= {"attention_mask": None, "position_ids": torch.arange(S)[None] % rng.randint(1, S)}
     model.config.use_cache = rng.random() < 0.5
-    plain = gradients(model, arguments)
+    plain = gradients(model, arguments | {"use_cache": False})
     assert not model.gradient_checkpointing
     model.gradient_checkpointing = True
     assert model.gradient_checkpointing and model.base_model.gradient_checkpointing
@@ -202,6 +213,54 @@ def test_gradient_checkpointing_changes_no_bit(rng):
     for wrong in ({"use_cache": True}, {"past_key_values": KVCache(model.config)}):
         with pytest.raises(ValueError, match="gradient_checkpointing runs each layer twice"):
             model(**arguments | wrong)
+
+
+@pytest.mark.parametrize("task", ["", *HEADS, "CausalLM"])
+@pytest.mark.parametrize("family", ["ministral", "ministral3"])
+def test_packed_texts_do_not_see_each_other_under_gradient_checkpointing(family, task):
+    """There is no cache then, whatever `use_cache` is by default: the second text gets what it gets alone, and all
+    hidden states are Transformers' to the bit."""
+    for seed in range(4):
+        rng = random.Random(f"{family}{task}{seed}")
+        config = draw_config(rng, family, pad_token_id=0, use_cache=True)
+        ours, theirs = pair(config, torch.float32, seed, task=task)
+        ids, positions = torch.randint(1, 50, (1, 20)), torch.cat((torch.arange(8), torch.arange(12)))[None]
+        ours.train().gradient_checkpointing = True
+        checkpoint_theirs(theirs.train(), True)
+        arguments = dict(position_ids=positions, output_hidden_states=True)
+        found = ours(ids, **arguments)
+        for x, y in zip(found.hidden_states, theirs(ids, **arguments).hidden_states, strict=True):
+            assert torch.equal(x, y)
+        alone = ours.double()(ids[:, 8:], output_hidden_states=True).hidden_states
+        for x, y in zip(ours(ids, **arguments).hidden_states, alone):
+            torch.testing.assert_close(x[:, 8:], y, rtol=1e-12, atol=1e-12)
+        assert getattr(found, "past_key_values", None) is None
+
+
+def test_packed_texts_after_images_do_not_see_each_other_under_gradient_checkpointing():
+    model = vision_model(use_cache=True).double().train()
+    model.gradient_checkpointing = True
+    pixels = dict(pixel_values=torch.randn(1, 3, 16, 16).double(), image_sizes=[(16, 16)])
+    first, second = torch.tensor([[1, 3, 3, 3, 3, 7]]), torch.tensor([[9, 8, 7, 6, 5]])
+    positions = torch.cat((torch.arange(6), torch.arange(5)))[None]
+    both = model(torch.cat((first, second), dim=1), position_ids=positions, **pixels).logits
+    torch.testing.assert_close(both[:, 6:], model(second).logits, rtol=1e-12, atol=1e-12)
+
+
+def vision_model(**fixed):
+    text = draw_config(random.Random(0), "ministral3", **fixed)
+    vision = PixtralVisionConfig(16, 16, 1, 2, image_size=64, patch_size=4)
+    return Mistral3ForConditionalGeneration(Mistral3Config(vision, text, image_token_index=3)).eval()
+
+
+def test_without_gradients_nothing_is_run_again():
+    """A model generates and takes a cache in the midst of training, as Transformers' does."""
+    case = draw_case(random.Random(0), dtype=torch.float32)
+    expected = generate(case.ours, case.ids, max_new_tokens=3)
+    case.ours.train().gradient_checkpointing = True
+    assert torch.equal(generate(case.ours, case.ids, max_new_tokens=3), expected)
+    with torch.no_grad():
+        assert case.ours(case.ids, use_cache=True).past_key_values.get_seq_length() == case.ids.shape[1]
 
 
 def saved_numbers(model, ids):
@@ -499,6 +558,63 @@ def test_files_in_which_the_label_maps_differ(tmp_path):
     assert written["label2id"] != {"a": 0, "b": 1, "c": 2}
     ours = MinistralForSequenceClassification.from_pretrained(tmp_path / "head")
     assert ours.config.label2id == {"a": 0, "b": 1, "c": 2}
+
+
+# ------------------------------------------------------------------------------------- torch.compile, torch.export
+
+
+def traced(model, ids, arguments):
+    """The result of the model, of its graph compiled without a break, and of its exported program, saved and loaded."""
+    names = [name for name in ("logits", "start_logits", "last_hidden_state") if hasattr(model(ids, **arguments), name)]
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    file = io.BytesIO()
+    torch.export.save(torch.export.export(model, (ids,), arguments, strict=False), file)
+    file.seek(0)
+    exported = torch.export.load(file).module()
+    return [getattr(run(ids, **arguments), names[0]) for run in (model, compiled, exported)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("task", ["", *HEADS, "CausalLM"])
+@pytest.mark.parametrize("family", ["ministral", "ministral3"])
+def test_models_compile_and_export_whole(family, task):
+    """With masks and packed texts, too; a check of values is no part of the graph. The model itself is as before."""
+    model = our_class(family, task)(draw_config(random.Random(3), family, pad_token_id=0)).eval()
+    ids = torch.randint(1, 50, (2, 9), generator=torch.Generator().manual_seed(0))
+    ids[0, 0] = 0
+    mask, packed = (ids != 0).long(), torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
+    variants = [{"attention_mask": mask}, {}, {"position_ids": packed}]
+    for more in variants if task == "CausalLM" else variants[:1]:
+        found = traced(model, ids, {"use_cache": False} | more)
+        for other in found[1:]:
+            torch.testing.assert_close(other, found[0], rtol=1e-5, atol=1e-5)
+    fresh = our_class(family, task)(model.config).eval()
+    fresh.load_state_dict(model.state_dict())
+    torch.export.export(fresh, (ids,), {"use_cache": False}, strict=False)
+    assert all(torch.equal(x, y) for x, y in zip(outputs(fresh, ids), outputs(model, ids), strict=True))
+
+
+def outputs(model, ids):
+    return model(ids, output_hidden_states=True).hidden_states
+
+
+@torch.no_grad()
+def test_an_exported_model_takes_texts_of_other_lengths():
+    model = MinistralForCausalLM(draw_config(random.Random(3), "ministral")).eval()
+    ids, other = torch.ones(1, 9, dtype=torch.long), torch.randint(1, 50, (1, 13))
+    shapes = {"input_ids": {1: torch.export.Dim.DYNAMIC}, "use_cache": None}
+    program = torch.export.export(model, (ids,), {"use_cache": False}, dynamic_shapes=shapes, strict=False)
+    found = program.module()(other, use_cache=False).logits
+    torch.testing.assert_close(found, model(other).logits, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_vision_model_compiles_and_exports_whole():
+    pixels = dict(pixel_values=torch.randn(1, 3, 16, 16), image_sizes=[(16, 16)], use_cache=False)
+    found = traced(vision_model(), torch.tensor([[1, 3, 3, 3, 3, 7]]), pixels)
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-5, atol=1e-5)
 
 
 # --------------------------------------------------------------------------------------------------- example
