@@ -239,7 +239,7 @@ def measure_noise(
         return name in reference and not name.endswith(".mask")
 
     furthest = record(model, keep=keep, **inputs)
-    for seed in range(SAMPLES if model.dtype != torch.float64 else 0):  # LEAST is far above the noise of float64
+    for seed in range(SAMPLES):
         with rounded_differently(model, seed):
             sample = record(model, keep=keep, **inputs)
         for name, tensor in sample.items():
