@@ -25,7 +25,17 @@ from torch import Tensor
 from checkpoint import DTYPES, Parser, exit_code, find
 from generate import BUNDLED, GenerativeModel, load_model, read_picture
 from reference import golden
-from reference.compare import LEAST, Report, coarser, compare, computed_in, plot, table
+from reference.compare import (
+    LEAST,
+    MARGIN_OF_ONE_RUN,
+    Report,
+    coarser,
+    compare,
+    computed_in,
+    measure_noise,
+    plot,
+    table,
+)
 from reference.explain import explain
 from reference.mutants import MUTANTS
 from reference.trace import LAYER, load, record, save
@@ -217,7 +227,7 @@ def compare_without_model(
     traces: Mapping[str, Mapping[str, Tensor]], place: str,
 ) -> Report:  # fmt: skip
     """Take the noise of a right port from traces in its type, or else that of the golden models (float16: of
-    bfloat16, which is coarser)."""
+    bfloat16, which is coarser). Both are a single run, so the margin is wider."""
     noise, relative, measured = dict[str, Tensor](), dict[str, float](), golden.noise()
     for name, dtype in types.items():
         kind = {torch.float64: "", torch.float32: "float32"}.get(dtype, "bfloat16")
@@ -229,7 +239,7 @@ def compare_without_model(
     taken = ["the traces beside it"] * bool(noise) + ["the table in docs/numerics.md"] * bool(relative)
     print(f"no model at {place}: the noise of a right port is that of {' and '.join(taken) or 'nothing'}, and known "
           "mistakes are not tried; give --model", file=sys.stderr)  # fmt: skip
-    return compare(mine, reference, noise, real, relative)
+    return compare(mine, reference, noise, real, relative, MARGIN_OF_ONE_RUN)
 
 
 def accuse(
@@ -273,8 +283,8 @@ def diff(options: argparse.Namespace) -> int:
         def noisy(types: Mapping[str, torch.dtype]) -> Report:
             noise: dict[str, Tensor] = {}
             for dtype in set(types.values()):
-                kept = {name for name in types if types[name] == dtype}
-                noise |= record(model(dtype), keep=kept.__contains__, **golden.arguments(inputs, dtype))
+                stages = {name: reference[name] for name in types if types[name] == dtype}
+                noise |= measure_noise(model(dtype), stages, golden.arguments(inputs, dtype))
             return compare(mine, reference, noise, real)
 
         report = noisy(types)

@@ -10,7 +10,7 @@ Mistral write them, and everything they compute in float64, float32 and bfloat16
         mistral/   the same in Mistral's layout, as bfloat16, which is how both are published
         fp8/       another model, hf/ in FP8, and float64.safetensors and bfloat16.safetensors: its input and logits
 
-`python -m reference golden` builds them again, bit for bit, and says where they differ.
+`python -m reference golden` builds them again: bit for bit on x86-64, with the torch that the manifest names.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ from __future__ import annotations
 import json
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 import checkpoint
 import ministral
 import vision
-from ministral import ACTIVATIONS, MinistralDecoderLayer, PreTrainedModel
+from ministral import ACTIVATIONS, MinistralDecoderLayer, PreTrainedModel, RMSNorm
 from vision import Mistral3Config, PixtralAttentionLayer
 
 FORMAT = "1"
@@ -243,6 +244,34 @@ def record(
             arguments["attention_mask"] = torch.ones_like(input_ids)
         model(input_ids.to(model.device), use_cache=False, **arguments)
     return {name: recorder.trace[name] for name in order(recorder.trace)}
+
+
+@contextmanager
+def rounded_differently(model: PreTrainedModel, seed: int) -> Iterator[None]:
+    """Give a model the rounding errors of another right port, drawn from a seed.
+
+    Every matrix product adds its terms in another order, which is the noise of float32. The outputs of matrices,
+    norms and the convolution move by up to half a unit in the last place, which is the noise of 16-bit types: their
+    sums are float32 and hardly depend on the order, but ports round at different places.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def change(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        if isinstance(module, nn.Linear):
+            order_of_terms = torch.randperm(module.in_features, generator=generator).to(output.device)
+            weight = module.weight[:, order_of_terms]
+            output = F.linear(inputs[0][..., order_of_terms], weight, module.bias)
+        half_unit = torch.finfo(output.dtype).eps / 2
+        steps = 2 * torch.rand(output.shape, generator=generator, dtype=torch.float64) - 1
+        return (output.double() * (1 + half_unit * steps.to(output.device))).to(output.dtype)
+
+    kinds = (nn.Linear, nn.Conv2d, RMSNorm)
+    handles = [module.register_forward_hook(change) for module in model.modules() if isinstance(module, kinds)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 # -------------------------------------------------------------------------------------------------------- files

@@ -20,7 +20,7 @@ import vision
 from checkpoint import half_split
 from ministral import MinistralMLP, MinistralModel, RMSNorm, RotaryEmbedding, at_least_float32
 from ministral3 import YarnRotaryEmbedding
-from reference.compare import MARGIN, compare
+from reference.compare import MARGIN, MARGIN_OF_ONE_RUN, compare, measure_noise
 from reference.explain import explain
 from reference.mutants import MUTANTS, ROUNDING, replace, rows
 from reference.trace import dimensions, record
@@ -66,10 +66,14 @@ def logits_of(model, inputs):
     return record(model, keep="logits".__eq__, **inputs)["logits"]
 
 
+def typed(inputs, dtype):
+    """Inputs for a model of that type."""
+    return {name: t.to(dtype) if name == "pixel_values" else t for name, t in inputs.items()}
+
+
 def in_float32(model, inputs):
     """Another right implementation: every number of the computation float32, the result rounded to bfloat16."""
-    inputs = {name: t.float() if name == "pixel_values" else t for name, t in inputs.items()}
-    return logits_of(copy.deepcopy(model).float(), inputs).bfloat16()
+    return logits_of(copy.deepcopy(model).float(), typed(inputs, torch.float32)).bfloat16()
 
 
 def permuted(model, rng):
@@ -126,11 +130,11 @@ def test_the_right_mutant_is_named_from_logits_alone(mistake):
 
 def test_the_right_mutant_is_named_for_a_port_that_sums_in_another_order():
     """The same for all mistakes together, for ports that have another order of hidden units."""
-    found = {mistake: [mistake in named(explain(*run)[1]) for run in runs(mistake, RUNS // 4, True)]
+    found = {mistake: [mistake in named(explain(*run)[1]) for run in runs(mistake, max(1, RUNS // 4), True)]
              for mistake in MUTANTS}  # fmt: skip
     hits = [hit for runs_of_one in found.values() for hit in runs_of_one]
     print(f"{sum(hits)} of {len(hits)}; not all of {[name for name, hit in found.items() if not all(hit)]}")
-    assert sum(hits) >= 0.95 * len(hits)
+    assert sum(hits) >= 0.95 * len(hits) - 1  # with few runs one more than 5 % proves nothing
 
 
 @pytest.mark.parametrize("mistake", ["yarn_magnitude_1_277", "window_plus_1", "gqa_tiled"])
@@ -305,23 +309,164 @@ def test_a_right_port_is_never_accused(rng, kind):
         assert explain(mine, model, exact, inputs)[0] is None
 
 
-def test_two_right_ports_agree_within_the_margin():
-    """Errors of a right port over the floor of noise, at every stage of 60 models: what MARGIN comes from."""
-    ratios = []
-    for seed in range(60):
+def wider(tensor):
+    return tensor.to(torch.float64 if tensor.dtype == torch.float32 else torch.float32)
+
+
+def attention_rounded_once(stack):
+    def attend(q, k, v, *rest):
+        out, probabilities = ministral.eager_attention(wider(q), wider(k), wider(v), *rest)
+        return out.to(q.dtype), probabilities.to(q.dtype)
+
+    stack.enter_context(patch.dict(ministral.ATTENTION, eager=attend))
+
+
+def product_rounded_once(stack):
+    def forward(self, x):
+        product = self.act(wider(self.gate_proj(x))) * wider(self.up_proj(x))
+        return self.down_proj(product.to(x.dtype))
+
+    replace(stack, MinistralMLP, "forward", lambda _: forward)
+
+
+def norm_rounded_once(stack):
+    def forward(self, x):
+        h = x.double()
+        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)
+        return (self.weight * h).to(x.dtype)
+
+    replace(stack, RMSNorm, "forward", lambda _: forward)
+
+
+def sums_in_float64(stack):
+    def forward(self, x):
+        bias = None if self.bias is None else self.bias.double()
+        return F.linear(x.double(), self.weight.double(), bias).to(x.dtype)
+
+    replace(stack, ministral.Linear, "forward", lambda _: forward)
+
+
+# What fused kernels do: right, but rounded at other places.
+FUSED = (attention_rounded_once, product_rounded_once, norm_rounded_once, sums_in_float64)
+
+
+def right_port(rng, model, inputs, fused):
+    """The trace of another right implementation: units in another order, some operations fused."""
+    port, back = model, lambda name, tensor: tensor
+    if "pixel_values" not in inputs:
+        port, back = permuted(model, rng)
+    with ExitStack() as stack:
+        for fuse in fused:
+            fuse(stack)
+        trace = record(port, **inputs)
+    return {name: back(name, tensor) for name, tensor in trace.items()}
+
+
+def draw_typed(rng, kind):
+    """A model of any type but float64, its float64 copy, inputs in the model's type, the truth, and what counts."""
+    model, exact, inputs = draw_model(rng, kind)
+    model = model.to(rng.choice([torch.bfloat16, torch.float16, torch.float32]))
+    truth = record(exact, **typed(inputs, torch.float64))
+    padding_mask = inputs.get("attention_mask")
+    counted = None if padding_mask is None else padding_mask.bool()
+    return model, exact, typed(inputs, model.dtype), truth, counted
+
+
+def stages_of(report):
+    return {stage.name: stage for stage in report.stages if stage.floor > 0}
+
+
+def test_a_right_port_diverges_nowhere():
+    """Two ports for each of 8 * RUNS models: the errors of all stages over the noise floor, which MARGIN comes from.
+    MUTANT_RUNS=26 makes more than 20,000 stages; docs/numerics.md says what was measured where."""
+    ratios, alone, equal, accused = [], [], 0, []
+    for seed in range(8 * RUNS):
+        rng = random.Random(seed)
+        kind = rng.choice(["yarn_missing", "window_plus_1", "positions_through_padding", "merger_patch_by_patch"])
+        model, _, inputs, truth, counted = draw_typed(rng, kind)
+        noise, own = measure_noise(model, truth, inputs), record(model, **inputs)
+        for count in (1, rng.randint(2, 4)):
+            mine = right_port(rng, model, inputs, rng.sample(FUSED, count))
+            report = compare(mine, truth, noise, counted)
+            one_run = stages_of(compare(mine, truth, own, counted))
+            for name, stage in stages_of(report).items():
+                if mine[name].equal(own[name]):
+                    equal += 1
+                    continue
+                ratios.append(stage.error / stage.floor)
+                alone.append(stage.error / one_run[name].floor)
+            accused += [(seed, report.sentence)] if report.first else []
+    print(f"{len(ratios)} stages that differ from this implementation's, {equal} equal to them; over the floor: "
+          f"{spread(ratios)}; over one run: {spread(alone)}")  # fmt: skip
+    assert not accused
+    assert len(ratios) > 100 * RUNS
+    assert max(ratios) < MARGIN and max(alone) < MARGIN_OF_ONE_RUN
+
+
+def spread(ratios):
+    ratios = sorted(ratios)
+    middle, most = ratios[len(ratios) // 2], ratios[int(0.999 * len(ratios))]
+    return f"median {middle:.2f}, 99.9 % {most:.2f}, largest {ratios[-1]:.2f}"
+
+
+def table_in_bfloat16(stack):
+    replace(stack, ministral, "apply_rotary_pos_emb", lambda right: lambda q, k, *tables: right(
+        q, k, *(table.bfloat16().to(q.dtype) for table in tables)))  # fmt: skip
+
+
+def probabilities_in_bfloat16(stack):
+    def attend(q, k, v, mask, scaling, dropout):
+        _, probabilities = ministral.eager_attention(q, k, v, mask, scaling, dropout)
+        probabilities = probabilities.bfloat16().to(q.dtype)
+        return probabilities @ ministral.repeat_kv(v, q.shape[1] // k.shape[1]), probabilities
+
+    stack.enter_context(patch.dict(ministral.ATTENTION, eager=attend))
+
+
+def norm_in_bfloat16(stack):
+    replace(stack, RMSNorm, "forward", lambda right: lambda self, x: right(self, x).bfloat16().to(x.dtype))
+
+
+def products_in_bfloat16(stack):
+    replace(stack, ministral.Linear, "forward", lambda right: lambda self, x: right(self, x).bfloat16().to(x.dtype))
+
+
+LOSSES = (table_in_bfloat16, probabilities_in_bfloat16, norm_in_bfloat16, products_in_bfloat16)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_port_that_loses_precision_diverges(loss):
+    """The floor of float32 is far below bfloat16, in every model."""
+    for seed in range(RUNS):
         rng = random.Random(seed)
         model, exact, inputs = draw_model(rng, rng.choice(["yarn_missing", "window_plus_1"]))
-        model = model.to(rng.choice([torch.bfloat16, torch.float32]))
-        other, back = permuted(model, rng)
-        mine = {name: back(name, tensor) for name, tensor in record(other, **inputs).items()}
-        real = inputs.get("attention_mask")
-        report = compare(mine, record(exact, **inputs), record(model, **inputs), None if real is None else real.bool())
-        ratios += [stage.error / stage.floor for stage in report.stages if stage.floor > 0]
-        assert report.first is None
-    ratios = sorted(ratios)
-    print(f"{len(ratios)} stages: median {ratios[len(ratios) // 2]:.2f}, 99 % {ratios[int(0.99 * len(ratios))]:.2f}, "
-          f"largest {ratios[-1]:.2f}")  # fmt: skip
-    assert 0.9 < ratios[len(ratios) // 2] < 1.1 and ratios[-1] < MARGIN
+        truth = record(exact, **inputs)
+        model = model.float()
+        with made(loss):
+            mine = record(model, **inputs)
+        assert compare(mine, truth, measure_noise(model, truth, inputs), inputs.get("attention_mask")).first
+
+
+def test_a_port_with_a_mistake_diverges():
+    """In models in which the mistake matters, of all types and in all stages; those of rounding are within the noise
+    of their type."""
+    diverging, total = dict.fromkeys(MUTANTS, 0), dict.fromkeys(MUTANTS, 0)
+    for mistake in (name for name in MUTANTS if name not in ROUNDING):
+        seed = 0
+        while total[mistake] < RUNS:
+            seed += 1
+            rng = random.Random(f"{mistake} {seed}")
+            model, exact, inputs, truth, counted = draw_typed(rng, mistake)
+            with MUTANTS[mistake].applied():
+                mine, moved = record(model, **inputs), record(exact, **typed(inputs, torch.float64))
+            if all(name in moved and moved[name].shape == t.shape and torch.allclose(
+                    moved[name].double(), t.double()) for name, t in truth.items()):  # fmt: skip
+                continue
+            total[mistake] += 1
+            report = compare(mine, truth, measure_noise(model, truth, inputs), counted)
+            diverging[mistake] += not report.agrees
+    print({name: f"{diverging[name]} of {total[name]}" for name in MUTANTS if total[name]})
+    assert sum(diverging.values()) >= 0.9 * sum(total.values())
 
 
 def test_the_catalogue_changes_nothing_when_it_is_not_applied():
