@@ -70,8 +70,9 @@ VERSIONS = ("v3", "v7", "v11", "v13")
 ROLES = ("system", "user", "assistant", "tool")
 SWITCHES = {"[THINK]": "thinking", "[/THINK]": "text", "[TOOL_CALLS]": "call"}  # what an answer goes on with
 
-# The keys that are read of each object of a conversation; any other is refused by name. Two of them are read and change
-# no id, as in mistral-common: the "name" of a result and the "index" of a call.
+# The keys that are read of each object of a conversation; any other is refused by name. Some are checked and
+# change no id: the "name" of a result, the "index" of a call, the "detail" of an image, and the "error" of a
+# malformed call.
 KEYS = {
     "a message of role system": ("role", "content"),
     "a message of role user": ("role", "content"),
@@ -91,8 +92,8 @@ KEYS = {
     "a malformed call": ("text", "error"),
     "a tool call that the model wrote": ("name", "arguments", "id", "type"),
 }
-# Clients send fields that say nothing: these keys may be in any of the objects if they are empty. The first ones are
-# OpenAI's, which no layout has a place for.
+# Clients send fields that say nothing: these keys may be in any of the objects if they are empty. The first
+# ones are OpenAI's, which no layout has a place for.
 MAY_BE_EMPTY = {
     *("name", "refusal", "annotations", "audio", "function_call", "parsed", "parsed_arguments", "strict"),
     *chain.from_iterable(KEYS.values()),
@@ -108,7 +109,8 @@ class _Message(NamedTuple):
     """What the layouts need of a message, checked."""
 
     role: str
-    parts: list[tuple[str, Any]]  # ("text" or "malformed", text), ("image", source), ("thinking", (text, closed))
+    # ("text", text), ("malformed", text), ("image", source) or ("thinking", (text, closed))
+    parts: list[tuple[str, Any]]
     calls: Sequence[dict[str, Any]] = ()  # {"name", "arguments", "id"}, the id only if there is one
     answers: str | None = None  # a tool's: the id of the call
     order: int = 0  # a tool's: which of the calls that is
@@ -123,7 +125,7 @@ class Tokenizer:
         special_tokens: name -> id of the special tokens, for example {"<s>": 1, "</s>": 2}.
         bos_token_id, eos_token_id, pad_token_id: ids of "<s>", "</s>" and "<pad>", or None where there is none.
         version: the layout of conversations, one of `VERSIONS`; with another one text works, `encode_chat` does not.
-        other_layout: why the layout is not Mistral's, in words; "" if nothing says so. Otherwise as for `version`.
+        other_layout: what says that the layout is not Mistral's, or "". `encode_chat` refuses, then.
     """
 
     def __init__(self, backend: Backend, version: str | None = None) -> None:
@@ -158,8 +160,9 @@ class Tokenizer:
         Args:
             directory: holds tekken.json or tokenizer.json.
             version: the layout of conversations; by default the one that tekken.json names, or that the special tokens
-                of tokenizer.json suggest ([THINK]: v13; [ARGS]: v11; [SYSTEM_PROMPT]: v7; else v3). By default, too,
-                `encode_chat` refuses where the chat template or the tokens show a layout that is not Mistral's.
+                of tokenizer.json suggest ([THINK]: v13; [ARGS]: v11; [SYSTEM_PROMPT]: v7; else v3). By
+                default, too, `encode_chat` refuses where the chat template or the tokens show a layout that
+                is not Mistral's.
 
         Raises:
             FileNotFoundError: the directory holds neither file.
@@ -168,7 +171,8 @@ class Tokenizer:
         directory = Path(directory)
         tokenizer = cls._read(directory, version)
         if version is None:
-            tokenizer.other_layout = _other_layout(directory, {token.content for token in tokenizer._added.values()})
+            added = {token.content for token in tokenizer._added.values()}
+            tokenizer.other_layout = _other_layout(directory, added)
         return tokenizer
 
     @classmethod
@@ -184,7 +188,8 @@ class Tokenizer:
             raise ValueError(f"{directory / TOKENIZER} is not a tokenizer: {error}") from error
         tokenizer = cls(backend, version)
         if "[INST]" in tokenizer.special_tokens and _repair_split(backend):  # others, as Llama 3, use it rightly
-            warnings.warn(f"{directory / TOKENIZER} splits text by GPT-4's expression; Tekken's is used", stacklevel=3)
+            message = f"{directory / TOKENIZER} splits text by GPT-4's expression; Tekken's is used"
+            warnings.warn(message, stacklevel=3)
         return tokenizer
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
@@ -197,11 +202,13 @@ class Tokenizer:
     def check_layout(self) -> None:
         """Raise ValueError if `encode_chat` does not know the layout of this tokenizer's conversations."""
         if self.version not in VERSIONS:
-            raise ValueError(f"the tokenizer's chat version is {self.version!r}; allowed: {', '.join(VERSIONS)}")
+            allowed = ", ".join(VERSIONS)
+            raise ValueError(f"the tokenizer's chat version is {self.version!r}; allowed: {allowed}")
         if self.other_layout:
             raise ValueError(
-                f"{self.other_layout}: this chat layout is not supported; supported: Mistral's. Plain text works"
-                " (--raw, Tokenizer.encode); Tokenizer.from_dir(directory, version) takes Mistral's layout all the same"
+                f"{self.other_layout}: this chat layout is not supported; supported: Mistral's. Plain text"
+                " works (--raw, Tokenizer.encode). Tokenizer.from_dir(directory, version) takes Mistral's"
+                " layout all the same"
             )
 
     def encode_chat(
@@ -222,24 +229,25 @@ class Tokenizer:
 
         Args:
             messages: {"role": "system", "user", "assistant" or "tool", "content": text or list of parts}. A part is
-                {"type": "text", "text": text}, {"type": "thinking", "thinking": text or list of text parts, "closed":
-                bool} (V13: system, assistant), or an image (users): {"type": "image", one of "image", "url", "path",
-                "base64": source} or {"type": "image_url", "image_url": source or {"url": source}}. An assistant's
-                message may have "reasoning_content" or "reasoning": text, which is thinking before the content,
-                "tool_calls": [{"id": text, "type": "function", "function": {"name": text, "arguments": JSON text or
-                object}}], and the "malformed_calls" of `decode_chat`, which are words after the content; the last one
-                with "prefix": True is continued by the answer. A tool's has the "tool_call_id" that it answers.
-                Every other key is refused, unless it is one of `MAY_BE_EMPTY` and empty (None, False, no text).
+                {"type": "text", "text": text}, {"type": "thinking", "thinking": text or list of text parts,
+                "closed": bool} (V13: system, assistant), or an image (users): {"type": "image", one of
+                "image", "url", "path", "base64": source} or {"type": "image_url", "image_url": source or
+                {"url": source}}. An assistant's message may have "reasoning_content" or "reasoning": text,
+                which is thinking before the content, "tool_calls": [{"id": text, "type": "function",
+                "function": {"name": text, "arguments": JSON text or object}}], and the "malformed_calls" of
+                `decode_chat`, which are words after the content; the last one with "prefix": True is
+                continued by the answer. A tool's has the "tool_call_id" that it answers. Every other key is
+                refused, unless it is one of `MAY_BE_EMPTY` and empty (None, False, no text).
             tools: {"type": "function", "function": {"name", "description", "parameters": JSON schema}}.
-            encode_image: gives the ids that stand for a source (see `generate.encode_messages`). Images are for users
-                only.
+            encode_image: gives the ids that stand for a source (see `generate.encode_messages`).
 
         Raises:
-            ValueError: an unknown role, part, type or key, a part in the wrong place, an empty assistant message (in V3
-                also one with words and calls), a last message that is neither the user's nor a tool's nor a prefix, a
-                result that answers no open call, a call still open when the assistant goes on, a call without the id
-                that the version needs (nine letters or digits; in V13 any, or none: results then answer the calls in
-                turn), tools without a user, or a tokenizer without the special tokens or of another layout.
+            ValueError: an unknown role, part, type or key, a part in the wrong place, an empty assistant
+                message (in V3 also one with words and calls), a last message that is neither the user's nor
+                a tool's nor a prefix, a result that answers no open call, a call still open when the
+                assistant goes on, a call without the id that the version needs (nine letters or digits; in
+                V13 any, or none: results then answer the calls in turn), tools without a user, or a
+                tokenizer without the special tokens or of another layout.
         """
         self.check_layout()
         turns = self._turns(messages)
@@ -339,9 +347,8 @@ class Tokenizer:
         if "image" in kinds and role != "user":
             raise ValueError(f"an image can only be in a user's message, not in one of role {role}")
         if "thinking" in kinds and (role not in ("system", "assistant") or self.version != "v13"):
-            raise ValueError(
-                f"thinking is not supported here ({role}, {self.version}); supported: system and assistant in v13"
-            )
+            found = f"{role}, {self.version}"
+            raise ValueError(f"thinking is not supported here ({found}); supported: system, assistant in v13")
         if role == "tool":
             self._check_call_id(message.get("tool_call_id"))
             if message.get("name") is not None:
@@ -439,12 +446,13 @@ class Tokenizer:
             "malformed_calls": [{"text": what was written, "error": what is wrong with it}].
 
         The form of a call is told by its special tokens, not by the version. [TOOL_CALLS] ends thinking: a call in it
-        is a call, and the thinking is not closed. [/THINK] without [THINK] ends thinking that the prompt began.
+        is a call, and the thinking is not closed. [/THINK] without [THINK] ends what the prompt began.
 
-        Calls are read as models write them: strings may hold raw line breaks, arguments may be an object in JSON text,
-        one call may stand without its list. An id that the version needs and that is missing, not of its form or given
-        before is replaced by a new one. What follows a call in words is kept in `malformed_calls`. A call that could be
-        read in two ways, or that `encode_chat` would refuse, is kept there as it was written.
+        Calls are read as models write them: strings may hold raw line breaks, arguments may be an object in
+        JSON text, one call may stand without its list. An id that the version needs and that is missing, not
+        of its form or given before is replaced by a new one. What follows a call in words is kept in
+        `malformed_calls`. A call that could be read in two ways, or that `encode_chat` would refuse, is kept
+        there as it was written.
 
         Args:
             kind: what the ids begin with; "thinking" if the prompt ends within thinking.
@@ -476,8 +484,8 @@ class Tokenizer:
         return {key: value for key, value in message.items() if value or key == "content"}
 
     def _runs(self, ids: Iterable[int], kind: str) -> list[tuple[str, list[int]]]:
-        """The ids of an answer, cut where it goes on with another kind: "text", "call", "thinking" that is open, or
-        "thought", which is closed."""
+        """The ids of an answer, cut where it goes on with another kind: "text", "call", "thinking" that is
+        open, or "thought", which is closed."""
         switches, close = self.switches(), self.special_tokens.get("[/THINK]")
         runs: list[tuple[str, list[int]]] = [(kind, [])]
         for i in takewhile(lambda i: i != self.eos_token_id, map(int, ids)):
@@ -490,8 +498,8 @@ class Tokenizer:
         return runs
 
     def _decode_calls(self, ids: list[int], taken: set[Any]) -> tuple[list[dict[str, Any]], str]:
-        """The calls after one [TOOL_CALLS]: a JSON list, or name[ARGS]arguments, or name[CALL_ID]id[ARGS]arguments; and
-        the words after them. `taken`: the ids of the calls before.
+        """The calls after one [TOOL_CALLS]: a JSON list, or name[ARGS]arguments, or
+        name[CALL_ID]id[ARGS]arguments; and the words after them. `taken`: the ids of the calls before.
 
         Raises:
             ValueError, RecursionError: they are none, or not as `encode_chat` takes them.
@@ -525,14 +533,16 @@ class Tokenizer:
         return calls, words
 
     def _usable_id(self, found: Any, taken: set[Any]) -> Any:
-        """The id that a model wrote, or a new one if the version does not take it or it is taken; None in V13 if there
-        is none. An id only ties a result to its call, so another one says the same."""
+        """The id that a model wrote, or a new one if the version does not take it or it is taken; None in V13
+        if there is none. An id only ties a result to its call, so another one says the same."""
         with suppress(ValueError):
             self._check_call_id(found)
             if found is None or found not in taken:
                 return found
-        digests = (hashlib.sha256(f"{n} {brief(found)}".encode(errors="replace")).hexdigest()[:9] for n in count())
-        return next(digest for digest in digests if digest not in taken)
+        for number in count():
+            digest = hashlib.sha256(f"{number} {brief(found)}".encode(errors="replace")).hexdigest()[:9]
+            if digest not in taken:
+                return digest
 
     def _written(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
         """As `decode`, also of ids that only the model has."""
@@ -610,8 +620,8 @@ def split_thinking(text: str) -> list[dict[str, Any]]:
 
 
 def content_with_thinking(message: Mapping[str, Any]) -> Any:
-    """The content of a message. What an assistant's "reasoning_content" or "reasoning" holds, as OpenAI-compatible
-    servers write it, is thinking before the content, as in mistral-common."""
+    """The content of a message. What an assistant's "reasoning_content" or "reasoning" holds, as
+    OpenAI-compatible servers write it, is thinking before the content, as in mistral-common."""
     content = message.get("content")
     found = [message[key] for key in ("reasoning_content", "reasoning") if message.get(key) is not None]
     if not found or message.get("role") != "assistant":
@@ -624,7 +634,7 @@ def content_with_thinking(message: Mapping[str, Any]) -> Any:
     if not isinstance(parts, (list, tuple, type(None))):
         return content  # refused as such
     if any(isinstance(part, Mapping) and part.get("type") == "thinking" for part in parts or ()):
-        raise ValueError("thinking is both in content and in reasoning_content or reasoning; give one of them")
+        raise ValueError("thinking is both in content and in reasoning_content or reasoning; give it once")
     return [{"type": "thinking", "thinking": found[0]}, *(parts or ())]
 
 
@@ -656,8 +666,9 @@ def _check_keys(found: Mapping[Any, Any], what: str) -> None:
     for key, value in found.items():
         if key in KEYS[what] or (key in MAY_BE_EMPTY and _is_empty(value)):
             continue
+        supported = ", ".join(KEYS[what])
         raise ValueError(
-            f"{brief(key)}: {brief(value)} is not supported in {what}; supported: {', '.join(KEYS[what])}. Leave it out"
+            f"{brief(key)}: {brief(value)} is not supported in {what}; supported: {supported}. Leave it out"
         )
 
 
@@ -672,7 +683,8 @@ def _read_part(part: Any) -> tuple[str, Any]:
     """("text", text), ("image", source) or ("thinking", (text, closed)) of a part of a message."""
     kind = part.get("type") if isinstance(part, Mapping) else None
     if not isinstance(kind, str) or f"a part of type {kind}" not in KEYS:
-        raise ValueError(f"a part is {brief(part)}; supported: an object of type text, image, image_url or thinking")
+        supported = "an object of type text, image, image_url or thinking"
+        raise ValueError(f"a part is {brief(part)}; supported: {supported}")
     _check_keys(part, f"a part of type {kind}")
     if kind == "image":
         return "image", _image_source(part)
@@ -698,7 +710,8 @@ def _image_source(part: Mapping[str, Any]) -> Any:
     given = [key for key in IMAGE_SOURCES if not _is_empty(part.get(key))]
     if len(given) != 1:
         found = " and ".join(given) or "no source"
-        raise ValueError(f"a part of type image has {found}; allowed: one of the keys {', '.join(IMAGE_SOURCES)}")
+        allowed = ", ".join(IMAGE_SOURCES)
+        raise ValueError(f"a part of type image has {found}; allowed: one of the keys {allowed}")
     key, source = given[0], part[given[0]]
     if key == "image":
         return source
@@ -721,7 +734,7 @@ def _image_url(value: Any) -> str:
         raise ValueError("an image_url has no url")
     detail = value.get("detail")
     if detail not in (None, "", "auto", "high"):
-        raise ValueError(f"detail {brief(detail)} is not supported; supported: auto and high. Scale the image down")
+        raise ValueError(f"detail {brief(detail)} is not supported; supported: auto, high. Scale the image")
     return _text(value["url"], "url")
 
 
@@ -797,16 +810,19 @@ def _distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-# JSON as models write it: raw line breaks in strings are taken. NaN and Infinity, which JSON does not have, are refused,
-# and a key that comes twice, since the first value would be lost.
-WRITTEN_JSON = json.JSONDecoder(strict=False, parse_constant=_refuse_constant, object_pairs_hook=_distinct_keys)
+# JSON as models write it: raw line breaks in strings are taken. NaN and Infinity, which JSON does not have,
+# are refused, and so is a key that comes twice: its first value would be lost.
+WRITTEN_JSON = json.JSONDecoder(
+    strict=False, parse_constant=_refuse_constant, object_pairs_hook=_distinct_keys
+)
 
 
 def _first_json(text: str) -> tuple[Any, str]:
     """The JSON value that a text begins with, and the words after it.
 
     Raises:
-        ValueError: no JSON; or what follows may belong to it, as after a quotation mark that should have been escaped.
+        ValueError: no JSON; or what follows may belong to it, as after a quotation mark that should have been
+        escaped.
     """
     blanks = " \t\r\n"
     value, end = WRITTEN_JSON.raw_decode(text, len(text) - len(text.lstrip(blanks)))
@@ -834,8 +850,8 @@ def _dump(value: Any) -> str:
 
 
 def read_chat_template(directory: Path) -> tuple[str, str] | None:
-    """The chat template of a model directory, Jinja's text, and the name of the file that holds it; None without one.
-    Of named ones it is "default"."""
+    """The chat template of a model directory, Jinja's text, and the name of the file that holds it; None
+    without one. Of named ones it is "default"."""
     for name in ("chat_template.jinja", "chat_template.json", "tokenizer_config.json"):
         path = directory / name
         if not path.is_file():
@@ -854,8 +870,8 @@ def read_chat_template(directory: Path) -> tuple[str, str] | None:
 
 
 def _other_layout(directory: Path, tokens: set[str]) -> str:
-    """What says that conversations are not laid out as Mistral's models know them; "" if nothing does. The template
-    decides where there is one; all of Mistral's have [INST]."""
+    """What says that conversations are not laid out as Mistral's models know them; "" if nothing does. The
+    template decides where there is one; all of Mistral's have [INST]."""
     template = read_chat_template(directory)
     if template is None:
         found = [token for token in OTHER_TOKENS if token in tokens]

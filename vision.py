@@ -243,12 +243,13 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # (others run ot
 
 
 def load_image(source: str | Path | bytes | Image.Image) -> Image.Image:
-    """An image from a file, an address (http, https, `file:`, or `data:` with base64), base64 alone, or the bytes of a
-    file, upright if its EXIF data say how it was held. An image of Pillow's is returned as it is.
+    """An image from a file, an address (http, https, `file:`, or `data:` with base64), base64 alone, or the
+    bytes of a file, upright if its EXIF data say how it was held. An image of Pillow's is returned as it is.
 
     Raises:
         FileNotFoundError: no such file, or the address cannot be reached.
-        ValueError: Pillow is missing; a source of another kind; no image in one of FORMATS, a damaged one, or more than
+        ValueError: Pillow is missing; a source of another kind; no image in one of FORMATS, a damaged one, or
+        more than
             MAX_PIXELS pixels.
     """
     try:
@@ -259,7 +260,8 @@ def load_image(source: str | Path | bytes | Image.Image) -> Image.Image:
         return source
     if not isinstance(source, (str, bytes, os.PathLike)):
         found = type(source).__name__
-        raise ValueError(f"an image is given as {found}; supported: a path, an address, bytes, or an image of Pillow's")
+        supported = "a path, an address, the bytes of a file, or an image of Pillow's"
+        raise ValueError(f"an image is given as {found}; supported: {supported}")
     name = "the picture" if isinstance(source, bytes) else str(source)
     name = name if len(name) <= 100 else name[:60] + "..."
     data = source if isinstance(source, bytes) else _read(str(source), name)
@@ -312,8 +314,8 @@ def _read(source: str, name: str) -> bytes:
 
 
 def _local_path(source: str) -> Path:
-    """The file that a name or a `file:` address means. mistral-common reads what follows file:// as it is; others
-    encode blanks and the like in it, as addresses have them."""
+    """The file that a name or a `file:` address means. mistral-common reads what follows file:// as it is;
+    others encode blanks and the like in it, as addresses have them."""
     if source[:7].lower() != "file://":
         return Path(source).expanduser()
     rest = source[7:]
