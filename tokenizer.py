@@ -734,7 +734,7 @@ def _image_url(value: Any) -> str:
         raise ValueError("an image_url has no url")
     detail = value.get("detail")
     if detail not in (None, "", "auto", "high"):
-        raise ValueError(f"detail {brief(detail)} is not supported; supported: auto, high. Scale the image")
+        raise ValueError(f"detail {brief(detail)} is not supported; supported: auto, high")
     return _text(value["url"], "url")
 
 

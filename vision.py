@@ -249,8 +249,7 @@ def load_image(source: str | Path | bytes | Image.Image) -> Image.Image:
     Raises:
         FileNotFoundError: no such file, or the address cannot be reached.
         ValueError: Pillow is missing; a source of another kind; no image in one of FORMATS, a damaged one, or
-        more than
-            MAX_PIXELS pixels.
+            more than MAX_PIXELS pixels.
     """
     try:
         from PIL import Image, ImageOps, UnidentifiedImageError
