@@ -32,7 +32,14 @@ from checks import as_padding_mask, expect_ids, expect_kind, expect_tensor, is_n
 from fast import Captured, flat, wide_rows
 from ministral import KVCache, MinistralConfig, MinistralForCausalLM, PreTrainedConfig, at_least_float32
 from ministral3 import Ministral3ForCausalLM
-from tokenizer import ChatStream, TextStream, Tokenizer, split_thinking
+from tokenizer import (
+    ChatStream,
+    TextStream,
+    Tokenizer,
+    content_with_thinking,
+    read_chat_template,
+    split_thinking,
+)
 from vision import (
     ImageSizes,
     Mistral3Config,
@@ -442,8 +449,7 @@ class Conversation:
 
     def answer(self, model: GenerativeModel, **settings: Any) -> dict[str, Any]:
         """Let the model answer, and append the answer, as `Tokenizer.decode_chat` gives it, to the messages: a message
-        with "prefix" becomes the beginning of it, malformed calls are words in the history, and an empty answer is not
-        appended.
+        with "prefix" becomes the beginning of it, and an empty answer is not appended.
 
         Args:
             settings: those of `generate`.
@@ -457,12 +463,12 @@ class Conversation:
         message = self.tokenizer.decode_chat(tokens[len(ids) :], self.begins_with())
         if self.messages[-1].get("prefix"):
             begun = self.messages.pop()
-            message["content"] = _join(begun.get("content"), message["content"])
-            if calls := [*(begun.get("tool_calls") or ()), *message.get("tool_calls", ())]:
-                message["tool_calls"] = calls
-        said = _join(message["content"], "".join(call["text"] for call in message.get("malformed_calls", ())))
-        if said or message.get("tool_calls"):
-            self.messages.append(message | {"content": said})
+            message["content"] = _join(content_with_thinking(begun), message["content"])
+            for key in ("tool_calls", "malformed_calls"):
+                if calls := [*(begun.get(key) or ()), *message.get(key, ())]:
+                    message[key] = calls
+        if message["content"] or message.get("tool_calls") or message.get("malformed_calls"):
+            self.messages.append(dict(message))
         return message
 
     def begins_with(self) -> str:
@@ -690,9 +696,11 @@ def choose_format(options: argparse.Namespace, directory: Path) -> tuple[bool, s
     for word, chat in (("base", False), ("instruct", True), ("reasoning", True)):
         if word in words:
             return chat, f"the name says {word}"
-    for name in ("chat_template.jinja", "SYSTEM_PROMPT.txt"):
-        if (directory / name).is_file():
-            return True, f"{name} is there"
+    template = read_chat_template(directory)
+    if template is not None:
+        return True, f"{template[0]} has a chat template"
+    if (directory / "SYSTEM_PROMPT.txt").is_file():
+        return True, "SYSTEM_PROMPT.txt is there"
     return False, "neither name nor files say that the model knows chats"
 
 
@@ -801,6 +809,8 @@ def run(options: argparse.Namespace) -> int:
     if tokenizer.vocab_size > ids_there:
         raise ValueError(f"{directory}: the tokenizer has {tokenizer.vocab_size} ids, the model vocab_size={ids_there}")
     chat, why = choose_format(options, directory)
+    if chat:
+        tokenizer.check_layout()
     talk = Conversation(tokenizer, config, begin(options, directory, prompt) if chat else [],
                         read_list(options.tools, "--tools") if options.tools else None)  # fmt: skip
     sampling, budget = choose_sampling(options, kind_of(options, directory, config, talk.messages) if chat else "text")

@@ -15,13 +15,13 @@ import hashlib
 import json
 import os
 import re
+import reprlib
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from itertools import groupby, takewhile
+from itertools import chain, count, groupby, takewhile
 from pathlib import Path
-from reprlib import repr as brief
 from typing import Any, NamedTuple
 
 import tokenizers
@@ -70,12 +70,47 @@ VERSIONS = ("v3", "v7", "v11", "v13")
 ROLES = ("system", "user", "assistant", "tool")
 SWITCHES = {"[THINK]": "thinking", "[/THINK]": "text", "[TOOL_CALLS]": "call"}  # what an answer goes on with
 
+# The keys that are read of each object of a conversation; any other is refused by name. Some are checked and
+# change no id: the "name" of a result, the "index" of a call, the "detail" of an image, and the "error" of a
+# malformed call.
+KEYS = {
+    "a message of role system": ("role", "content"),
+    "a message of role user": ("role", "content"),
+    "a message of role assistant": (
+        *("role", "content", "reasoning_content", "reasoning", "tool_calls", "malformed_calls", "prefix"),
+    ),
+    "a message of role tool": ("role", "content", "tool_call_id", "name"),
+    "a part of type text": ("type", "text"),
+    "a part of type image": ("type", "image", "url", "path", "base64"),
+    "a part of type image_url": ("type", "image_url"),
+    "a part of type thinking": ("type", "thinking", "closed"),
+    "an image_url": ("url", "detail"),
+    "a tool": ("type", "function"),
+    "a tool's function": ("name", "description", "parameters"),
+    "a tool call": ("id", "type", "function", "index"),
+    "a tool call's function": ("name", "arguments"),
+    "a malformed call": ("text", "error"),
+    "a tool call that the model wrote": ("name", "arguments", "id", "type"),
+}
+# Clients send fields that say nothing: these keys may be in any of the objects if they are empty. The first
+# ones are OpenAI's, which no layout has a place for.
+MAY_BE_EMPTY = {
+    *("name", "refusal", "annotations", "audio", "function_call", "parsed", "parsed_arguments", "strict"),
+    *chain.from_iterable(KEYS.values()),
+}
+IMAGE_SOURCES = ("image", "url", "path", "base64")
+
+# Signs of other layouts in chat templates, and tokens that only other layouts have.
+OTHER_MARKERS = re.compile(r"<\|[^|<>\s]{1,40}\|>|<start_of_turn>")
+OTHER_TOKENS = ("<|im_start|>", "<|start_header_id|>", "<start_of_turn>", "<|user|>")
+
 
 class _Message(NamedTuple):
     """What the layouts need of a message, checked."""
 
     role: str
-    parts: list[tuple[str, Any]]  # ("text", text), ("image", source) or ("thinking", (text, closed))
+    # ("text", text), ("malformed", text), ("image", source) or ("thinking", (text, closed))
+    parts: list[tuple[str, Any]]
     calls: Sequence[dict[str, Any]] = ()  # {"name", "arguments", "id"}, the id only if there is one
     answers: str | None = None  # a tool's: the id of the call
     order: int = 0  # a tool's: which of the calls that is
@@ -90,6 +125,7 @@ class Tokenizer:
         special_tokens: name -> id of the special tokens, for example {"<s>": 1, "</s>": 2}.
         bos_token_id, eos_token_id, pad_token_id: ids of "<s>", "</s>" and "<pad>", or None where there is none.
         version: the layout of conversations, one of `VERSIONS`; with another one text works, `encode_chat` does not.
+        other_layout: what says that the layout is not Mistral's, or "". `encode_chat` refuses, then.
     """
 
     def __init__(self, backend: Backend, version: str | None = None) -> None:
@@ -111,6 +147,7 @@ class Tokenizer:
         # look like V7: `version` is for them.
         signs = {"v13": "[THINK]", "v11": "[ARGS]", "v7": "[SYSTEM_PROMPT]"}
         self.version = version or next((v for v, name in signs.items() if name in self.special_tokens), "v3")
+        self.other_layout = ""
         backend.encode_special_tokens = True  # "</s>" typed by a user stays four characters
         backend.no_truncation()  # a file can ask for these two, which would change prompts silently
         backend.no_padding()
@@ -123,13 +160,23 @@ class Tokenizer:
         Args:
             directory: holds tekken.json or tokenizer.json.
             version: the layout of conversations; by default the one that tekken.json names, or that the special tokens
-                of tokenizer.json suggest ([THINK]: v13; [ARGS]: v11; [SYSTEM_PROMPT]: v7; else v3).
+                of tokenizer.json suggest ([THINK]: v13; [ARGS]: v11; [SYSTEM_PROMPT]: v7; else v3). By
+                default, too, `encode_chat` refuses where the chat template or the tokens show a layout that
+                is not Mistral's.
 
         Raises:
             FileNotFoundError: the directory holds neither file.
-            ValueError: the file is not a tokenizer.
+            ValueError: the file is not a tokenizer, or that of the chat template is not JSON.
         """
         directory = Path(directory)
+        tokenizer = cls._read(directory, version)
+        if version is None:
+            added = {token.content for token in tokenizer._added.values()}
+            tokenizer.other_layout = _other_layout(directory, added)
+        return tokenizer
+
+    @classmethod
+    def _read(cls, directory: Path, version: str | None) -> Tokenizer:
         if (directory / TEKKEN).is_file():
             backend, found = _read_tekken(directory / TEKKEN)
             return cls(backend, version or found)
@@ -141,7 +188,8 @@ class Tokenizer:
             raise ValueError(f"{directory / TOKENIZER} is not a tokenizer: {error}") from error
         tokenizer = cls(backend, version)
         if "[INST]" in tokenizer.special_tokens and _repair_split(backend):  # others, as Llama 3, use it rightly
-            warnings.warn(f"{directory / TOKENIZER} splits text by GPT-4's expression; Tekken's is used", stacklevel=2)
+            message = f"{directory / TOKENIZER} splits text by GPT-4's expression; Tekken's is used"
+            warnings.warn(message, stacklevel=3)
         return tokenizer
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
@@ -150,6 +198,18 @@ class Tokenizer:
         start = [self.bos_token_id] if bos and self.bos_token_id is not None else []
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         return start + self.backend.encode(text, add_special_tokens=False).ids
+
+    def check_layout(self) -> None:
+        """Raise ValueError if `encode_chat` does not know the layout of this tokenizer's conversations."""
+        if self.version not in VERSIONS:
+            allowed = ", ".join(VERSIONS)
+            raise ValueError(f"the tokenizer's chat version is {self.version!r}; allowed: {allowed}")
+        if self.other_layout:
+            raise ValueError(
+                f"{self.other_layout}: this chat layout is not supported; supported: Mistral's. Plain text"
+                " works (--raw, Tokenizer.encode). Tokenizer.from_dir(directory, version) takes Mistral's"
+                " layout all the same"
+            )
 
     def encode_chat(
         self,
@@ -169,24 +229,27 @@ class Tokenizer:
 
         Args:
             messages: {"role": "system", "user", "assistant" or "tool", "content": text or list of parts}. A part is
-                {"type": "text", "text": text}, {"type": "image", "image": source}, {"type": "image_url", "image_url":
-                source or {"url": source}} (users), or {"type": "thinking", "thinking": text or list of text parts,
-                "closed": bool} (V13: system, assistant). An assistant's message may have "tool_calls": [{"id": text,
-                "type": "function", "function": {"name": text, "arguments": JSON text or object}}]; the last one with
-                "prefix": True is continued by the answer. A tool's has the "tool_call_id" that it answers.
+                {"type": "text", "text": text}, {"type": "thinking", "thinking": text or list of text parts,
+                "closed": bool} (V13: system, assistant), or an image (users): {"type": "image", one of
+                "image", "url", "path", "base64": source} or {"type": "image_url", "image_url": source or
+                {"url": source}}. An assistant's message may have "reasoning_content" or "reasoning": text,
+                which is thinking before the content, "tool_calls": [{"id": text, "type": "function",
+                "function": {"name": text, "arguments": JSON text or object}}], and the "malformed_calls" of
+                `decode_chat`, which are words after the content; the last one with "prefix": True is
+                continued by the answer. A tool's has the "tool_call_id" that it answers. Every other key is
+                refused, unless it is one of `MAY_BE_EMPTY` and empty (None, False, no text).
             tools: {"type": "function", "function": {"name", "description", "parameters": JSON schema}}.
-            encode_image: gives the ids that stand for a source (see `generate.encode_messages`). Pictures are for users
-                only.
+            encode_image: gives the ids that stand for a source (see `generate.encode_messages`).
 
         Raises:
-            ValueError: an unknown role, part or type, a part in the wrong place, an empty assistant message (in V3 also
-                one with words and calls), a last message that is neither the user's nor a tool's nor a prefix, a result
-                that answers no open call, a call still open when the assistant goes on, a call without the id that the
-                version needs (nine letters or digits; in V13 any, or none: results then answer the calls in turn),
-                tools without a user, or a tokenizer without the special tokens or of another version.
+            ValueError: an unknown role, part, type or key, a part in the wrong place, an empty assistant
+                message (in V3 also one with words and calls), a last message that is neither the user's nor
+                a tool's nor a prefix, a result that answers no open call, a call still open when the
+                assistant goes on, a call without the id that the version needs (nine letters or digits; in
+                V13 any, or none: results then answer the calls in turn), tools without a user, or a
+                tokenizer without the special tokens or of another layout.
         """
-        if self.version not in VERSIONS:
-            raise ValueError(f"the tokenizer's chat version is {self.version!r}; allowed: {', '.join(VERSIONS)}")
+        self.check_layout()
         turns = self._turns(messages)
         system = ""
         if self.version == "v3":
@@ -225,7 +288,7 @@ class Tokenizer:
         """Checked messages, consecutive ones of the user (the assistant) joined, results in the order of the layout."""
         if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)) or not messages:
             raise ValueError(f"the messages are {brief(messages)}; allowed: a list of at least one message")
-        read = [self._read_message(message) for message in messages]
+        read = _each("messages", messages, self._read_message)
         if read[-1].role not in ("user", "tool") and not read[-1].prefix:
             raise ValueError(
                 "the last message must be the user's, a tool's, or one of the assistant with prefix: true; the answer "
@@ -257,7 +320,7 @@ class Tokenizer:
                 calls = [call for message in found for call in message.calls]
                 if role == "assistant" and not parts and not calls:
                     raise ValueError("an assistant message is empty; leave it out, or give its words")
-                if self.version == "v3" and parts and calls:
+                if self.version == "v3" and calls and any(kind != "malformed" for kind, _ in parts):
                     raise ValueError("an assistant message has words and tool calls; v3 allows one of them")
                 found = [found[-1]._replace(parts=parts, calls=calls)]
             elif role == "tool" and self.version in ("v11", "v13"):
@@ -268,36 +331,48 @@ class Tokenizer:
     def _read_message(self, message: Any) -> _Message:
         if not isinstance(message, Mapping):
             raise ValueError(f"a message is {brief(message)}; allowed: an object with role and content")
-        role, content = message.get("role"), message.get("content")
+        role = message.get("role")
         if not isinstance(role, str) or role not in ROLES:
-            raise ValueError(f"role {brief(role)} is impossible; allowed: {', '.join(ROLES)}")
-        if isinstance(content, str) or (content is None and role == "assistant"):
-            content = [{"type": "text", "text": content}] if content else []
+            raise ValueError(f"role {brief(role)} is not supported; supported: {', '.join(ROLES)}")
+        _check_keys(message, f"a message of role {role}")
+        content = content_with_thinking(message)
+        if content == "" or (content is None and role == "assistant"):
+            content = []
+        if isinstance(content, str):
+            content = [{"type": "text", "text": content}]
         if not isinstance(content, (list, tuple)):
             raise ValueError(f"the content of a message is {brief(content)}; allowed: text or a list of parts")
-        parts = [_read_part(part) for part in content]
+        parts = _each("content", content, _read_part)
         kinds = {kind for kind, _ in parts}
         if "image" in kinds and role != "user":
-            raise ValueError(f"a picture can only be in a user's message, not in one of role {role}")
+            raise ValueError(f"an image can only be in a user's message, not in one of role {role}")
         if "thinking" in kinds and (role not in ("system", "assistant") or self.version != "v13"):
-            raise ValueError(f"thinking is impossible here ({role}, {self.version}); allowed: system, assistant in v13")
+            found = f"{role}, {self.version}"
+            raise ValueError(f"thinking is not supported here ({found}); supported: system, assistant in v13")
         if role == "tool":
             self._check_call_id(message.get("tool_call_id"))
             if message.get("name") is not None:
                 _check_name(message["name"])
             return _Message(role, parts, answers=message.get("tool_call_id"))
-        calls, prefix = message.get("tool_calls"), message.get("prefix", False)
-        if not isinstance(prefix, bool) or not isinstance(calls, (list, tuple, type(None))):
-            raise ValueError(f"prefix {brief(prefix)}, tool_calls {brief(calls)}; allowed: true or false, a list")
-        if role != "assistant" and (prefix or calls):
-            raise ValueError(f"a message of role {role} has prefix or tool_calls; only one of the assistant may")
-        return _Message(role, parts, [self._read_call(call) for call in calls or ()], prefix=prefix)
+        if role != "assistant":
+            return _Message(role, parts)
+        prefix = message.get("prefix", False)
+        if not isinstance(prefix, bool):
+            raise ValueError(f"prefix is {brief(prefix)}; allowed: true or false")
+        parts += _each("malformed_calls", _list_of(message, "malformed_calls"), _read_malformed)
+        calls = _each("tool_calls", _list_of(message, "tool_calls"), self._read_call)
+        return _Message(role, parts, calls, prefix=prefix)
 
     def _read_call(self, call: Any) -> dict[str, Any]:
         """{"name", "arguments", "id"} of a tool call; arguments that are no JSON stay text, as in mistral-common."""
         function = call.get("function") if isinstance(call, Mapping) else None
         if not isinstance(function, Mapping) or call.get("type", "function") != "function":
             raise ValueError(f"a tool call is {brief(call)}; allowed: type function, function: {{name, arguments}}")
+        _check_keys(call, "a tool call")
+        _check_keys(function, "a tool call's function")
+        index = call.get("index")  # its place in a stream
+        if index is not None and type(index) is not int:
+            raise ValueError(f"a tool call's index is {brief(index)}; allowed: a whole number")
         arguments = function.get("arguments")
         if arguments is not None and not isinstance(arguments, (str, Mapping)):
             raise ValueError(f"a tool call's arguments are {brief(arguments)}; allowed: a JSON object, or its text")
@@ -318,14 +393,14 @@ class Tokenizer:
     ) -> list[int]:
         ids: list[int] = []
         for kind, value in parts:
-            if kind == "text":
+            if kind in ("text", "malformed"):
                 ids += self.encode(value, bos=False)
             elif kind == "thinking":
                 text, closed = value
                 ids += self._control("[THINK]") + self.encode(text, bos=False)
                 ids += self._control("[/THINK]") if closed else []
             elif encode_image is None:
-                raise ValueError("a picture can only be in a user's message, for a model with eyes")
+                raise ValueError("an image can only be in a user's message, for a vision model")
             else:
                 ids += encode_image(value)
         return ids
@@ -368,37 +443,33 @@ class Tokenizer:
         "assistant", "content": text, or a list of parts where there is thinking}, and where there are some:
 
             "tool_calls": [{"id", "type": "function", "function": {"name", "arguments": object}}], without id in V13;
-            "malformed_calls": [{"text": the call as it was written, "error": what is wrong with it}].
+            "malformed_calls": [{"text": what was written, "error": what is wrong with it}].
 
         The form of a call is told by its special tokens, not by the version. [TOOL_CALLS] ends thinking: a call in it
-        is a call, and the thinking is not closed. [/THINK] without [THINK] ends thinking that the prompt began. A call
-        that `encode_chat` would refuse is malformed: an id that was given before, or, in V3, one after words.
+        is a call, and the thinking is not closed. [/THINK] without [THINK] ends what the prompt began.
+
+        Calls are read as models write them: strings may hold raw line breaks, arguments may be an object in
+        JSON text, one call may stand without its list. An id that the version needs and that is missing, not
+        of its form or given before is replaced by a new one. What follows a call in words is kept in
+        `malformed_calls`. A call that could be read in two ways, or that `encode_chat` would refuse, is kept
+        there as it was written.
 
         Args:
             kind: what the ids begin with; "thinking" if the prompt ends within thinking.
         """
-        switches, close = self.switches(), self.special_tokens.get("[/THINK]")
-        runs: list[tuple[str, list[int]]] = [(kind, [])]
-        for i in takewhile(lambda i: i != self.eos_token_id, map(int, ids)):
-            if i == close and i in switches and runs[-1][0] != "call":
-                runs[-1] = ("thought", runs[-1][1])
-            if i in switches:
-                runs.append((switches[i], []))
-            else:
-                runs[-1][1].append(i)
+        runs = self._runs(ids, kind)
         parts: list[dict[str, Any]] = []
         calls: list[dict[str, Any]] = []
         malformed: list[dict[str, str]] = []
         for kind, run in runs:
             if kind == "call":
                 try:
-                    found = self._decode_calls(run)
-                    named = [call["id"] for call in (*calls, *found) if "id" in call]
-                    if len(set(named)) < len(named):
-                        raise ValueError(f"a tool call's id is given twice: {brief(named)}")
                     if self.version == "v3" and parts:
                         raise ValueError("a tool call after words; v3 allows one of them")
+                    found, words = self._decode_calls(run, {call.get("id") for call in calls})
                     calls += found
+                    if words:
+                        malformed.append({"text": words, "error": "words after a tool call, no part of it"})
                 except (ValueError, RecursionError) as error:
                     malformed.append({"text": "[TOOL_CALLS]" + self._written(run), "error": str(error)})
             elif kind != "text":
@@ -412,29 +483,66 @@ class Tokenizer:
         message = {"role": "assistant", "content": content, "tool_calls": calls, "malformed_calls": malformed}
         return {key: value for key, value in message.items() if value or key == "content"}
 
-    def _decode_calls(self, ids: list[int]) -> list[dict[str, Any]]:
-        """The calls after one [TOOL_CALLS]: a JSON list, or name[ARGS]arguments, or name[CALL_ID]id[ARGS]arguments.
+    def _runs(self, ids: Iterable[int], kind: str) -> list[tuple[str, list[int]]]:
+        """The ids of an answer, cut where it goes on with another kind: "text", "call", "thinking" that is
+        open, or "thought", which is closed."""
+        switches, close = self.switches(), self.special_tokens.get("[/THINK]")
+        runs: list[tuple[str, list[int]]] = [(kind, [])]
+        for i in takewhile(lambda i: i != self.eos_token_id, map(int, ids)):
+            if i == close and i in switches and runs[-1][0] != "call":
+                runs[-1] = ("thought", runs[-1][1])
+            if i in switches:
+                runs.append((switches[i], []))
+            else:
+                runs[-1][1].append(i)
+        return runs
+
+    def _decode_calls(self, ids: list[int], taken: set[Any]) -> tuple[list[dict[str, Any]], str]:
+        """The calls after one [TOOL_CALLS]: a JSON list, or name[ARGS]arguments, or
+        name[CALL_ID]id[ARGS]arguments; and the words after them. `taken`: the ids of the calls before.
 
         Raises:
             ValueError, RecursionError: they are none, or not as `encode_chat` takes them.
         """
         written = self._written(ids)
+        found: Any
         if self.special_tokens.get("[ARGS]") in ids:
             head, _, arguments = written.partition("[ARGS]")
             name, has_id, call_id = head.partition("[CALL_ID]")
-            found: Any = [{"name": name, "arguments": _strict(arguments)} | ({"id": call_id} if has_id else {})]
+            found, words = _first_json(arguments)
+            found = [{"name": name.strip(), "arguments": found} | ({"id": call_id} if has_id else {})]
         else:
-            found = _strict(written)
+            found, words = _first_json(written)
+            found = [found] if isinstance(found, dict) else found
         if not isinstance(found, list) or not found or not all(isinstance(call, dict) for call in found):
             raise ValueError(f"tool calls are {brief(found)}; allowed: a list of objects")
         calls = []
         for call in found:
-            function = {"name": call.get("name"), "arguments": call.get("arguments")}
-            if not isinstance(function["arguments"], dict):
-                raise ValueError(f"a tool call's arguments are {brief(function['arguments'])}; allowed: a JSON object")
-            calls.append(({"id": call["id"]} if "id" in call else {}) | {"type": "function", "function": function})
+            _check_keys(call, "a tool call that the model wrote")
+            arguments = call.get("arguments")
+            if isinstance(arguments, str):
+                arguments = _whole_json(arguments)
+            if not isinstance(arguments, dict):
+                raise ValueError(f"a tool call's arguments are {brief(arguments)}; allowed: a JSON object")
+            function = {"name": call.get("name"), "arguments": arguments}
+            call_id = self._usable_id(call.get("id"), taken)
+            taken = taken | {call_id}
+            read = {"type": call.get("type", "function"), "function": function}
+            calls.append(read if call_id is None else {"id": call_id} | read)
             self._read_call(calls[-1])
-        return calls
+        return calls, words
+
+    def _usable_id(self, found: Any, taken: set[Any]) -> Any:
+        """The id that a model wrote, or a new one if the version does not take it or it is taken; None in V13
+        if there is none. An id only ties a result to its call, so another one says the same."""
+        with suppress(ValueError):
+            self._check_call_id(found)
+            if found is None or found not in taken:
+                return found
+        for number in count():
+            digest = hashlib.sha256(f"{number} {brief(found)}".encode(errors="replace")).hexdigest()[:9]
+            if digest not in taken:
+                return digest
 
     def _written(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
         """As `decode`, also of ids that only the model has."""
@@ -511,23 +619,137 @@ def split_thinking(text: str) -> list[dict[str, Any]]:
     return parts
 
 
+def content_with_thinking(message: Mapping[str, Any]) -> Any:
+    """The content of a message. What an assistant's "reasoning_content" or "reasoning" holds, as
+    OpenAI-compatible servers write it, is thinking before the content, as in mistral-common."""
+    content = message.get("content")
+    found = [message[key] for key in ("reasoning_content", "reasoning") if message.get(key) is not None]
+    if not found or message.get("role") != "assistant":
+        return content
+    if not all(isinstance(thinking, str) for thinking in found):
+        raise ValueError(f"reasoning_content or reasoning is {brief(found)}; allowed: text")
+    if found[0] != found[-1]:
+        raise ValueError("reasoning_content and reasoning differ; give one of them")
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    if not isinstance(parts, (list, tuple, type(None))):
+        return content  # refused as such
+    if any(isinstance(part, Mapping) and part.get("type") == "thinking" for part in parts or ()):
+        raise ValueError("thinking is both in content and in reasoning_content or reasoning; give it once")
+    return [{"type": "thinking", "thinking": found[0]}, *(parts or ())]
+
+
+def brief(value: Any) -> str:
+    """The `repr` of a value, shortened and on one line."""
+    return " ".join(reprlib.repr(value).split())
+
+
+def _each(where: str, items: Iterable[Any], read: Callable[[Any], Any]) -> list[Any]:
+    """What `read` makes of each item; an error says which one it is about."""
+    found = []
+    for place, item in enumerate(items):
+        try:
+            found.append(read(item))
+        except ValueError as error:
+            raise ValueError(f"{where}[{place}]: {error}") from error
+    return found
+
+
+def _is_empty(value: Any) -> bool:
+    """Whether a value of JSON says nothing."""
+    if isinstance(value, (str, list, tuple, Mapping)):
+        return not value
+    return value is None or value is False
+
+
+def _check_keys(found: Mapping[Any, Any], what: str) -> None:
+    """Raise ValueError if an object has a key that is not read and says something (see `KEYS`)."""
+    for key, value in found.items():
+        if key in KEYS[what] or (key in MAY_BE_EMPTY and _is_empty(value)):
+            continue
+        supported = ", ".join(KEYS[what])
+        raise ValueError(
+            f"{brief(key)}: {brief(value)} is not supported in {what}; supported: {supported}. Leave it out"
+        )
+
+
+def _list_of(message: Mapping[str, Any], key: str) -> Sequence[Any]:
+    found = message.get(key)
+    if not isinstance(found, (list, tuple, type(None))):
+        raise ValueError(f"{key} is {brief(found)}; allowed: a list")
+    return found or ()
+
+
 def _read_part(part: Any) -> tuple[str, Any]:
     """("text", text), ("image", source) or ("thinking", (text, closed)) of a part of a message."""
     kind = part.get("type") if isinstance(part, Mapping) else None
-    value = part.get(kind) if isinstance(kind, str) else None
-    if kind == "text" and isinstance(value, str):
-        return kind, value
-    if kind in ("image", "image_url"):
-        source = value.get("url") if isinstance(value, Mapping) else value
-        if source is not None and not (isinstance(source, str) and not source):
-            return "image", source
-    if kind == "thinking" and isinstance(part.get("closed", True), bool):
-        if isinstance(value, (list, tuple)):
-            found = [_read_part(inner) for inner in value]
-            value = "".join(text for _, text in found) if all(inner == "text" for inner, _ in found) else None
-        if isinstance(value, str):
-            return kind, (value, part.get("closed", True))
-    raise ValueError(f"a part {brief(part)} is impossible; allowed: type text, image, image_url or thinking")
+    if not isinstance(kind, str) or f"a part of type {kind}" not in KEYS:
+        supported = "an object of type text, image, image_url or thinking"
+        raise ValueError(f"a part is {brief(part)}; supported: {supported}")
+    _check_keys(part, f"a part of type {kind}")
+    if kind == "image":
+        return "image", _image_source(part)
+    if part.get(kind) is None:
+        raise ValueError(f"a part of type {kind} has no {kind}")
+    if kind == "image_url":
+        return "image", _image_url(part["image_url"])
+    if kind == "text":
+        return "text", _text(part["text"], "text")
+    thinking, closed = part["thinking"], part.get("closed", True)
+    if not isinstance(closed, bool):
+        raise ValueError(f"closed is {brief(closed)}; allowed: true or false")
+    if isinstance(thinking, (list, tuple)):
+        inner = _each("thinking", thinking, _read_part)
+        if any(kind != "text" for kind, _ in inner):
+            raise ValueError(f"thinking is {brief(thinking)}; allowed: text, or a list of parts of type text")
+        thinking = "".join(text for _, text in inner)
+    return "thinking", (_text(thinking, "thinking"), closed)
+
+
+def _image_source(part: Mapping[str, Any]) -> Any:
+    """The source in a part of type image, as `vision.load_image` takes it."""
+    given = [key for key in IMAGE_SOURCES if not _is_empty(part.get(key))]
+    if len(given) != 1:
+        found = " and ".join(given) or "no source"
+        allowed = ", ".join(IMAGE_SOURCES)
+        raise ValueError(f"a part of type image has {found}; allowed: one of the keys {allowed}")
+    key, source = given[0], part[given[0]]
+    if key == "image":
+        return source
+    if key == "path" and isinstance(source, os.PathLike):
+        source = os.fspath(source)
+    source = _text(source, key)
+    if key == "base64" and source[:5].lower() != "data:":
+        return f"data:image;base64,{source}"
+    return source
+
+
+def _image_url(value: Any) -> str:
+    """The source in a part of type image_url."""
+    if not isinstance(value, Mapping):
+        if value == "":
+            raise ValueError("image_url is empty; allowed: an address, or {url: address}")
+        return _text(value, "image_url")
+    _check_keys(value, "an image_url")
+    if _is_empty(value.get("url")):
+        raise ValueError("an image_url has no url")
+    detail = value.get("detail")
+    if detail not in (None, "", "auto", "high"):
+        raise ValueError(f"detail {brief(detail)} is not supported; supported: auto, high")
+    return _text(value["url"], "url")
+
+
+def _text(value: Any, key: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{key} is {brief(value)}; allowed: text")
+    return value
+
+
+def _read_malformed(call: Any) -> tuple[str, str]:
+    """A malformed call of `decode_chat`, which is words in the history."""
+    if not isinstance(call, Mapping):
+        raise ValueError(f"a malformed call is {brief(call)}; allowed: {{text, error}}")
+    _check_keys(call, "a malformed call")
+    return "malformed", _text(call.get("text"), "text")
 
 
 def _joined(parts: Iterable[tuple[str, Any]]) -> list[tuple[str, Any]]:
@@ -545,17 +767,20 @@ def _tools(tools: Any) -> list[dict[str, Any]]:
     """The tools as the models know them: these keys, in this order."""
     if not isinstance(tools, (list, tuple)):
         raise ValueError(f"the tools are {brief(tools)}; allowed: a list")
-    found = []
-    for tool in tools:
-        function = tool.get("function") if isinstance(tool, Mapping) else None
-        if not isinstance(function, Mapping) or tool.get("type", "function") != "function":
-            raise ValueError(f"a tool is {brief(tool)}; allowed: type function, function: {{name, ...}}")
-        name, description, parameters = (function.get(key) for key in ("name", "description", "parameters"))
-        if not isinstance(description, (str, type(None))) or not isinstance(parameters, (dict, type(None))):
-            raise ValueError(f"a tool has {brief(description)}, {brief(parameters)}; allowed: text, JSON schema")
-        function = {"name": _check_name(name), "description": description or "", "parameters": parameters or {}}
-        found.append({"type": "function", "function": function})
-    return found
+    return _each("tools", tools, _read_tool)
+
+
+def _read_tool(tool: Any) -> dict[str, Any]:
+    function = tool.get("function") if isinstance(tool, Mapping) else None
+    if not isinstance(function, Mapping) or tool.get("type", "function") != "function":
+        raise ValueError(f"a tool is {brief(tool)}; allowed: type function, function: {{name, ...}}")
+    _check_keys(tool, "a tool")
+    _check_keys(function, "a tool's function")
+    name, description, parameters = (function.get(key) for key in ("name", "description", "parameters"))
+    if not isinstance(description, (str, type(None))) or not isinstance(parameters, (dict, type(None))):
+        raise ValueError(f"a tool has {brief(description)}, {brief(parameters)}; allowed: text, JSON schema")
+    read = {"name": _check_name(name), "description": description or "", "parameters": parameters or {}}
+    return {"type": "function", "function": read}
 
 
 def _check_name(name: Any) -> str:
@@ -574,13 +799,47 @@ def _load(text: str) -> Any:
         raise ValueError(f"JSON text is nested too deeply: {brief(text)}") from error
 
 
-def _strict(text: str) -> Any:
-    """What JSON text means, without NaN and Infinity, which JSON does not have (raises ValueError)."""
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")
 
-    def refuse(name: str) -> Any:
-        raise ValueError(f"{name} is no JSON")
 
-    return json.loads(text, parse_constant=refuse)
+def _distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"a JSON object has a key twice: {brief([key for key, _ in pairs])}")
+    return found
+
+
+# JSON as models write it: raw line breaks in strings are taken. NaN and Infinity, which JSON does not have,
+# are refused, and so is a key that comes twice: its first value would be lost.
+WRITTEN_JSON = json.JSONDecoder(
+    strict=False, parse_constant=_refuse_constant, object_pairs_hook=_distinct_keys
+)
+
+
+def _first_json(text: str) -> tuple[Any, str]:
+    """The JSON value that a text begins with, and the words after it.
+
+    Raises:
+        ValueError: no JSON; or what follows may belong to it, as after a quotation mark that should have been
+        escaped.
+    """
+    blanks = " \t\r\n"
+    value, end = WRITTEN_JSON.raw_decode(text, len(text) - len(text.lstrip(blanks)))
+    words = text[end:].strip(blanks)
+    if not words:
+        return value, ""
+    if words[0] in '{}[],:"' or words[-1] in "}]":
+        raise ValueError(f"Extra data after JSON, which may belong to it: {brief(words)}")
+    return value, text[end:]
+
+
+def _whole_json(text: str) -> Any:
+    """The JSON value that a whole text is (raises ValueError)."""
+    value, words = _first_json(text)
+    if words:
+        raise ValueError(f"Extra data after JSON: {brief(words)}")
+    return value
 
 
 def _dump(value: Any) -> str:
@@ -588,6 +847,41 @@ def _dump(value: Any) -> str:
         return json.dumps(value, ensure_ascii=False)
     except (TypeError, RecursionError) as error:
         raise ValueError(f"{brief(value)} cannot be written as JSON: {error}") from error
+
+
+def read_chat_template(directory: Path) -> tuple[str, str] | None:
+    """The chat template of a model directory, Jinja's text, and the name of the file that holds it; None
+    without one. Of named ones it is "default"."""
+    for name in ("chat_template.jinja", "chat_template.json", "tokenizer_config.json"):
+        path = directory / name
+        if not path.is_file():
+            continue
+        if path.suffix == ".jinja":
+            return name, path.read_text(encoding="utf-8", errors="replace")
+        content = read_json(path)
+        found = content.get("chat_template") if isinstance(content, dict) else None
+        if isinstance(found, list):
+            found = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
+        if isinstance(found, dict):
+            found = found.get("default")
+        if isinstance(found, str) and found:
+            return name, found
+    return None
+
+
+def _other_layout(directory: Path, tokens: set[str]) -> str:
+    """What says that conversations are not laid out as Mistral's models know them; "" if nothing does. The
+    template decides where there is one; all of Mistral's have [INST]."""
+    template = read_chat_template(directory)
+    if template is None:
+        found = [token for token in OTHER_TOKENS if token in tokens]
+        return f"the tokenizer of {directory} has the token {found[0]}" if found else ""
+    name, text = template
+    if "[INST]" in text:
+        return ""
+    marker = OTHER_MARKERS.search(text)
+    instead = f", but {marker.group()}" if marker else ""
+    return f"the chat template in {directory / name} has no [INST]{instead}"
 
 
 CACHED_FROM = 2**20  # bytes of a tekken.json below which it is built in no time

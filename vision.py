@@ -35,6 +35,7 @@ from __future__ import annotations
 import base64
 import io
 import math
+import os
 import threading
 import urllib.parse
 import urllib.request
@@ -237,16 +238,18 @@ class Mistral3Config(PreTrainedConfig):
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of red, green and blue
 MAX_PIXELS, MAX_BYTES, TIMEOUT = 10**8, 50 * 10**6, 20  # of a picture, of its file, seconds for a download
+SHORTEST_BASE64 = 40  # characters: the smallest image files, GIFs, have 35 bytes
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # (others run other programs, or are rare)
 
 
 def load_image(source: str | Path | bytes | Image.Image) -> Image.Image:
-    """A picture from a file, a `data:` URI, a web address (http or https) or the bytes of a file, upright if its EXIF
-    data say how it was held. A picture of Pillow's is returned as it is.
+    """An image from a file, an address (http, https, `file:`, or `data:` with base64), base64 alone, or the
+    bytes of a file, upright if its EXIF data say how it was held. An image of Pillow's is returned as it is.
 
     Raises:
         FileNotFoundError: no such file, or the address cannot be reached.
-        ValueError: Pillow is missing; no picture in one of FORMATS, a damaged one, or more than MAX_PIXELS pixels.
+        ValueError: Pillow is missing; a source of another kind; no image in one of FORMATS, a damaged one, or
+            more than MAX_PIXELS pixels.
     """
     try:
         from PIL import Image, ImageOps, UnidentifiedImageError
@@ -254,6 +257,10 @@ def load_image(source: str | Path | bytes | Image.Image) -> Image.Image:
         raise ValueError("pictures need Pillow: pip install pillow") from error
     if isinstance(source, Image.Image):
         return source
+    if not isinstance(source, (str, bytes, os.PathLike)):
+        found = type(source).__name__
+        supported = "a path, an address, the bytes of a file, or an image of Pillow's"
+        raise ValueError(f"an image is given as {found}; supported: {supported}")
     name = "the picture" if isinstance(source, bytes) else str(source)
     name = name if len(name) <= 100 else name[:60] + "..."
     data = source if isinstance(source, bytes) else _read(str(source), name)
@@ -291,15 +298,43 @@ def _read(source: str, name: str) -> bytes:
     if source.lower().startswith(("http://", "https://")):
         return _download(source, name)
     try:
-        path = Path(source).expanduser()
+        path = _local_path(source)
         if path.exists() and not path.is_file():
             raise OSError("not a file")
         with path.open("rb") as file:
             data_read = file.read(MAX_BYTES + 1)
     except (OSError, ValueError, RuntimeError) as error:
+        decoded = _base64(source)
+        if decoded is not None:
+            return decoded
         reason = getattr(error, "strerror", None) or error
         raise FileNotFoundError(f"{name or 'an empty name'} cannot be read ({reason})") from error
     return _limited(data_read, name)
+
+
+def _local_path(source: str) -> Path:
+    """The file that a name or a `file:` address means. mistral-common reads what follows file:// as it is;
+    others encode blanks and the like in it, as addresses have them."""
+    if source[:7].lower() != "file://":
+        return Path(source).expanduser()
+    rest = source[7:]
+    if os.path.isfile(rest):
+        return Path(rest)
+    rest = rest.removeprefix("localhost")
+    if not rest.startswith("/"):
+        raise ValueError("allowed: file:///absolute/path, on this machine")
+    return Path(urllib.request.url2pathname(rest))
+
+
+def _base64(source: str) -> bytes | None:
+    """What a text is in base64 if it can be that of an image, as mistral-common and Transformers take it."""
+    text = "".join(source.split())
+    if len(text) < SHORTEST_BASE64:
+        return None
+    try:
+        return base64.b64decode(text, validate=True)
+    except ValueError:
+        return None
 
 
 def _limited(data: bytes, name: str) -> bytes:

@@ -14,6 +14,7 @@ import transformers
 from hypothesis import given, strategies as st
 from mistral_common.exceptions import MistralCommonException
 from mistral_common.integrations.chat_templates.chat_templates import generate_chat_template
+from mistral_common.protocol.instruct import chunk, messages as common, tool_calls
 from mistral_common.protocol.instruct.normalize import get_normalizer
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.protocol.instruct.validator import ValidationMode, get_validator
@@ -23,7 +24,16 @@ from mistral_common.tokens.tokenizers.image import ImageEncoding
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
 from generate import BUNDLED
-from tokenizer import SPECIAL_TOKENS, VERSIONS, ChatStream, Tokenizer, from_tekken, split_thinking
+from tokenizer import (
+    KEYS,
+    MAY_BE_EMPTY,
+    SPECIAL_TOKENS,
+    VERSIONS,
+    ChatStream,
+    Tokenizer,
+    from_tekken,
+    split_thinking,
+)
 
 PUBLISHED = Path(mistral_common.__file__).parent / "data" / "tekken_240911.json"
 NEWER = ("[AUDIO]", "[BEGIN_AUDIO]", *(f"<SPECIAL_{i}>" for i in range(26, 32)), "[ARGS]", "[CALL_ID]")
@@ -50,7 +60,8 @@ def tokenizers(path):
 
 @pytest.fixture(scope="module")
 def oracles(path):
-    """mistral-common's, as functions of messages and tools that give (the error of its checks or None, the ids)."""
+    """mistral-common's, as functions of messages and tools that give (the error of its checks or None, the
+    ids). With openai=True the messages are read as those of OpenAI's interface."""
     tekkenizer, found = Tekkenizer.from_file(path), {}
     for name in VERSIONS:
         version = TokenizerVersion(name)
@@ -62,10 +73,16 @@ def oracles(path):
 
 
 def oracle(validator, normalizer, encoder):
-    def encode(messages, tools):
+    def read(messages, tools, openai):
+        if not openai:
+            return ChatCompletionRequest(messages=copy.deepcopy(messages), tools=tools)
+        prefix, messages = bool(messages and messages[-1].get("prefix")), copy.deepcopy(messages)
+        return ChatCompletionRequest.from_openai(messages, tools, continue_final_message=prefix)
+
+    def encode(messages, tools, openai=False):
         try:
-            request = ChatCompletionRequest(messages=copy.deepcopy(messages), tools=tools)
-        except ValueError as error:
+            request = read(messages, tools, openai)
+        except (ValueError, MistralCommonException) as error:
             return str(error), None
         try:
             refused = None
@@ -175,14 +192,38 @@ STRICTER = (
 @given(data=st.data())
 def test_conversations_equal_mistral_common(tokenizers, oracles, version, data):
     messages, given_tools = data.draw(conversations(version)), data.draw(st.none() | tools)
-    refused, expected = oracles[version](messages, given_tools)
+    compare(tokenizers[version], *oracles[version](messages, given_tools), messages, given_tools)
+
+
+def compare(tokenizer, refused, expected, messages, given_tools):
+    """What mistral-common makes of a conversation, and what we do."""
     try:
-        found = tokenizers[version].encode_chat(messages, given_tools, fixed)
+        found = tokenizer.encode_chat(messages, given_tools, fixed)
     except ValueError as error:
         assert "\n" not in str(error) and (refused or re.search(STRICTER, str(error))), error
         return
     assert refused is None or re.search(FREER, refused), refused
-    assert found == expected or (refused and expected is None)  # see the next test
+    assert found == expected or (refused and expected is None)  # see `test_words_without_letters_are_none`
+
+
+EMPTY = {"refusal": None, "audio": None, "annotations": [], "function_call": None, "name": None}
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@given(data=st.data())
+def test_openai_conversations_equal_mistral_common(tokenizers, oracles, version, data):
+    """With thinking beside the content, with fields that clients send empty, and with places in a stream."""
+    messages, given_tools = data.draw(conversations(version)), data.draw(st.none() | tools)
+    for place, message in enumerate(messages):
+        if message["role"] == "assistant":
+            keys = st.sampled_from(["reasoning_content", "reasoning"])
+            thinking = data.draw(st.dictionaries(keys, st.none() | texts, max_size=2))
+            if data.draw(st.booleans()):
+                thinking = dict.fromkeys(thinking, data.draw(texts))
+            messages[place] = message = message | thinking | data.draw(st.sampled_from([{}, EMPTY]))
+        for index, call in enumerate(message.get("tool_calls", ())):
+            call["index"] = index
+    compare(tokenizers[version], *oracles[version](messages, given_tools, openai=True), messages, given_tools)
 
 
 def test_words_without_letters_are_none(tokenizers, oracles):
@@ -202,6 +243,90 @@ CALL = {"id": "123456789", "type": "function", "function": {"name": "add", "argu
 RESULT = {"role": "tool", "content": "2", "tool_call_id": "123456789", "name": "add"}
 CALLING = {"role": "assistant", "content": None, "tool_calls": [CALL]}
 TOOL = {"type": "function", "function": {"name": "add", "description": "Ünïcödé", "parameters": {"type": "object"}}}
+
+
+# One object of each kind that `KEYS` knows, where it stands, and what mistral-common calls it.
+def everything():
+    image = {"type": "image", "image": "a"}
+    address = {"type": "image_url", "image_url": {"url": "a", "detail": "auto"}}
+    thinking = {"type": "thinking", "thinking": [words_of("T")], "closed": True}
+    call = called(arguments={"a": 1}, id="123456789", index=0)
+    messages = [
+        {"role": "system", "content": "S"},
+        user([words_of("U"), image, address]),
+        {
+            "role": "assistant", "content": [thinking, words_of("A")], "tool_calls": [call],
+            "malformed_calls": [{"text": "[TOOL_CALLS]f{", "error": "e"}],
+        },
+        dict(RESULT),
+    ]  # fmt: skip
+    given_tools = copy.deepcopy([TOOL])
+    _, asked, answered, result = messages
+    places = [
+        (messages[0], "a message of role system", "messages[0]: ", common.SystemMessage),
+        (asked, "a message of role user", "messages[1]: ", common.UserMessage),
+        (answered, "a message of role assistant", "messages[2]: ", common.AssistantMessage),
+        (result, "a message of role tool", "messages[3]: ", common.ToolMessage),
+        (asked["content"][0], "a part of type text", "messages[1]: content[0]: ", chunk.TextChunk),
+        (image, "a part of type image", "messages[1]: content[1]: ", chunk.ImageChunk),
+        (address, "a part of type image_url", "messages[1]: content[2]: ", chunk.ImageURLChunk),
+        (address["image_url"], "an image_url", "messages[1]: content[2]: ", chunk.ImageURL),
+        (thinking, "a part of type thinking", "messages[2]: content[0]: ", chunk.ThinkChunk),
+        (thinking["thinking"][0], "a part of type text", "messages[2]: content[0]: thinking[0]: ", None),
+        (call, "a tool call", "messages[2]: tool_calls[0]: ", tool_calls.ToolCall),
+        (call["function"], "a tool call's function", "messages[2]: tool_calls[0]: ", tool_calls.FunctionCall),
+        (answered["malformed_calls"][0], "a malformed call", "messages[2]: malformed_calls[0]: ", None),
+        (given_tools[0], "a tool", "tools[0]: ", tool_calls.Tool),
+        (given_tools[0]["function"], "a tool's function", "tools[0]: ", tool_calls.Function),
+    ]
+    return messages, given_tools, places
+
+
+PLACES = range(15)
+OURS = {  # keys that are read here and are no fields of mistral-common's classes
+    "a message of role assistant": {"reasoning_content", "reasoning", "malformed_calls"},
+    "a part of type image": {"url", "path", "base64"},
+    "a tool call": {"index"},
+}
+
+
+def test_the_keys_are_those_of_mistral_common():
+    _, _, places = everything()
+    assert len(places) == len(PLACES)
+    assert {what for _, what, _, _ in places} == set(KEYS) - {"a tool call that the model wrote"}
+    for _, what, _, theirs in places:
+        if theirs is not None:
+            assert set(KEYS[what]) - OURS.get(what, set()) == set(theirs.model_fields) - {"strict"}, what
+
+
+@given(data=st.data())
+def test_an_unknown_key_is_refused_wherever_it_is(tokenizers, data):
+    """By its name and place, with what is supported; also a known key that says something and is not read."""
+    messages, given_tools, places = everything()
+    holder, what, where, _ = places[data.draw(st.sampled_from(PLACES))]
+    some_keys = [*sorted(MAY_BE_EMPTY), "thought", "reasoning_details", "cache_control"]
+    key = data.draw((st.sampled_from(some_keys) | st.text()).filter(lambda key: key not in KEYS[what]))
+    full = [True, 0, 1, "x", ["x"], {"x": 1}]
+    empty = [] if key in MAY_BE_EMPTY else [None, False, "", [], {}]
+    holder[key] = data.draw(st.sampled_from(full + empty))
+    with pytest.raises(ValueError) as raised:
+        tokenizers["v13"].encode_chat(messages, given_tools, fixed)
+    message = str(raised.value)
+    assert message.startswith(where) and "\n" not in message
+    assert f" is not supported in {what}; supported: {', '.join(KEYS[what])}. Leave it out" in message
+    assert key not in MAY_BE_EMPTY or repr(key) in message
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_known_keys_may_be_empty(tokenizers, place):
+    """As in the rows of a table, where every message has every column; and no id changes."""
+    messages, given_tools, _ = everything()
+    expected = tokenizers["v13"].encode_chat(messages, given_tools, fixed)
+    for value in (None, False, "", [], {}):
+        messages, given_tools, places = everything()
+        holder, what, _, _ = places[place]
+        holder |= {key: value for key in MAY_BE_EMPTY if key not in KEYS[what]}
+        assert tokenizers["v13"].encode_chat(messages, given_tools, fixed) == expected
 
 
 def test_published_ids(tokenizers):
@@ -309,10 +434,13 @@ def test_text_never_becomes_a_special_token(tokenizers, version, data):
         call = {"id": "123456789", "function": {"name": "add", "arguments": {key: text}}}
         tool = {"type": "function", "function": {"name": "add", "description": text, "parameters": {key: text}}}
         thinking = [{"type": "thinking", "thinking": text}] if version == "v13" else []
+        reasoning = {"reasoning": text} if version == "v13" else {}
         messages = [
             {"role": "system", "content": text}, user([{"type": "text", "text": text}]),
             change(CALLING, tool_calls=[call]), change(RESULT, content=text),
             {"role": "assistant", "content": [*thinking, {"type": "text", "text": text}]}, user(text),
+            {"role": "assistant", "content": text, "malformed_calls": [{"text": text}]} | reasoning,
+            user(text),
         ]  # fmt: skip
         return [i for i in tokenizer.encode_chat(messages, [tool]) if i < 1000]
 
@@ -342,26 +470,68 @@ HI = user("Hi")
         ("v13", 5, "the messages are 5; allowed: a list"),
         ("v13", "Hello", "the messages are 'Hello'; allowed: a list"),
         ("v13", ["Hello"], "a message is 'Hello'; allowed: an object with role and content"),
-        ("v13", [{"role": "boss", "content": "a"}], "role 'boss' is impossible; allowed: system, user, "),
+        ("v13", [{"role": "boss", "content": "a"}],
+         r"messages\[0\]: role 'boss' is not supported; supported: system, "),
         ("v13", [user(5)], "the content of a message is 5; allowed: text or a list of parts"),
         ("v13", [user(None)], "the content of a message is None; allowed: text or a list of parts"),
-        ("v13", [user([{"type": "audio"}])], "allowed: type text, image, image_url or thinking"),
-        ("v13", [user(["a"])], "allowed: type text, image, image_url or thinking"),
-        ("v13", [user([{"type": "image_url", "image_url": {}}])], "allowed: type text, image, image_url or thinking"),
-        ("v13", [user([{"type": "image", "image": "a"}])], "a picture can only be in a user's message, for a"),
+        ("v13", [user([{"type": "audio"}])],
+         r"\[0\]: content\[0\]: a part .*; supported: an object of type text, image"),
+        ("v13", [user(["a"])],
+         "a part is 'a'; supported: an object of type text, image, image_url or thinking"),
+        ("v13", [user([{"text": "a"}])], "a part is {'text': 'a'}; supported: an object of type text"),
+        ("v13", [user([{"type": "text"}])], "a part of type text has no text"),
+        ("v13", [user([{"type": "text", "text": 5}])], "text is 5; allowed: text"),
+        ("v13", [user([{"type": "image_url"}])], "a part of type image_url has no image_url"),
+        ("v13", [user([{"type": "image_url", "image_url": {}}])], "an image_url has no url"),
+        ("v13", [user([{"type": "image_url", "image_url": ""}])], "image_url is empty; allowed: an address"),
+        ("v13", [user([{"type": "image_url", "image_url": {"url": 5}}])], "url is 5; allowed: text"),
+        ("v13", [user([{"type": "image_url", "image_url": {"url": "a", "detail": "low"}}])],
+         "detail 'low' is not supp"),
+        ("v13", [user([{"type": "image"}])],
+         "has no source; allowed: one of the keys image, url, path, base64"),
+        ("v13", [user([{"type": "image", "image": None, "url": ""}])],
+         "a part of type image has no source; allowed:"),
+        ("v13", [user([{"type": "image", "path": "a", "url": "b"}])],
+         "has url and path; allowed: one of the keys image"),
+        ("v13", [user([{"type": "image", "base64": 5}])], "base64 is 5; allowed: text"),
+        ("v13", [user([{"type": "image", "image": "a"}])],
+         "an image can only be in a user's message, for a vision mod"),
         ("v13", [{"role": "system", "content": [{"type": "image", "image": "a"}]}, HI], "not in one of role system"),
-        ("v13", [user([THINKING])], r"thinking is impossible here \(user, v13\); allowed: system, assistant in v13"),
-        ("v11", [HI, {"role": "assistant", "content": [THINKING], "prefix": True}], r"impossible here \(assist"),
+        ("v13", [user([THINKING])], r"thinking is not supported here \(user, v13\); supported: system"),
+        ("v11", [HI, {"role": "assistant", "content": [THINKING], "prefix": True}],
+         r"not supported here \(assist"),
+        ("v7", [HI, {"role": "assistant", "content": "a", "reasoning": "b"}, HI],
+         r"not supported here \(assistant, v7\)"),
+        ("v13", [HI, {"role": "assistant", "reasoning": 5}, HI],
+         r"reasoning_content or reasoning is \[5\]; allowed: text"),
+        ("v13", [HI, {"role": "assistant", "reasoning": "a", "reasoning_content": "b"}, HI],
+         "reasoning differ; give one"),
+        ("v13", [HI, {"role": "assistant", "content": [THINKING], "reasoning": "a"}, HI],
+         "thinking is both in content and"),
+        ("v13", [change(HI, reasoning="a")],
+         "'reasoning': 'a' is not supported in a message of role user; supported: role"),
+        ("v13", [{"role": "system", "content": [change(THINKING, thinking=[THINKING])]}, HI],
+         "list of parts of type text"),
+        ("v13", [{"role": "system", "content": [change(THINKING, closed=0)]}, HI],
+         "closed is 0; allowed: true or false"),
+        ("v13", [HI, {"role": "assistant", "malformed_calls": "a"}, HI],
+         "malformed_calls is 'a'; allowed: a list"),
+        ("v13", [HI, {"role": "assistant", "malformed_calls": ["a"]}, HI],
+         r"malformed_calls\[0\]: a malformed call is 'a'"),
+        ("v13", [HI, change(CALLING, tool_calls=[change(CALL, index="a")]), RESULT],
+         "a tool call's index is 'a'; allowed"),
         ("v13", [HI, {"role": "assistant", "content": "a"}], "the last message must be"),
         ("v13", [HI, SYSTEM], "the last message must be"),
         ("v13", [HI, CALLING], "the last message must be"),
         ("v13", [HI, {"role": "assistant", "content": "a", "prefix": True}, HI], "prefix: true is only for the last"),
         ("v13", [HI, {"role": "assistant", "content": "a", "prefix": "yes"}], "allowed: true or false"),
-        ("v13", [change(HI, prefix=True)], "role user has prefix or tool_calls"),
-        ("v13", [change(HI, tool_calls=[CALL])], "role user has prefix or tool_calls"),
+        ("v13", [change(HI, prefix=True)],
+         "'prefix': True is not supported in a message of role user; supported"),
+        ("v13", [change(HI, tool_calls=[CALL])],
+         "'tool_calls': .* is not supported in a message of role user"),
         ("v13", [HI, {"role": "assistant", "content": ""}, HI], "an assistant message is empty"),
         ("v3", [HI, change(CALLING, content="a"), RESULT], "has words and tool calls; v3 allows one of them"),
-        ("v13", [HI, change(CALLING, tool_calls={}), RESULT], "tool_calls {}; allowed: .* a list"),
+        ("v13", [HI, change(CALLING, tool_calls={}), RESULT], "tool_calls is {}; allowed: a list"),
         ("v13", [HI, change(CALLING, tool_calls=["add"]), RESULT], "a tool call is 'add'; allowed: type function"),
         ("v13", [HI, calling(name=None), RESULT], "a function's name is None; allowed: 1 to 64 letters, digits"),
         ("v13", [HI, calling(name="[INST]"), RESULT], "a function's name is '\\[INST\\]'; allowed"),
@@ -395,6 +565,10 @@ def test_impossible_conversations(tokenizers, version, messages, message):
         ([{"type": "function", "function": {"name": "a b"}}], "a function's name is 'a b'"),
         ([{"type": "function", "function": {"name": "a", "parameters": "b"}}], "allowed: text, JSON schema"),
         ([{"type": "function", "function": {"name": "a", "parameters": {"b": 1j}}}], "cannot be written as JSON"),
+        ([{"type": "function", "function": {"name": "a", "strict": True}}],
+         "'strict': True is not supported in a tool's f"),
+        ([TOOL, {"type": "function", "name": "a"}],
+         r"tools\[1\]: a tool is .*; allowed: type function, function"),
     ],
 )
 def test_impossible_tools(tokenizers, tools, message):
@@ -424,7 +598,8 @@ junk = st.recursive(
         st.lists(inner, max_size=3), st.tuples(inner),
         st.dictionaries(
             st.sampled_from(["role", "content", "type", "text", "image", "image_url", "thinking", "closed", "url"])
-            | st.sampled_from(["tool_calls", "id", "function", "name", "arguments", "tool_call_id", "prefix"]),
+            | st.sampled_from(["tool_calls", "id", "function", "name", "arguments", "tool_call_id", "prefix"])
+            | st.sampled_from(["reasoning", "malformed_calls", "index", "path", "base64", "detail"]),
             inner, max_size=4,
         ),
     ),
@@ -563,16 +738,22 @@ def test_answers_as_messages(tokenizers, version, shown, expected):
     "version, call, error",
     [
         ("v13", "[TOOL_CALLS]add[ARGS]{bad", "Expecting property name"),
-        ("v13", "[TOOL_CALLS]add[ARGS]{} and more", "Extra data"),
+        ("v13", "[TOOL_CALLS]add[ARGS]{}{}", "Extra data after JSON, which may belong to it: '{}'"),
+        ("v13", "[TOOL_CALLS]add[ARGS]{}}", "Extra data after JSON, which may belong to it: '}'"),
+        ("v13", '[TOOL_CALLS]add[ARGS]{"a": "He said "hi" to me"}', "Expecting ',' delimiter"),
+        ("v13", '[TOOL_CALLS]add[ARGS]{"a": "b"} is it"}', "Extra data after JSON, which may belong to it"),
+        ("v13", '[TOOL_CALLS]add[ARGS]{"a": 1, "a": 2}', "a JSON object has a key twice: ['a', 'a']"),
+        ("v13", '[TOOL_CALLS]add[ARGS]"{} {}"', "Extra data"),
         ("v13", '[TOOL_CALLS]add[ARGS]{"a": NaN}', "NaN is no JSON"),
         ("v13", "[TOOL_CALLS]add[ARGS][1]", "arguments are [1]; allowed: a JSON object"),
         ("v13", "[TOOL_CALLS]a b[ARGS]{}", "a function's name is 'a b'"),
         ("v13", "[TOOL_CALLS]add", "Expecting value"),
         ("v13", "[TOOL_CALLS]", "Expecting value"),
         ("v13", "[TOOL_CALLS]add[ARGS]" + '{"a":' * 100000, "maximum recursion depth"),
-        ("v11", "[TOOL_CALLS]add[ARGS]{}", "a tool call's id is None; allowed in v11"),
-        ("v11", "[TOOL_CALLS]add[CALL_ID]1[ARGS]{}", "a tool call's id is '1'; allowed in v11"),
-        ("v7", '[TOOL_CALLS]{"name": "add"}', "tool calls are {'name': 'add'}; allowed: a list"),
+        ("v7", '[TOOL_CALLS]{"name": "add"}', "a tool call's arguments are None; allowed: a JSON object"),
+        ("v7", '[TOOL_CALLS][{"name": "f", "arguments": {}, "why": "x"}]',
+         "'why': 'x' is not supported in a tool call"),
+        ("v7", '[TOOL_CALLS][{"name": "f", "arguments": {}, "type": "x"}]', "allowed: type function"),
         ("v7", "[TOOL_CALLS][]", "tool calls are []; allowed: a list"),
         ("v7", "[TOOL_CALLS][1]", "tool calls are [1]; allowed: a list"),
         ("v3", '[TOOL_CALLS][{"arguments": {}, "id": "123456789"}]', "a function's name is None"),
@@ -589,16 +770,125 @@ def test_malformed_calls_are_reported(tokenizers, version, call, error):
     assert [bad["text"] for bad in reported] == [call] and error in reported[0]["error"]
 
 
+NEW = "a new id"
+
+
+@pytest.mark.parametrize(
+    "version, shown, expected, rest",
+    [
+        ("v13", '[TOOL_CALLS]add[ARGS]{"a": "b\nc\td"}', [called(arguments={"a": "b\nc\td"})], ""),
+        ("v7", '[TOOL_CALLS][{"name": "add", "arguments": {"a": "b\nc"}, "id": "123456789"}]',
+         [called(arguments={"a": "b\nc"}, id="123456789")], ""),
+        ("v13", "[TOOL_CALLS]add[ARGS]{}\n\nLet me look.", [called()], "\n\nLet me look."),
+        ("v11", "[TOOL_CALLS]add[CALL_ID]123456789[ARGS]{} [x] he said", [called(id="123456789")], None),
+        ("v7", '[TOOL_CALLS][{"name": "add", "arguments": {}, "id": "123456789"}] I add.',
+         [called(id="123456789")], " I add."),
+        ("v3", '[TOOL_CALLS][{"name": "add", "arguments": {}, "id": "123456789"}] I add.',
+         [called(id="123456789")], " I add."),
+        ("v13", "[TOOL_CALLS]add[ARGS]{} \n", [called()], ""),
+        ("v13", "[TOOL_CALLS] add\n[ARGS]\n{}", [called()], ""),
+        ("v13", '[TOOL_CALLS]add[ARGS]"{\\"a\\": 1}"', [called(arguments={"a": 1})], ""),
+        ("v7", '[TOOL_CALLS]{"name": "add", "arguments": {}, "type": "function", "id": "123456789"}',
+         [called(id="123456789")], ""),
+        ("v11", "[TOOL_CALLS]add[ARGS]{}", [called(id=NEW)], ""),
+        ("v11", "[TOOL_CALLS]add[CALL_ID]1[ARGS]{}", [called(id=NEW)], ""),
+        ("v3", '[TOOL_CALLS][{"name": "add", "arguments": {}}, {"name": "f", "arguments": {}}]',
+         [called(id=NEW), called("f", id=NEW)], ""),
+        ("v3", '[TOOL_CALLS][{"name": "f", "arguments": {}, "id": "123456789"}]' * 3,
+         [called("f", id="123456789"), called("f", id=NEW), called("f", id=NEW)], ""),
+        ("v13", "[TOOL_CALLS]f[CALL_ID]a[ARGS]{}[TOOL_CALLS]g[CALL_ID]a[ARGS]{}",
+         [called("f", id="a"), called("g", id=NEW)], ""),
+        ("v13", "[TOOL_CALLS]f[CALL_ID]null[ARGS]{}", [called("f", id=NEW)], ""),
+    ],
+)  # fmt: skip
+def test_calls_as_models_write_them(tokenizers, version, shown, expected, rest):
+    """What is clear is read; words after a call are kept, and are words before it in the history."""
+    tokenizer = tokenizers[version]
+    found = tokenizer.decode_chat(ids_of(tokenizer, shown))
+    if rest is None:  # brackets are no words: they may belong to the call
+        assert "tool_calls" not in found and found["malformed_calls"][0]["text"] == shown
+        return
+    ids = [call.get("id") for call in found["tool_calls"]]
+    assert len(set(ids)) == len(ids) or set(ids) == {None}
+    for call, right in zip(found["tool_calls"], expected):
+        new = right.get("id") is NEW
+        assert call == (right | {"id": call["id"]} if new else right)
+        assert not new or re.fullmatch("[0-9a-f]{9}", call["id"])
+    assert len(found["tool_calls"]) == len(expected)
+    assert [bad["text"] for bad in found.get("malformed_calls", ())] == [rest] * bool(rest)
+    assert tokenizer.decode_chat(ids_of(tokenizer, shown)) == found  # ids are not drawn by chance
+    results = [change(RESULT, tool_call_id=i, name=None) for i in ids]
+    again = tokenizer.decode(tokenizer.encode_chat([HI, found, *results]), skip_special_tokens=False)
+    assert again.startswith(f"<s>[INST]Hi[/INST]{rest}[TOOL_CALLS]")
+
+
+snippets = st.sampled_from([
+    "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", "[THINK]", "[/THINK]", "</s>", "add", "123456789", "{}",
+    '[{"name": "f", "arguments": {}, "id": "123456789"}]', '[{"name": "f", "arguments": {}}]',
+    '{"a": "b\n"}', "}", " words", "\n", "[", '"',
+])  # fmt: skip
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@given(data=st.data())
+def test_every_answer_is_history(tokenizers, version, data):
+    """What `decode_chat` gives is taken by `encode_chat`, whatever a model wrote; no word of it is lost."""
+    tokenizer, rest = tokenizers[version], st.text(" a.{}\n", max_size=5)
+    usual = st.tuples(st.just("[TOOL_CALLS]add[ARGS]"), arguments.map(json.dumps), rest).map("".join)
+    shown = "".join(data.draw(st.lists(snippets | usual, max_size=8)))
+    found = tokenizer.decode_chat(ids_of(tokenizer, shown))
+    results = [change(RESULT, tool_call_id=call.get("id")) for call in found.get("tool_calls", ())]
+    if found != {"role": "assistant", "content": ""}:
+        assert tokenizer.encode_chat([HI, found, *results, HI])[-1] == 4
+    kept = [found["content"], *(bad["text"] for bad in found.get("malformed_calls", ()))]
+    assert json.dumps(kept).count("words") == shown.partition("</s>")[0].count("words")
+
+
+@given(arguments, st.text(" \n.,:{}[]\"abc", max_size=8))
+def test_nothing_after_arguments_is_lost(tokenizers, given_arguments, rest):
+    """Either the call is read and the rest is kept, or all of it is kept as it was written."""
+    tokenizer, written = tokenizers["v13"], json.dumps(given_arguments)
+    call = ids_of(tokenizer, "[TOOL_CALLS]add[ARGS]")
+    found = tokenizer.decode_chat(call + tokenizer.encode(written + rest, bos=False))
+    malformed = [bad["text"] for bad in found.get("malformed_calls", ())]
+    if "tool_calls" in found:
+        assert found["tool_calls"] == [called(arguments=json.loads(written))] and found["content"] == ""
+        assert malformed == [rest] * bool(rest.strip())
+    else:
+        assert malformed == ["[TOOL_CALLS]add[ARGS]" + written + rest]
+
+
 def test_what_encode_chat_would_refuse_is_malformed(tokenizers):
-    """Ids given twice; calls after words in V3; and thinking is text before V13."""
-    twice = "[TOOL_CALLS]f[CALL_ID]123456789[ARGS]{}"
-    found = tokenizers["v11"].decode_chat(ids_of(tokenizers["v11"], twice + twice))
-    assert len(found["tool_calls"]) == 1
-    assert "given twice: ['123456789', '123456789']" in found["malformed_calls"][0]["error"]
+    """Calls after words in V3; and thinking is text before V13."""
     call = '[TOOL_CALLS][{"name": "f", "arguments": {}, "id": "123456789"}]'
     found = tokenizers["v3"].decode_chat(ids_of(tokenizers["v3"], "Hi" + call))
     assert found["content"] == "Hi" and "v3 allows one of them" in found["malformed_calls"][0]["error"]
     assert tokenizers["v7"].decode_chat(ids_of(tokenizers["v7"], "a[THINK]b[/THINK]c"))["content"] == "abc"
+
+
+@pytest.mark.parametrize(
+    "part, source",
+    [
+        ({"type": "image", "image": "a.png"}, "a.png"),
+        ({"type": "image", "image": b"bytes"}, b"bytes"),
+        ({"type": "image", "url": "http://a/b.png"}, "http://a/b.png"),
+        ({"type": "image", "path": "a.png"}, "a.png"),
+        ({"type": "image", "path": Path("a.png")}, "a.png"),
+        ({"type": "image", "path": "file:///a.png"}, "file:///a.png"),
+        ({"type": "image", "base64": "QUJD"}, "data:image;base64,QUJD"),
+        ({"type": "image", "base64": "data:image/png;base64,QUJD"}, "data:image/png;base64,QUJD"),
+        ({"type": "image", "image": None, "url": "", "path": "a.png", "text": None}, "a.png"),
+        ({"type": "image_url", "image_url": "file:///a.png"}, "file:///a.png"),
+        ({"type": "image_url", "image_url": {"url": "a.png"}}, "a.png"),
+        ({"type": "image_url", "image_url": {"url": "a.png", "detail": "high"}}, "a.png"),
+        ({"type": "image_url", "image_url": {"url": "a.png", "detail": None}}, "a.png"),
+    ],
+)
+def test_forms_of_images(tokenizers, part, source):
+    """Those of Transformers, mistral-common and OpenAI."""
+    sources = []
+    tokenizers["v13"].encode_chat([user([part])], None, lambda source: sources.append(source) or [10])
+    assert sources == [source]
 
 
 def test_an_answer_that_begins_within_thinking(tokenizers):

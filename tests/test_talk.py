@@ -181,9 +181,35 @@ def test_a_prefix_becomes_the_beginning_of_the_answer(tokenizer, monkeypatch):
     scripted(monkeypatch, [2])
     talk = Conversation(tokenizer, model.config, [user, begun])
     assert talk.answer(model)["tool_calls"] == [call] and talk.messages[-1]["tool_calls"] == [call]
-    scripted(monkeypatch, [names["[TOOL_CALLS]"], *encode("f{"), 2])
+    for key in ("reasoning", "reasoning_content"):
+        begun = {"role": "assistant", "content": "c", key: "t", "prefix": True}
+        scripted(monkeypatch, [*encode("d"), 2])
+        talk = Conversation(tokenizer, model.config, [user, begun])
+        content = [think("t", True), text("c"), text("d")]
+        assert talk.answer(model)["content"] == content == talk.messages[-1]["content"]
+    scripted(monkeypatch, [2])
     talk = Conversation(tokenizer, model.config, [user])
-    assert talk.answer(model)["malformed_calls"] and talk.messages[-1]["content"] == "[TOOL_CALLS]f{"
+    assert talk.answer(model)["content"] == "" and talk.messages == [user]  # nothing was said
+
+
+def test_malformed_calls_are_words_in_the_history(tokenizer, monkeypatch):
+    """Of an answer, and of one that goes on."""
+    encode, names = (lambda text: tokenizer.encode(text, bos=False)), tokenizer.special_tokens
+    user = {"role": "user", "content": "Speak"}
+    malformed = [names["[TOOL_CALLS]"], *encode("f{")]
+    talk = Conversation(tokenizer, tiny("full", random.Random(0)).config, [user])
+    scripted(monkeypatch, [*encode("Well"), *malformed, 2], [*encode("!"), *malformed, 2])
+    model = tiny("full", random.Random(0))
+    assert talk.answer(model)["malformed_calls"] == talk.messages[-1]["malformed_calls"]
+    talk.messages.append(user)
+    start = tokenizer.encode_chat([user])
+    assert talk.encode()[0] == [*start, *encode("Well"), *encode("[TOOL_CALLS]f{"), 2, *start[1:]]
+    talk.messages[1:] = [talk.messages[1] | {"prefix": True}]
+    assert [call["text"] for call in talk.answer(model)["malformed_calls"]] == ["[TOOL_CALLS]f{"] * 2
+
+
+def test_nothing_said_is_no_message(tokenizer, monkeypatch):
+    model, user = tiny("full", random.Random(0)), {"role": "user", "content": "Speak"}
     scripted(monkeypatch, [2])
     talk = Conversation(tokenizer, model.config, [user])
     assert talk.answer(model)["content"] == "" and talk.messages == [user]  # nothing was said
@@ -226,7 +252,8 @@ TOOLS = [{"type": "function", "function": {"name": "add", "description": "Adds."
         ("ministral-3-14b-reasoning-2512-bf16", [], [], True, "the name says reasoning"),
         ("Ministral-3-8B-Base-2512", ["chat_template.jinja"], [], False, "the name says base"),
         ("Instruct-made-from-Base", [], [], False, "the name says base"),
-        ("mine", ["chat_template.jinja"], [], True, "chat_template.jinja is there"),
+        ("mine", ["chat_template.jinja"], [], True, "chat_template.jinja has a chat template"),
+        ("mine", ["tokenizer_config.json"], [], True, "tokenizer_config.json has a chat template"),
         ("mine", ["SYSTEM_PROMPT.txt"], [], True, "SYSTEM_PROMPT.txt is there"),
         ("mine", [], [], False, "neither name nor files say that the model knows chats"),
         ("Instruct", [], ["--raw"], False, "--raw"),
@@ -238,12 +265,27 @@ TOOLS = [{"type": "function", "function": {"name": "add", "description": "Adds."
 def test_how_the_format_is_chosen(tmp_path, name, files, arguments, chat, why):
     (tmp_path / name).mkdir()
     for file in files:
-        (tmp_path / name / file).write_text("x")
+        (tmp_path / name / file).write_text('{"chat_template": "[INST]"}')
     options = parse_arguments(["hello", "--model", str(tmp_path / name), *arguments])
     assert choose_format(options, tmp_path / name) == (chat, why)
     (tmp_path / "0123abc").mkdir()  # a Hub id counts by its own name
     options = parse_arguments(["hello", "--model", f"mistralai/{name}", *arguments])
     assert choose_format(options, tmp_path / "0123abc")[0] == (chat and not files)
+
+
+@pytest.mark.parametrize("name", ["Tiny-Instruct", "mine"])
+@pytest.mark.parametrize("arguments", [["To be?"], ["--chat"], ["To be?", "--system", "x"]])
+def test_another_chat_layout_is_refused(capsys, instruct, tmp_path, name, arguments):
+    """In one line, which says what is there and what helps; as plain text it is continued."""
+    shutil.copytree(instruct, path := tmp_path / name)
+    (path / "chat_template.jinja").write_text("<|im_start|>{{ messages[0].content }}<|im_end|>")
+    code, out, err = run(capsys, "--model", path, "--max-new-tokens", 1, *arguments)
+    assert code == 2 and out == "" and err.count("\n") == 1
+    file = path / "chat_template.jinja"
+    assert err.startswith(f"error: the chat template in {file} has no [INST], but <|im_start|>")
+    assert "Plain text works (--raw" in err
+    result, err = answer(capsys, "To be?", "--model", path, "--raw")
+    assert err[0] == "plain text: --raw" and result["prompt_ids"] == Tokenizer.from_dir(path).encode("To be?")
 
 
 def test_advice_for_sampling():
@@ -377,8 +419,9 @@ def test_thinking_and_calls_on_the_screen(capsys, instruct, monkeypatch, tmp_pat
         (["x", "--tools", "{file}"], "holds dict; allowed: a JSON list"),
         (["--messages", "{messages}", "--system", "b"], "--system, and --messages with a system message"),
         (["--messages", "{late}", "--system", "b"], "--system, and --messages with a system message"),
-        (["--messages", "{bad}"], "role 'king' is impossible"),
-        (["--chat", "--messages", "{bad}"], "role 'king' is impossible"),
+        (["--messages", "{bad}"], "messages[0]: role 'king' is not supported"),
+        (["--chat", "--messages", "{bad}"], "messages[0]: role 'king' is not supported"),
+        (["--messages", "{unknown}"], "messages[0]: 'weight': 0 is not supported in a message of role"),
         (["--chat", "--messages", "{numbers}"], "a message is 1; allowed: an object"),
         (["--chat", "--messages", "{calls}"], "a tool call is {'name': 'a'}; allowed"),
         (["--chat", "--tools", "{numbers}"], "a tool is 1; allowed: type function"),
@@ -391,6 +434,7 @@ def test_wrong_use_of_chats_is_one_line(capsys, instruct, tmp_path, arguments, m
     contents = {"file": {"a": 1}, "bad": [{"role": "king", "content": "x"}], "numbers": [1],
                 "calls": [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [{"name": "a"}]}],
                 "messages": [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]}  # fmt: skip
+    contents["unknown"] = [{"role": "user", "content": "a", "weight": 0}]
     contents["late"] = [{"role": "user", "content": "c"}, *contents["messages"]]
     for name, content in contents.items():
         (tmp_path / name).write_text(json.dumps(content))

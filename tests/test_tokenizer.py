@@ -9,13 +9,15 @@ import mistral_common
 import pytest
 import transformers
 from hypothesis import given, strategies as st
+from mistral_common.integrations.chat_templates.chat_templates import generate_chat_template
+from mistral_common.tokens.tokenizers.base import TokenizerVersion
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 from PIL import Image
-from tokenizers import Regex, decoders, pre_tokenizers
+from tokenizers import AddedToken, Regex, decoders, pre_tokenizers
 
 import tokenizer as module
 from generate import BUNDLED, encode_messages
-from tokenizer import SPLIT, TextStream, Tokenizer, from_tekken
+from tokenizer import SPLIT, VERSIONS, TextStream, Tokenizer, from_tekken, read_chat_template
 from training import corpus
 from training.vocabulary import learn
 from vision import Mistral3Config, PixtralVisionConfig
@@ -365,6 +367,89 @@ def test_missing_and_broken_files(tmp_path):
         Tokenizer.from_dir(tmp_path)
     with pytest.raises(ValueError, match="id 2048 is not in the vocabulary; allowed: 0 to 2047"):
         Tokenizer.from_dir(BUNDLED).decode([2048])
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "<|im_start|>assistant\n"
+)
+MISTRALS = "{{ bos_token }}{% for m in messages %}[INST]{{ m.content }}[/INST]{% endfor %}"
+HI = [{"role": "user", "content": "Hi"}]
+
+
+def with_template(directory, place, template):
+    """Write the bundled tokenizer.json and a chat template, in one of the places that it may have."""
+    from_tekken(json.loads((BUNDLED / "tekken.json").read_text())).save(str(directory / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    if place == "chat_template.jinja":
+        (directory / place).write_text(template)
+    elif place == "chat_template.json":
+        (directory / place).write_text(json.dumps({"chat_template": template}))
+    elif place == "named":
+        other = {"name": "tool_use", "template": "other"}
+        config["chat_template"] = [other, {"name": "default", "template": template}]
+    else:
+        config["chat_template"] = template
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    return directory
+
+
+PLACES = ["chat_template.jinja", "chat_template.json", "tokenizer_config.json", "named"]
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("template", [CHATML, "### {{ messages[0].content }}"], ids=["chatml", "alpaca"])
+def test_another_chat_layout_is_refused(tmp_path, place, template):
+    """Wherever the template is; text works, and who names a version gets Mistral's layout."""
+    tokenizer = Tokenizer.from_dir(with_template(tmp_path, place, template))
+    file = "tokenizer_config.json" if place == "named" else place
+    with pytest.raises(ValueError) as raised:
+        tokenizer.encode_chat(HI)
+    message = str(raised.value)
+    assert message.startswith(f"the chat template in {tmp_path / file} has no [INST]") and "\n" not in message
+    assert "supported: Mistral's. Plain text works (--raw" in message
+    assert ("but <|im_start|>" in message) == (template is CHATML)
+    assert tokenizer.decode(tokenizer.encode("Hi")) == "Hi"
+    assert Tokenizer.from_dir(tmp_path, "v7").encode_chat(HI)[:2] == [1, 3]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_the_template_is_the_one_that_transformers_reads(tmp_path, place):
+    name, text = read_chat_template(with_template(tmp_path, place, MISTRALS))
+    assert text == MISTRALS and (tmp_path / name).is_file()
+    if place != "chat_template.json":  # which is for processors
+        theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+        assert theirs.get_chat_template() == text
+    assert Tokenizer.from_dir(tmp_path).encode_chat(HI)[:2] == [1, 3]
+    (tmp_path / "chat_template.jinja").write_text("first")
+    assert read_chat_template(tmp_path) == ("chat_template.jinja", "first")
+
+
+def test_mistrals_own_templates_are_known(tmp_path):
+    for version in VERSIONS:
+        flags = (True, False, version == "v13", None, False, True, None, None, None)
+        template = generate_chat_template(False, TokenizerVersion(version), *flags)
+        directory = with_template(tmp_path, "chat_template.jinja", template)
+        assert Tokenizer.from_dir(directory).other_layout == ""
+
+
+def test_another_chat_layout_is_told_by_its_tokens(tmp_path):
+    """Where there is no template; one that has [INST] decides otherwise, as does an empty one nothing."""
+    backend = from_tekken(json.loads((BUNDLED / "tekken.json").read_text()))
+    for special in (True, False):
+        backend.add_tokens([AddedToken("<|im_start|>", special=special, normalized=False)])
+        backend.save(str(tmp_path / "tokenizer.json"))
+        with pytest.raises(ValueError, match=r"the tokenizer of .* has the token <\|im_start\|>: this"):
+            Tokenizer.from_dir(tmp_path).encode_chat(HI)
+    config = tmp_path / "tokenizer_config.json"
+    for empty in (None, "", [1], {}):
+        config.write_text(json.dumps({"chat_template": empty}))
+        assert read_chat_template(tmp_path) is None and Tokenizer.from_dir(tmp_path).other_layout
+    config.write_text(json.dumps({"chat_template": MISTRALS}))
+    assert Tokenizer.from_dir(tmp_path).other_layout == ""
+    config.write_text("{")
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json is not JSON"):
+        Tokenizer.from_dir(tmp_path)
 
 
 def test_random_bytes_round_trip():

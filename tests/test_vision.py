@@ -24,6 +24,7 @@ import pytest
 import torch
 import transformers
 from hypothesis import example, given, strategies as st
+from mistral_common.protocol.instruct.chunk import ImageChunk, ImageURLChunk
 from mistral_common.tokens.tokenizers import image as mistral_image
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
@@ -422,6 +423,15 @@ def test_where_pictures_come_from(tmp_path, monkeypatch):
     sources = [tmp_path / "a.png", str(tmp_path / "a.png"), png(picture), uri, picture]
     for source in (*sources, *([wrapped] if uri.endswith("=") else [])):
         assert load_image(source).tobytes() == picture.tobytes()
+    (tmp_path / "a b%.png").write_bytes(png(picture))
+    (tmp_path / "c%20d.png").write_bytes(png(picture))
+    addresses = [(tmp_path / name).as_uri() for name in ("a.png", "a b%.png", "c%20d.png")]
+    addresses += [f"file://{tmp_path / name}" for name in ("a.png", "a b%.png", "c%20d.png")]
+    addresses += [f"FILE://localhost{tmp_path}/a.png", f"file://localhost{tmp_path}/a%20b%25.png"]
+    plain = base64.b64encode(png(picture)).decode()
+    lines = base64.encodebytes(png(picture)).decode()
+    for source in (*addresses, plain, lines, f"data:image;base64,{plain}"):
+        assert load_image(source).tobytes() == picture.tobytes(), source
     turned = Image.new("RGB", (20, 10), "red")
     exif = turned.getexif()
     exif[0x0112] = 6  # held sideways
@@ -430,6 +440,35 @@ def test_where_pictures_come_from(tmp_path, monkeypatch):
     # Some EXIF data cannot be written again after turning: the picture is good for all that.
     monkeypatch.setattr(ImageOps, "exif_transpose", lambda _: struct.pack("H", -1))
     assert load_image(tmp_path / "b.jpg").size == (20, 10)
+
+
+@pytest.mark.parametrize("key", ["image", "url", "path", "base64", "image_url", "image_url url"])
+def test_images_in_messages_are_those_of_transformers_and_mistral_common(tmp_path, key):
+    """From every form of a part the same pixels."""
+    picture = draw_picture(random.Random(0), ["RGB"])
+    (tmp_path / "a b.png").write_bytes(png(picture))
+    plain, name = base64.b64encode(png(picture)).decode(), str(tmp_path / "a b.png")
+    sources = [plain] if key == "base64" else [name, (tmp_path / "a b.png").as_uri(), plain]
+    tokenizer, seen = Tokenizer.from_dir(BUNDLED, "v7"), []
+
+    def see(source):
+        seen.append(source)
+        return [10]
+
+    for source in [*sources, f"data:image/png;base64,{plain}"]:
+        part = {"type": "image", key: source}
+        if "image_url" in key:
+            part = {"type": "image_url", "image_url": {"url": source} if "url " in key else source}
+        seen.clear()
+        tokenizer.encode_chat([{"role": "user", "content": [part]}], None, see)
+        assert load_image(seen[0]).tobytes() == picture.tobytes()
+        if not source.startswith("file:"):
+            assert transformers.image_utils.load_image(source).tobytes() == picture.tobytes()
+        if source.startswith("data:") or (source == plain and key == "image"):
+            chunk = ImageChunk(image=source) if source == plain else ImageURLChunk(image_url=source)
+            assert mistral_image.image_from_chunk(chunk).tobytes() == picture.tobytes()
+    chunk = ImageURLChunk(image_url=f"file://{name}")
+    assert mistral_image.image_from_chunk(chunk).tobytes() == load_image(f"file://{name}").tobytes()
 
 
 @pytest.fixture
@@ -519,6 +558,15 @@ def test_bad_sources(tmp_path):
         load_image(tmp_path / "none.png")
     for wrong in (tmp_path, "/dev/null", "", "~nobody-of-this-name/a.png", "a\0b"):
         with pytest.raises(FileNotFoundError, match="cannot be read"):
+            load_image(wrong)
+    names = ["file:///no/such.png", "file://other/a.png", "file://", "file:///a\0b", f"file://{tmp_path}"]
+    for wrong in (*names, "A" * 36):
+        with pytest.raises(FileNotFoundError, match="cannot be read"):
+            load_image(wrong)
+    with pytest.raises(ValueError, match="is no picture; allowed"):
+        load_image("A" * 400)  # base64 of no image
+    for wrong in (5, None, [1], {"url": "a"}, torch.zeros(3, 4, 4), np.zeros((4, 4, 3))):
+        with pytest.raises(ValueError, match=f"given as {type(wrong).__name__}; supported: a path"):
             load_image(wrong)
     with pytest.raises(ValueError, match="no pictures to put into a batch"):
         batch_images([])
