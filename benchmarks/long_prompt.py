@@ -1,6 +1,6 @@
 """A prompt of the full published context through the published pattern of layers, to the end.
 
-    python -m benchmarks.long_prompt ministral3     # 262,144 tokens, full attention with YaRN and query scaling
+    python -m benchmarks.long_prompt                # ministral3: 262,144 tokens, full attention with YaRN and query scaling
     python -m benchmarks.long_prompt ministral      # 131,072 tokens, one full layer and three with a window of 32,768
 
 Narrow layers, because the work is quadratic: 2 query heads of 32 numbers over one key head, hidden size 64, float32.
@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse and run; returns the exit code."""
     parser = Parser(prog="python -m benchmarks.long_prompt", description="Read a prompt of the full context.")
-    parser.add_argument("family", choices=("ministral", "ministral3"))
+    parser.add_argument("family", nargs="?", choices=("ministral", "ministral3"), default="ministral3")
     options = parser.parse_args(arguments)
     return exit_code(lambda: run(options))
 
