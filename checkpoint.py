@@ -252,7 +252,7 @@ class GenerationConfig:
             check_setting(name, value, f"{path}: ")
         others = {name: value for name, value in content.items() if name not in known}
         if ignored := [f"{name}={value!r}" for name, value in others.items() if _changes_text(name, value)]:
-            warnings.warn(f"{path}: not supported here, and left out: {', '.join(ignored)}", stacklevel=2)
+            warnings.warn(f"{path}: not supported here, and left out: {', '.join(ignored)}", stacklevel=1)
         return cls(**known, others=others)
 
     def to_dict(self) -> dict[str, Any]:

@@ -275,9 +275,7 @@ def generate(
     # A `max_length` is often the model's whole context: no memory is set aside for that.
     expected = total if length_given else min(total, T + DEFAULT_LENGTH)
     ends = ending_ids(eos_token_id, stored, config)
-    if not all(0 <= end < config.vocab_size for end in ends):
-        raise ValueError(f"eos_token_id={sorted(ends)} is impossible; allowed: ids below {config.vocab_size}")
-    filler = first_given(stored.pad_token_id, config.pad_token_id, *ends, 0)
+    filler = padding_id(stored, config, ends)
 
     embeds = None
     if isinstance(model, Mistral3ForConditionalGeneration) and pixel_values is not None:
@@ -362,8 +360,20 @@ def as_list(value: Any) -> list[Any]:
 
 
 def ending_ids(given: int | Sequence[int] | None, stored: GenerationConfig, config: MinistralConfig) -> list[int]:
-    """The ids that end a text: those given, those of generation_config.json, or those of the configuration."""
-    return as_list(first_given(given, stored.eos_token_id, config.eos_token_id, ()))
+    """The ids that end a text: those given, those of generation_config.json, or those of the configuration (raises
+    ValueError for an id that is not in the vocabulary)."""
+    ends = as_list(first_given(given, stored.eos_token_id, config.eos_token_id, ()))
+    if not all(0 <= end < config.vocab_size for end in ends):
+        raise ValueError(f"eos_token_id={ends} is impossible; allowed: ids below {config.vocab_size}")
+    return ends
+
+
+def padding_id(stored: GenerationConfig, config: MinistralConfig, ends: Sequence[int]) -> int:
+    """The id that fills up rows that have ended (raises as `ending_ids`)."""
+    filler: int = first_given(stored.pad_token_id, config.pad_token_id, *ends, 0)
+    if not 0 <= filler < config.vocab_size:
+        raise ValueError(f"pad_token_id={filler} is impossible; allowed: an id below {config.vocab_size}")
+    return filler
 
 
 def choose_length(stored: GenerationConfig, max_new_tokens: int | None, prompt: int) -> int:
@@ -930,6 +940,7 @@ def run(options: argparse.Namespace) -> int:
     if tokenizer.vocab_size > ids_there:
         raise ValueError(f"{directory}: the tokenizer has {tokenizer.vocab_size} ids, the model vocab_size={ids_there}")
     stored = GenerationConfig.from_pretrained(directory)
+    ends = ending_ids(None, stored, config.get_text_config())
     if options.image and not isinstance(config, Mistral3Config):
         seen = f"{options.model} is a text model (model_type {config.model_type!r})"
         raise ValueError(f"--image {options.image[0]}: {seen}; give a --model that sees images (model_type 'mistral3')")
@@ -972,7 +983,6 @@ def run(options: argparse.Namespace) -> int:
         kind = str(model.dtype).removeprefix("torch.")
         print(f"{rows} tokens or more at once are computed in float32, faster here than {kind}", file=sys.stderr)
     if options.chat:
-        ends = ending_ids(None, stored, config.get_text_config())
         return converse(talk, model, options, settings | {"eos_token_id": ends})
 
     settings |= {"seed": int.from_bytes(os.urandom(4), "big") if options.seed is None else options.seed}

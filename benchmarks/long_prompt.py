@@ -1,6 +1,6 @@
 """A prompt of the full published context through the published pattern of layers, to the end.
 
-    python -m benchmarks.long_prompt                # ministral3: 262,144 tokens, full attention with YaRN and query scaling
+    python -m benchmarks.long_prompt                # 262,144 tokens, full attention with YaRN and query scaling
     python -m benchmarks.long_prompt ministral      # 131,072 tokens, one full layer and three with a window of 32,768
 
 Narrow layers, because the work is quadratic: 2 query heads of 32 numbers over one key head, hidden size 64, float32.

@@ -144,6 +144,7 @@ def test_seeds_for_each_row():
         (dict(repetition_penalty=0), "repetition_penalty=0"),
         (dict(repetition_penalty=1e-300), "from 0.01 to 100"),
         (dict(eos_token_id=50), r"eos_token_id=\[50\].*below 50"),
+        (dict(eos_token_id=[2, -1]), r"eos_token_id=\[2, -1\]"),
         (dict(seed=2**64), "seed=18446744073709551616"),
         (dict(max_new_tokens=0), "max_new_tokens=0"),
         (dict(prefill_chunk_size=0), "prefill_chunk_size=0"),
@@ -238,6 +239,13 @@ def test_a_whole_context_as_max_length_takes_no_memory_at_once(monkeypatch):
     generate(case.ours, case.ids, on_token=lambda *_: True)
     generate(case.ours, case.ids, max_new_tokens=5000, on_token=lambda *_: True)
     assert rooms == [case.ids.shape[1] + 128, case.ids.shape[1] + 5000]
+
+
+def test_padding_outside_the_vocabulary_is_refused():
+    case = draw_case(random.Random(5), dtype=torch.float32)
+    case.ours.generation_config.pad_token_id = VOCAB
+    with pytest.raises(ValueError, match=f"pad_token_id={VOCAB} is impossible; allowed: an id below {VOCAB}"):
+        generate(case.ours, case.ids)
 
 
 def test_a_save_leaves_no_settings_of_another_model(tmp_path):

@@ -548,7 +548,7 @@ def test_counts_that_do_not_agree():
     with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
         case.ours(pixel_values=case.pixels)
     text_only = load_model(BUNDLED)
-    with pytest.raises(ValueError, match="pixel_values for a Ministral3ForCausalLM, which has no eyes"):
+    with pytest.raises(ValueError, match="pixel_values for a Ministral3ForCausalLM, a text model"):
         generate(text_only, torch.tensor([[1]]), pixel_values=case.pixels)
 
 
