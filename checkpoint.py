@@ -15,6 +15,7 @@ A published model comes in one or both of two layouts:
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import math
 import os
@@ -25,7 +26,9 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from functools import partial
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -37,8 +40,9 @@ from torch import Tensor, nn
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"  # of a LoRA adapter, as PEFT writes it
 PARAMS, CONSOLIDATED = "params.json", "consolidated.safetensors"
+GENERATION = "generation_config.json"
 # What stands beside weights and configuration, and is taken along.
-OTHER_FILES = ["tekken.json", "tokenizer*.json", "special_tokens_map.json", "generation_config.json",
+OTHER_FILES = ["tekken.json", "tokenizer*.json", "special_tokens_map.json", GENERATION,
                "*processor_config.json", "chat_template*", "SYSTEM_PROMPT.txt"]  # fmt: skip
 # What is fetched from the Hub: one set of weights, Transformers' where there is one, and no pickle.
 HUB_WEIGHTS = [WEIGHTS, "model-*-of-*.safetensors", INDEX]
@@ -140,6 +144,8 @@ def read_config(directory: Path) -> dict[str, Any]:
     file = directory / (PARAMS if mistral else CONFIG)
     if not file.is_file():
         refuse_adapter(directory)
+    if not file.exists():
+        raise FileNotFoundError(f"{file} does not exist; a model is a directory with {CONFIG} and {WEIGHTS}")
     content = read_json(file)
     if not isinstance(content, dict):
         raise ValueError(f"{file} must hold a JSON object; found {type(content).__name__}")
@@ -154,6 +160,127 @@ def refuse_adapter(directory: Path) -> None:
         whole = f"PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), {str(directory)!r})"
         cure = f"merge it into its base with peft: {whole}.merge_and_unload().save_pretrained('merged')"
         raise ValueError(f"{directory} is a LoRA adapter ({ADAPTER}) of {base}, not a whole model; {cure}")
+
+
+# ---------------------------------------------------------------------------------------- generation_config.json
+
+
+def _is_number(value: Any, least: float, most: float = math.inf) -> bool:
+    """Whether a value is a finite number from `least` to `most`."""
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    return number and least <= value <= most and value < math.inf
+
+
+def _is_whole(value: Any, least: int, most: float = math.inf) -> bool:
+    """Whether a value is a whole number from `least` to `most`."""
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    return whole and least <= value <= most
+
+
+def _is_list(value: Any, valid: Callable[[Any], bool]) -> bool:
+    """Whether a value is valid, or a list of such values."""
+    return all(map(valid, value)) if isinstance(value, (list, tuple)) else valid(value)
+
+
+def _is_stop(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+# The settings of `generate`: what each may be, in words and as a test.
+SETTINGS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "do_sample": ("true or false", lambda value: isinstance(value, bool)),
+    "temperature": ("a number not below 0 (0 always takes the most likely token)", lambda value: _is_number(value, 0)),
+    "top_k": ("a whole number not below 0 (0 is off)", lambda value: _is_whole(value, 0)),
+    "top_p": ("a number above 0, at most 1 (1 is off)", lambda value: _is_number(value, 0, 1) and value > 0),
+    "min_p": ("a number from 0 to 1 (0 is off)", lambda value: _is_number(value, 0, 1)),
+    "repetition_penalty": ("a number from 0.01 to 100 (1 is off)", lambda value: _is_number(value, 0.01, 100)),
+    "max_new_tokens": ("a whole number not below 1", lambda value: _is_whole(value, 1)),
+    "max_length": ("a whole number not below 1", lambda value: _is_whole(value, 1)),
+    "num_return_sequences": ("a whole number not below 1", lambda value: _is_whole(value, 1)),
+    "seed": ("a whole number from 0 to 2**63 - 1", lambda value: _is_whole(value, 0, 2**63 - 1)),
+    "stop_strings": ("a text that is not empty, or a list of such", lambda value: _is_list(value, _is_stop)),
+    "bos_token_id": ("a token id", lambda value: _is_whole(value, 0)),
+    "pad_token_id": ("a token id", lambda value: _is_whole(value, 0)),
+    "eos_token_id": ("a token id, or a list of such", lambda value: _is_list(value, lambda i: _is_whole(i, 0))),
+}
+
+
+def check_setting(name: str, value: Any, where: str = "") -> None:
+    """Raise ValueError, which begins with `where`, unless a setting of `generate` may have this value. None always may:
+    it says nothing."""
+    allowed, valid = SETTINGS[name]
+    if value is not None and not valid(value):
+        raise ValueError(f"{where}{name}={value!r} is impossible; allowed: {allowed}")
+
+
+# Settings in a generation_config.json that change no text, or none without another that does.
+HARMLESS_SETTINGS = {
+    *("_from_model_config", "_commit_hash", "transformers_version", "use_cache", "cache_implementation"),
+    *("cache_config", "max_cache_len", "low_memory", "compile_config", "disable_compile", "prefill_chunk_size"),
+    *("output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate"),
+    *("renormalize_logits", "remove_invalid_values", "early_stopping", "length_penalty", "num_beam_groups"),
+    *("diversity_penalty", "decoder_start_token_id", "is_assistant"),
+    *("num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold", "target_lookbehind"),
+    *("assistant_early_exit", "assistant_lookbehind", "max_matching_ngram_size", "prompt_lookup_num_tokens", "use_mtp"),
+    *("assistant_ensemble_weight", "speculation_type", "continuous_batching_config"),
+}
+# All others are off at 0, null, false or empty.
+OFF_AT_ONE = ("num_beams", "typical_p", "guidance_scale", "encoder_repetition_penalty")
+
+
+@dataclass
+class GenerationConfig:
+    """The settings of `generate` that come with a model in generation_config.json, by Transformers' names. None: the
+    file says nothing. `others` are those that `generate` does not know; they are kept for `save_pretrained`."""
+
+    do_sample: bool | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    max_new_tokens: int | None = None
+    max_length: int | None = None
+    num_return_sequences: int | None = None
+    stop_strings: str | list[str] | None = None
+    bos_token_id: int | None = None
+    pad_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    others: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> GenerationConfig:
+        """Read the generation_config.json of a model directory; where there is none, every setting is None. A warning
+        names the settings in it that `generate` does not support and that would change the text.
+
+        Raises:
+            ValueError: the file is not a JSON object, or a value in it is impossible.
+        """
+        path = Path(directory) / GENERATION
+        if not path.exists():
+            return cls()
+        content = read_json(path)
+        if not isinstance(content, dict):
+            raise ValueError(f"{path} must hold a JSON object; found {type(content).__name__}")
+        known = {name: value for name, value in content.items() if name in SETTINGS and name != "seed"}
+        for name, value in known.items():
+            check_setting(name, value, f"{path}: ")
+        others = {name: value for name, value in content.items() if name not in known}
+        if ignored := [f"{name}={value!r}" for name, value in others.items() if _changes_text(name, value)]:
+            warnings.warn(f"{path}: not supported here, and left out: {', '.join(ignored)}", stacklevel=1)
+        return cls(**known, others=others)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of the file: the settings that are not None, and `others`."""
+        settings = asdict(self)
+        others: dict[str, Any] = settings.pop("others")
+        return {name: value for name, value in settings.items() if value is not None} | others
+
+
+def _changes_text(name: str, value: Any) -> bool:
+    """Whether a setting that `generate` does not know would change what it writes."""
+    off = not value or (name in OFF_AT_ONE and value == 1)
+    return name not in HARMLESS_SETTINGS and not off
 
 
 # --------------------------------------------------------------------------------------------------- config.json
@@ -241,9 +368,9 @@ def label_maps(
     def number(key: Any) -> Any:
         return int(key) if str(key).isdecimal() else key  # keys in JSON are text
 
-    for field, value in (("id2label", id2label), ("label2id", label2id)):
+    for name, value in (("id2label", id2label), ("label2id", label2id)):
         if not isinstance(value, (dict, type(None))):
-            raise ValueError(f"{field}={value!r} is impossible; allowed: an object, or none")
+            raise ValueError(f"{name}={value!r} is impossible; allowed: an object, or none")
     if num_labels is not None and (type(num_labels) is not int or num_labels < 1):
         raise ValueError(f"num_labels={num_labels!r} is impossible; allowed: a whole number not below 1")
     names = {number(key): str(name) for key, name in (id2label or {}).items()}
@@ -851,7 +978,7 @@ def fill(
     said_tied: bool | None,
     new: set[str],
     dtype: torch.dtype | None,
-    device: torch.device,
+    device: str | torch.device,
 ) -> bool:
     """Replace the parameters of a module, which may be on the meta device, one by one by those in the files.
 
@@ -930,6 +1057,7 @@ def write(
     sizes: Mapping[str, int],
     read: Callable[[str], Tensor],
     max_shard_bytes: int = 5 * 10**9,
+    generation: GenerationConfig | None = None,
     format: str = "hf",
 ) -> None:
     """Write a model directory that Transformers reads too: one weights file, or, above `max_shard_bytes`, shards
@@ -940,6 +1068,7 @@ def write(
         config: the content of config.json.
         sizes: bytes of every tensor, in the order of the file.
         read: gives each tensor by its name. One shard at a time is in memory.
+        generation: the content of generation_config.json; none is written if it says nothing.
         format: "hf", or "mistral" for params.json and one consolidated.safetensors; names and rows are the caller's
             affair.
 
@@ -977,6 +1106,8 @@ def write(
         weight_map = {tensor: name for name, shard in zip(names, shards) for tensor in shard}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         writers[directory / INDEX] = partial(_dump, index)
+    if generation is not None and generation.to_dict():
+        writers[directory / GENERATION] = partial(_dump, generation.to_dict())
     writers[directory / (CONFIG if format == "hf" else PARAMS)] = partial(_dump, config)
     replace_files(writers, before=partial(_remove_old, directory, list(writers)[-1]))
 
@@ -1020,8 +1151,10 @@ def replace_files(
 
 
 def _remove_old(directory: Path, config: Path) -> None:
-    """The configuration and weights of an earlier save, the configuration first: without it nothing is read."""
+    """The configuration and weights of an earlier save, the configuration first: without it nothing is read. Its
+    generation_config.json goes, too: the new model would end where the old one did."""
     config.unlink(missing_ok=True)
+    (directory / GENERATION).unlink(missing_ok=True)
     weights = r"model(-\d+-of-\d+)?" if config.name == CONFIG else "consolidated"
     for path in directory.iterdir():
         if re.fullmatch(rf"{weights}\.safetensors(\.index\.json)?", path.name):
@@ -1106,7 +1239,7 @@ def convert(
     temporary = destination.with_name(f".{destination.name}.{os.getpid()}.tmp")
     made = [folder for folder in destination.parents if not folder.exists()]
     try:
-        write(temporary, written, sizes, read, max_shard_bytes, format)
+        write(temporary, written, sizes, read, max_shard_bytes, format=format)
         for pattern in (*OTHER_FILES, "README.md", "LICENSE*"):
             for path in filter(Path.is_file, directory.glob(pattern)):
                 shutil.copyfile(path, temporary / path.name)
@@ -1184,11 +1317,44 @@ def human(nbytes: float) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports wrong use in one line."""
+    """Reports wrong use in one line, in the words of the options."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As in argparse, but what is not known is an error here, where the options are known."""
+        options, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(self._unknown(unknown[0]))
+        return options, unknown
+
+    def _unknown(self, argument: str) -> str:
+        if not argument.startswith("-"):
+            return f"{argument!r} is one argument too many; a text with blanks needs quotes"
+        name = argument.partition("=")[0]
+        near = difflib.get_close_matches(name, self._option_string_actions, n=1)
+        if near:
+            return f"{name} is not an option; did you mean {near[0]}?"
+        return f"{name} is not an option; a text that begins with - goes after --"
 
     def error(self, message: str) -> NoReturn:
+        message = re.sub("^argument ([^:]+): (.* is impossible; )", r"\1 \2", message).removeprefix("argument ")
         print(f"error: {message} (--help lists the options)", file=sys.stderr)
         sys.exit(2)
+
+
+def setting(name: str) -> Callable[[str], Any]:
+    """The `type` of an option that sets one of SETTINGS; its error says what is allowed."""
+    allowed, valid = SETTINGS[name]
+
+    def convert(text: str) -> Any:
+        if name == "stop_strings" and text:
+            return text
+        for kind in (int, float):
+            with suppress(ValueError):
+                if valid(kind(text)):
+                    return kind(text)
+        raise argparse.ArgumentTypeError(f"{text or repr(text)} is impossible; give {allowed.partition(', or')[0]}")
+
+    return convert
 
 
 def exit_code(command: Callable[[], int], interrupted: str = "interrupted") -> int:

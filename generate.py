@@ -17,6 +17,7 @@ import re
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -27,13 +28,14 @@ import torch
 from torch import Tensor
 
 import checkpoint
-from checkpoint import DTYPES, Parser, exit_code, human
+from checkpoint import DTYPES, GenerationConfig, Parser, check_setting, exit_code, human, setting
 from checks import as_padding_mask, expect_ids, expect_kind, expect_tensor, is_number, warn_of_padding
 from fast import Captured, flat, wide_rows
 from ministral import KVCache, MinistralConfig, MinistralForCausalLM, PreTrainedConfig, at_least_float32
 from ministral3 import Ministral3ForCausalLM
 from tokenizer import (
     ChatStream,
+    StopText,
     TextStream,
     Tokenizer,
     content_with_thinking,
@@ -51,6 +53,7 @@ from vision import (
 )
 
 BUNDLED = Path(__file__).resolve().parent / "models" / "shakespeare"
+DEFAULT_LENGTH = 128  # new tokens, where nothing says how many
 GenerativeModel = MinistralForCausalLM | Mistral3ForConditionalGeneration
 MODELS: dict[str, type[GenerativeModel]] = {
     "ministral": MinistralForCausalLM,
@@ -97,12 +100,12 @@ class Sampling:
 
     Attributes:
         temperature: divides the logits; 0 takes the most likely token (greedy).
-        top_k: keep the k most likely tokens.
+        top_k: keep the k most likely tokens; 0 keeps all.
         top_p: keep the most likely tokens that together reach probability p.
         min_p: keep tokens at least min_p times as likely as the most likely one.
         repetition_penalty: above 1, tokens already in the text become less likely (https://arxiv.org/abs/1909.05858).
 
-    Filters apply in this order, after the temperature, as in Transformers. None is off.
+    Filters apply in this order, after the temperature, as in Transformers. None is off; so are top_k=0 and top_p=1.
 
     Raises:
         ValueError: a value outside its range.
@@ -115,15 +118,41 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        for name, valid, allowed in (
-            ("temperature", 0 <= self.temperature < math.inf, "a number not below 0"),
-            ("top_k", self.top_k is None or self.top_k >= 1, "a whole number not below 1"),
-            ("top_p", self.top_p is None or 0 < self.top_p <= 1, "a number above 0, at most 1"),
-            ("min_p", self.min_p is None or 0 <= self.min_p <= 1, "a number from 0 to 1"),
-            ("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "a number from 0.01 to 100"),
-        ):
-            if not valid:
-                raise ValueError(f"{name}={getattr(self, name)} is impossible; allowed: {allowed}")
+        for name, value in asdict(self).items():
+            check_setting(name, value)
+
+
+def resolve_sampling(stored: GenerationConfig, do_sample: bool | None = None, **arguments: Any) -> Sampling:
+    """How `generate` draws: each of its arguments, or, where that is None, what generation_config.json says.
+
+    As in Transformers it is greedy unless `do_sample` is on, in the call or in the file, with a temperature of 1 unless
+    that is given. Beyond Transformers, a temperature in the call decides alone: 0 is greedy, others draw.
+
+    Raises:
+        ValueError: a value outside its range, or do_sample=True with a temperature of 0.
+    """
+    for name, value in {"do_sample": do_sample, **arguments}.items():
+        check_setting(name, value)
+    values = {}
+    for name, value in arguments.items():
+        values[name] = getattr(stored, name) if value is None else value
+    temperature = arguments["temperature"]
+    if do_sample and temperature == 0:
+        raise ValueError("do_sample=True with temperature=0, which is greedy; allowed: one of the two")
+    if do_sample is None and temperature is not None:
+        do_sample = temperature > 0
+    if do_sample is None:
+        do_sample = bool(stored.do_sample)
+    if do_sample and values["temperature"] is None:
+        values["temperature"] = 1.0
+    if not do_sample:
+        unused = [name for name in ("temperature", "top_k", "top_p", "min_p") if arguments[name]]
+        if unused:
+            warnings.warn(f"{', '.join(unused)}: no effect on greedy decoding; give do_sample=True", stacklevel=3)
+        values["temperature"] = 0.0
+    if values["repetition_penalty"] is None:
+        values["repetition_penalty"] = 1.0
+    return Sampling(**values)
 
 
 def penalize_repetition(logits: Tensor, ids: Tensor, penalty: float) -> Tensor:
@@ -137,7 +166,7 @@ def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
     # Subtracting the maximum first changes no probability and keeps tiny temperatures from overflowing; one that
     # float32 would round to 0 is raised to what is greedy anyway.
     logits = (logits - logits.amax(-1, keepdim=True)) / max(sampling.temperature, 1e-30)
-    if sampling.top_k is not None:
+    if sampling.top_k:
         kth = logits.topk(min(sampling.top_k, logits.shape[-1])).values[..., -1:]
         logits = logits.masked_fill(logits < kth, -math.inf)
     if sampling.top_p is not None and sampling.top_p < 1:
@@ -168,12 +197,12 @@ def generate(
     model: GenerativeModel,
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
-    max_new_tokens: int = 128,
-    temperature: float = 0.0,
+    max_new_tokens: int | None = None,
+    temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
-    repetition_penalty: float = 1.0,
+    repetition_penalty: float | None = None,
     eos_token_id: int | Sequence[int] | None = None,
     seed: int | Sequence[int] | None = None,
     on_token: Callable[[int, int], bool | None] | None = None,
@@ -184,19 +213,31 @@ def generate(
     on_prompt: Callable[[int, int], object] | None = None,
     fast: bool = True,
     compile: bool = False,
+    do_sample: bool | None = None,
+    num_return_sequences: int | None = None,
+    stop_strings: str | Sequence[str] | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> Tensor:
     """Continue each row of `input_ids` until it ends with an end-of-sequence token or is long enough.
+
+    Settings that are None are those of `model.generation_config` (the model's generation_config.json), then those of
+    its configuration, then the defaults named here.
 
     Args:
         input_ids: (B, T). Shorter prompts are padded on the left.
         attention_mask: (B, T), 1 at text and 0 at padding; None: all is text. (A batch that is padded without a mask is
             read as text; a warning says so where it is seen by `pad_token_id`.)
-        max_new_tokens: how many tokens are added at most. A row also ends when it fills the model's
-            `max_position_embeddings`.
-        temperature, top_k, top_p, min_p, repetition_penalty: see `Sampling`. Temperature 0 is greedy.
-        eos_token_id: the tokens that end a row; None takes the configuration's, () means none.
+        max_new_tokens: how many tokens are added at most; by default 128, or what leads to the `max_length` of
+            generation_config.json. A row also ends when it fills the model's `max_position_embeddings`.
+        do_sample, temperature, top_k, top_p, min_p, repetition_penalty: see `resolve_sampling` and `Sampling`. Greedy
+            by default. (Transformers keeps the 50 most likely tokens where nothing says `top_k`; here that is off.)
+        eos_token_id: the tokens that end a row; () means none.
         seed: one number for all rows or one for each; every row draws from a generator of its own, so that it gets
             what it gets alone. None: from the system's entropy.
+        num_return_sequences: how many continuations each row gets, one below the other; the n-th is what the row gets
+            alone with seed + n, so they differ. More than one needs sampling.
+        stop_strings, tokenizer: a row also ends with the token that completes one of these texts. The tokenizer tells
+            what the tokens mean.
         on_token: called as on_token(row, id) for every new token, the ending one included, as soon as it is known;
             if it returns True, that row ends.
         prefill_chunk_size: the prompt is read in chunks of this size, so that the memory beside weights and cache does
@@ -211,25 +252,22 @@ def generate(
             call. (On CUDA such a step is recorded and replayed in any case.)
 
     Returns:
-        (B, T + n): prompts and continuations; a row that ended early is filled up with `pad_token_id` (with the
-        end-of-sequence id where the configuration has none).
+        (B * num_return_sequences, T + n): prompts and continuations; a row that ended early is filled up with
+        `pad_token_id` (with the first end-of-sequence id where there is none).
 
     Raises:
         ValueError: a setting out of range, an empty or padded-on-the-right row, or a prompt that leaves no position
             of `max_position_embeddings` for a new token.
     """
     expect_model(model)
-    for name, number in (("temperature", temperature), ("top_k", top_k), ("top_p", top_p), ("min_p", min_p),
-                         ("repetition_penalty", repetition_penalty)):  # fmt: skip
-        expect_kind(name, number, (int, float), "a number")
-    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
-    config, device = model.config.get_text_config(), model.device
+    config, device, stored = model.config.get_text_config(), model.device, model.generation_config
+    sampling = resolve_sampling(stored, do_sample, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+                                repetition_penalty=repetition_penalty)  # fmt: skip
     expect_kind("past_key_values", past_key_values, KVCache, "a KVCache of ministral.py")
     past = 0 if past_key_values is None else past_key_values.get_seq_length()
     chunk = prefill_chunk_size if prefill_chunk_size is not None else 512 if device.type == "cpu" else 4096
-    for name, value in (("max_new_tokens", max_new_tokens), ("prefill_chunk_size", chunk)):
-        if not is_number(value, int, 1):
-            raise ValueError(f"{name}={value!r} is impossible; allowed: a whole number not below 1")
+    if not is_number(chunk, int, 1):
+        raise ValueError(f"prefill_chunk_size={chunk!r} is impossible; allowed: a whole number not below 1")
     expect_ids(input_ids, config.vocab_size)  # for the fast path, which asks no more
     warn_of_padding(input_ids, attention_mask, config, ends=True)
     if past_key_values is not None:
@@ -245,20 +283,13 @@ def generate(
         raise ValueError(f"attention_mask must be {(B, T)}, padding on the left: every row ends with a real token")
     lengths = real.sum(1).tolist()
     check_length(max(lengths), config)
-    max_new_tokens = min(max_new_tokens, config.max_position_embeddings - min(lengths))
+    length_given = max_new_tokens is not None or stored.max_new_tokens is not None
+    max_new_tokens = min(choose_length(stored, max_new_tokens, T), config.max_position_embeddings - min(lengths))
     total = T + max_new_tokens
-    if eos_token_id is None:
-        eos_token_id = config.eos_token_id
-    expect_kind("eos_token_id", eos_token_id, (int, Collection), "an id or a list of ids")
-    ends = ending_ids(eos_token_id)
-    if not all(is_number(end, int, 0) and end < config.vocab_size for end in ends):
-        raise ValueError(f"eos_token_id={list(ends)} is impossible; allowed: ids below {config.vocab_size}")
-    filler = config.pad_token_id if config.pad_token_id is not None else min(ends, default=0)
-    generators = _generators(seed, B, device)
-
-    # Positions skip padding, so a padded row is rotated, and its queries are scaled, as if it were alone.
-    mask = None if real.all() else torch.cat((real, torch.ones(B, max_new_tokens, dtype=torch.bool)), 1).to(device)
-    first_positions = torch.tensor([[length - T] for length in lengths], device=device)
+    # A `max_length` is often the model's whole context: no memory is set aside for that.
+    expected = total if length_given else min(total, T + DEFAULT_LENGTH)
+    ends = ending_ids(eos_token_id, stored, config)
+    filler = padding_id(stored, config, ends)
 
     embeds = None
     if pixel_values is not None:
@@ -266,7 +297,23 @@ def generate(
     if isinstance(model, Mistral3ForConditionalGeneration) and pixel_values is not None:
         embeds, _ = model.model.embed(input_ids[:, past:], pixel_values.to(device), image_sizes)
     elif pixel_values is not None:
-        raise ValueError(f"pixel_values for a {type(model).__name__}, which has no eyes; allowed: a mistral3 model")
+        raise ValueError(f"pixel_values for a {type(model).__name__}, a text model; allowed: a mistral3 model")
+
+    copies = first_given(num_return_sequences, stored.num_return_sequences, 1)
+    check_setting("num_return_sequences", copies)
+    generators = _generators(seed, B, copies, device)
+    if copies > 1:
+        if sampling.temperature == 0 or past_key_values is not None:
+            found = "past_key_values" if past_key_values is not None else "greedy decoding, which has one result"
+            raise ValueError(f"num_return_sequences={copies} with {found}; allowed: sampling, without a cache")
+        B, lengths = B * copies, [length for length in lengths for _ in range(copies)]
+        input_ids, real = input_ids.repeat_interleave(copies, 0), real.repeat_interleave(copies, 0)
+        embeds = None if embeds is None else embeds.repeat_interleave(copies, 0)
+    stops = _stop_texts(first_given(stop_strings, stored.stop_strings, ()), tokenizer, input_ids, real)
+
+    # Positions skip padding, so a padded row is rotated, and its queries are scaled, as if it were alone.
+    mask = None if real.all() else torch.cat((real, torch.ones(B, max_new_tokens, dtype=torch.bool)), 1).to(device)
+    first_positions = torch.tensor([[length - T] for length in lengths], device=device)
 
     forward = flat(model) if fast else None
     if compile and forward is None:
@@ -284,27 +331,30 @@ def generate(
         arguments = dict(attention_mask=seen, position_ids=positions, past_key_values=cache, **text)
         return model(**arguments, use_cache=True, logits_to_keep=1).logits[:, -1]
 
-    cache, tokens = KVCache(config, expected=total) if past_key_values is None else past_key_values, input_ids
+    cache, tokens = KVCache(config, expected) if past_key_values is None else past_key_values, input_ids
     for start in range(past, T, chunk):
         logits = step(start, input_ids[:, start : start + chunk])
         if on_prompt is not None:
             on_prompt(min(start + chunk, T), T)
     captured = None
-    if forward is not None and (compile or device.type == "cuda") and total > T + 1:
+    record = compile or (device.type == "cuda" and expected == total)
+    if forward is not None and record and total > T + 1:
         captured = Captured(forward, cache, total, first_positions, mask, compile)
     running = [True] * B
     for slot in range(T, total):
         new = torch.full((B, 1), filler, dtype=tokens.dtype, device=device)
         for row in (row for row in range(B) if running[row]):
             scores = logits[row]
-            if repetition_penalty != 1:
+            if sampling.repetition_penalty != 1:
                 said = torch.cat((tokens[row, :T][real[row].to(device)], tokens[row, T:]))
-                scores = penalize_repetition(scores.to(at_least_float32(scores.dtype)), said, repetition_penalty)
+                scores = scores.to(at_least_float32(scores.dtype))
+                scores = penalize_repetition(scores, said, sampling.repetition_penalty)
             new[row] = sample(scores, sampling, generators[row])
         tokens = torch.cat((tokens, new), dim=1)
         for row, token in enumerate(new[:, 0].tolist()):
             if running[row]:
                 stop = on_token(row, token) if on_token else False
+                stop = stops[row].push(token) or stop if stops else stop
                 full = lengths[row] + tokens.shape[1] - T >= config.max_position_embeddings
                 running[row] = not (stop or full or token in ends)
         if not any(running) or slot + 1 == total:
@@ -323,15 +373,64 @@ def expect_model(model: Any) -> None:
         raise ValueError(f"model must be one that load_model returns ({supported}); found {found}")
 
 
-def ending_ids(eos_token_id: int | Sequence[int] | None) -> set[int]:
-    """The ids that end a text, from any of the forms that a configuration has them in."""
-    return {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id or ())
+def first_given(*values: Any) -> Any:
+    """The first value that is not None."""
+    return next(value for value in values if value is not None)
 
 
-def check_seed(seed: int | None) -> None:
-    """Raise ValueError if that is no seed."""
-    if seed is not None and not (is_number(seed, int, 0) and seed < 2**63):
-        raise ValueError(f"seed={seed!r} is impossible; allowed: a whole number from 0 to 2**63 - 1")
+def as_list(value: Any) -> list[Any]:
+    """[] for None, [value] for one value, a list for several."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def ending_ids(given: int | Sequence[int] | None, stored: GenerationConfig, config: MinistralConfig) -> list[int]:
+    """The ids that end a text: those given, those of generation_config.json, or those of the configuration (raises
+    ValueError for an id that is not in the vocabulary)."""
+    found = first_given(given, stored.eos_token_id, config.eos_token_id, ())
+    expect_kind("eos_token_id", found, (int, Collection), "an id or a list of ids")
+    ends = as_list(found)
+    if not all(is_number(end, int, 0) and end < config.vocab_size for end in ends):
+        raise ValueError(f"eos_token_id={ends} is impossible; allowed: ids below {config.vocab_size}")
+    return ends
+
+
+def padding_id(stored: GenerationConfig, config: MinistralConfig, ends: Sequence[int]) -> int:
+    """The id that fills up rows that have ended (raises as `ending_ids`)."""
+    filler: int = first_given(stored.pad_token_id, config.pad_token_id, *ends, 0)
+    if not 0 <= filler < config.vocab_size:
+        raise ValueError(f"pad_token_id={filler} is impossible; allowed: an id below {config.vocab_size}")
+    return filler
+
+
+def choose_length(stored: GenerationConfig, max_new_tokens: int | None, prompt: int) -> int:
+    """How many tokens may follow a prompt of that many.
+
+    Raises:
+        ValueError: no whole number above 0, or the `max_length` of generation_config.json is below the prompt.
+    """
+    if max_new_tokens is None and stored.max_new_tokens is None and stored.max_length is not None:
+        if stored.max_length <= prompt:
+            limit = f"generation_config.json says max_length={stored.max_length}"
+            raise ValueError(f"the prompt has {prompt} tokens, {limit}; give max_new_tokens, or a shorter prompt")
+        return stored.max_length - prompt
+    length: int = first_given(max_new_tokens, stored.max_new_tokens, DEFAULT_LENGTH)
+    check_setting("max_new_tokens", length)
+    return length
+
+
+def _stop_texts(
+    stop_strings: str | Sequence[str], tokenizer: Tokenizer | None, input_ids: Tensor, real: Tensor
+) -> list[StopText]:
+    """One StopText for each row, none without stop texts."""
+    texts = as_list(stop_strings)
+    check_setting("stop_strings", texts)
+    if not texts:
+        return []
+    if tokenizer is None:
+        raise ValueError(f"stop_strings={texts} without a tokenizer; give tokenizer=..., or stop_strings=()")
+    return [StopText(tokenizer, texts, ids[kept].tolist()) for ids, kept in zip(input_ids.cpu(), real)]
 
 
 def check_length(tokens: int, config: MinistralConfig) -> None:
@@ -341,17 +440,23 @@ def check_length(tokens: int, config: MinistralConfig) -> None:
         raise ValueError(f"the prompt has {tokens} tokens; allowed: below max_position_embeddings={limit}; shorten it")
 
 
-def _generators(seed: int | Sequence[int] | None, rows: int, device: torch.device) -> list[torch.Generator]:
-    generators = [torch.Generator(device) for _ in range(rows)]
+def _generators(
+    seed: int | Sequence[int] | None, rows: int, copies: int, device: torch.device
+) -> list[torch.Generator]:
+    """A generator for each copy of each row; that of the n-th copy has the seed of the row plus n."""
     seeds = list(seed) if isinstance(seed, Sequence) else [seed] * rows
     if len(seeds) != rows:
         raise ValueError(f"seed must be one number or one for each of {rows} rows; found {len(seeds)}")
-    for generator, number in zip(generators, seeds):
-        check_seed(number)
-        if number is None:
-            generator.seed()
-        else:
-            generator.manual_seed(int(number))
+    generators = []
+    for number in seeds:
+        check_setting("seed", number)
+        for copy in range(copies):
+            generator = torch.Generator(device)
+            if number is None:
+                generator.seed()
+            else:
+                generator.manual_seed((int(number) + copy) % 2**63)
+            generators.append(generator)
     return generators
 
 
@@ -401,8 +506,8 @@ class Conversation:
     def picture(self, source: Any) -> tuple[Tensor, list[int]]:
         """See `read_picture`."""
         if not isinstance(self.config, Mistral3Config):
-            found = f"a picture, for a model without eyes (model_type {self.config.model_type!r})"
-            raise ValueError(f"{found}; allowed: a model of type 'mistral3'")
+            found = f"an image, for a text model (model_type {self.config.model_type!r})"
+            raise ValueError(f"{found}; give a model that sees images (model_type 'mistral3')")
         if not isinstance(source, str):
             return read_picture(source, self.config, self.tokenizer)
         if source not in self.pictures:
@@ -509,7 +614,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options of the command line (None: of this process)."""
     parser = Parser(description="Continue a text, or answer, with a Ministral model.")
     add = parser.add_argument
-    add("prompt", nargs="?", metavar="PROMPT", help="the text to continue, or the user's message")
+    add("prompt", nargs="?", metavar="PROMPT", help="the text to continue, which is printed first, or the"
+        " user's message")  # fmt: skip
     add("--prompt-file", metavar="FILE", help="read the prompt from a file, - for standard input")
     add("--image", action="append", default=[], metavar="FILE", help="a picture, before the text; also a web address"
         " or data: URI (repeatable)")  # fmt: skip
@@ -522,15 +628,21 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--messages", metavar="FILE.json", help="answer a conversation: a list of messages with role and content")
     add("--tools", metavar="FILE.json", help="tools the model may call; its calls are printed as JSON")
     add("--show-thinking", action="store_true", help="print what the model thinks before it answers")
-    add("--max-new-tokens", type=int, metavar="N", help="default: 200; for chats 16384, with thinking 32768, or what"
-        " memory allows")  # fmt: skip
-    add("--temperature", type=float, metavar="T", help="0 is greedy; default: Mistral's advice for the model, or 0.8")
-    add("--top-k", type=int, metavar="K", help="draw from the K most likely tokens")
-    add("--top-p", type=float, metavar="P", help="draw from the most likely tokens that make up P")
-    add("--min-p", type=float, metavar="P", help="drop tokens below P times the most likely one")
-    add("--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1: repeat less")
-    add("--seed", type=int, metavar="N", help="the same seed draws the same text")
-    add("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT (repeatable)")
+    defaults = parser.add_argument_group(
+        "how tokens are drawn", "default: the model's generation_config.json, then Mistral's advice for such a model"
+    )
+    for name, letter, text in (
+        ("max_new_tokens", "N", "then 200; for chats 16384, with thinking 32768, or what memory allows"),
+        ("temperature", "T", "0 is greedy, higher is more random"),
+        ("top_k", "K", "draw from the K most likely tokens; 0: from all"),
+        ("top_p", "P", "draw from the most likely tokens that make up P"),
+        ("min_p", "P", "drop tokens below P times the most likely one"),
+        ("repetition_penalty", "X", "above 1: repeat less"),
+        ("seed", "N", "the same seed draws the same text; default: a new one each time"),
+    ):
+        defaults.add_argument(f"--{name.replace('_', '-')}", type=setting(name), metavar=letter, help=text)
+    add("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT (repeatable)",
+        type=setting("stop_strings"))  # fmt: skip
     add("--dtype", choices=("auto", *DTYPES), default="auto", help="default: as stored; FP8 becomes bfloat16")
     add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
     add("--attn", choices=("sdpa", "eager"), default="sdpa", help="attention implementation")
@@ -545,16 +657,19 @@ def read_prompt(options: argparse.Namespace) -> str | None:
         ValueError: none, two, an empty one, or one that is not UTF-8.
         OSError: the file cannot be read.
     """
-    if options.prompt is None and options.prompt_file is None and (options.chat or options.messages):
-        return None
-    if (options.prompt is None) == (options.prompt_file is None):
-        raise ValueError("give a PROMPT or --prompt-file FILE, one of the two")
+    if options.prompt is not None and options.prompt_file is not None:
+        raise ValueError(f"a PROMPT and --prompt-file {options.prompt_file}; give one of the two")
+    if options.prompt is None and options.prompt_file is None:
+        if options.chat or options.messages:
+            return None
+        raise ValueError('no prompt; give a text to continue, as in `python generate.py "To be, or not to be"`, or'
+                         " --prompt-file FILE, or --chat (--help lists the options)")  # fmt: skip
     if options.prompt is not None:
         data = os.fsencode(options.prompt)
     elif options.prompt_file == "-":
         data = sys.stdin.buffer.read()
     else:
-        data = Path(options.prompt_file).read_bytes()
+        data = read_file(options.prompt_file, "--prompt-file")
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -562,6 +677,14 @@ def read_prompt(options: argparse.Namespace) -> str | None:
     if not text:
         raise ValueError("the prompt is empty; give at least one character")
     return text
+
+
+def read_file(path: str, option: str) -> bytes:
+    """The content of the file that an option names (raises OSError, which names the option)."""
+    try:
+        return Path(path).expanduser().read_bytes()
+    except OSError as error:
+        raise OSError(f"{option} {path or repr(path)}: {error.strerror}; give a file that can be read") from error
 
 
 def choose_device(name: str) -> torch.device:
@@ -575,7 +698,7 @@ def choose_device(name: str) -> torch.device:
         name = next(kind for kind, present in there.items() if present)
     if not there[name]:
         present = ", ".join(kind for kind, is_there in there.items() if is_there)
-        raise ValueError(f"--device {name}: this machine has none; allowed here: {present}")
+        raise ValueError(f"--device {name}: this machine has none; give {present}, or leave it out")
     return torch.device(name)
 
 
@@ -692,7 +815,12 @@ def choose_format(options: argparse.Namespace, directory: Path) -> tuple[bool, s
         raise ValueError(f"--raw and {asked[0]}: plain text has no messages; allowed: one of the two")
     if options.raw or asked:
         return not options.raw, (asked or ["--raw"])[0]
-    words = model_words(options.model, directory)
+    return knows_chats(options.model, directory)
+
+
+def knows_chats(model: str, directory: Path) -> tuple[bool, str]:
+    """Whether a model was trained for chats, and why: what its name says, else the files beside it."""
+    words = model_words(model, directory)
     for word, chat in (("base", False), ("instruct", True), ("reasoning", True)):
         if word in words:
             return chat, f"the name says {word}"
@@ -701,7 +829,7 @@ def choose_format(options: argparse.Namespace, directory: Path) -> tuple[bool, s
         return True, f"{template[0]} has a chat template"
     if (directory / "SYSTEM_PROMPT.txt").is_file():
         return True, "SYSTEM_PROMPT.txt is there"
-    return False, "neither name nor files say that the model knows chats"
+    return False, "the model continues the prompt; neither its name nor its files tell of chats (--chat tries one)"
 
 
 def model_words(name: str, directory: Path) -> list[str]:
@@ -760,8 +888,11 @@ def kind_of(options: argparse.Namespace, directory: Path, config: Any, messages:
 
 
 def read_list(path: str, option: str) -> list[Any]:
-    """A JSON list from a file (raises ValueError, FileNotFoundError)."""
-    content = checkpoint.read_json(Path(path))
+    """A JSON list from a file (raises ValueError, OSError)."""
+    try:
+        content = json.loads(read_file(path, option))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{option} {path} is not JSON: {error}") from error
     if not isinstance(content, list):
         raise ValueError(f"{option} {path} holds {type(content).__name__}; allowed: a JSON list")
     return content
@@ -775,22 +906,48 @@ ADVICE: dict[str, tuple[float, float | None, int]] = {
 }  # fmt: skip
 
 
-def choose_sampling(options: argparse.Namespace, kind: str) -> tuple[Sampling, int]:
-    """How tokens are drawn and how many at most: what the options say, else Mistral's advice for this kind of model.
+def choose_sampling(
+    options: argparse.Namespace, kind: str, stored: GenerationConfig
+) -> tuple[Sampling, int, dict[str, str]]:
+    """How tokens are drawn, how many at most, and where each setting comes from: the options, else the model's
+    generation_config.json, else Mistral's advice for this kind of model."""
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    file = {name: getattr(stored, name) for name in names if getattr(stored, name) is not None}
+    if stored.do_sample is False:
+        file["temperature"] = 0.0
+    elif stored.do_sample:
+        file.setdefault("temperature", 1.0)  # as in Transformers
+    advice = dict(zip(("temperature", "top_p", "max_new_tokens"), ADVICE[kind]))
+    if "temperature" in given or "temperature" in file:
+        advice["top_p"] = None  # the advised one belongs to the advised temperature
+    values: dict[str, Any] = {**advice, **file, **given}
+    sources = {name: "default" for name in advice} | {name: checkpoint.GENERATION for name in file}
+    sources |= {name: option_name(name) for name in given}
+    if values["temperature"] == 0:
+        for name in ("top_k", "top_p", "min_p"):
+            if given.get(name):
+                greedy = f"temperature 0 ({sources['temperature']}) always takes the most likely token"
+                warnings.warn(f"{option_name(name)} {given[name]} changes nothing: {greedy}", stacklevel=2)
+            values.pop(name, None)
+    budget = values.pop("max_new_tokens")
+    return Sampling(**values), budget, sources
 
-    Raises:
-        ValueError: a value out of range.
-    """
-    temperature, top_p, budget = ADVICE[kind]
-    if options.temperature is not None:
-        temperature, top_p = options.temperature, None
-    top_p = top_p if options.top_p is None else options.top_p
-    if options.max_new_tokens is not None and options.max_new_tokens < 1:
-        raise ValueError(f"--max-new-tokens {options.max_new_tokens}: allowed: a whole number not below 1")
-    check_seed(options.seed)
-    return Sampling(temperature, options.top_k, top_p, options.min_p, options.repetition_penalty), (
-        options.max_new_tokens or budget
-    )
+
+def option_name(setting: str) -> str:
+    """top_p -> --top-p"""
+    return "--" + setting.replace("_", "-")
+
+
+def describe_settings(sampling: Sampling, budget: int, sources: Mapping[str, str]) -> str:
+    """One line: how tokens are drawn, how many at most, and where each setting comes from."""
+    off = {"top_k": 0, "top_p": 1, "min_p": 0, "repetition_penalty": 1}
+    said = []
+    for name, value in asdict(sampling).items():
+        if value is not None and value != off.get(name):
+            said.append(f"{option_name(name).removeprefix('--')} {value} ({sources[name]})")
+    said.append(f"{budget:,} new tokens at most ({sources['max_new_tokens']})")
+    return f"settings: {', '.join(said)}"
 
 
 def run(options: argparse.Namespace) -> int:
@@ -798,8 +955,11 @@ def run(options: argparse.Namespace) -> int:
     one line."""
     prompt, device, dtype = read_prompt(options), choose_device(options.device), DTYPES.get(options.dtype)
     if options.chat and options.json:
-        raise ValueError("--chat and --json: a conversation is no single object; allowed: one of the two")
-    choose_sampling(options, "text")
+        raise ValueError("--chat and --json: a conversation is no single object; give one of the two")
+    if not options.model:
+        raise ValueError("--model '' names no model; give a directory or a Hub id, or leave it out")
+    if options.revision is not None and os.path.isdir(os.path.expanduser(options.model)):
+        raise ValueError(f"--revision {options.revision}: {options.model} is a directory; it goes with a Hub id only")
     directory = checkpoint.find(options.model, options.revision)
     content = checkpoint.read_config(directory)
     cls = model_class(content)
@@ -808,12 +968,21 @@ def run(options: argparse.Namespace) -> int:
     ids_there = config.get_text_config().vocab_size
     if tokenizer.vocab_size > ids_there:
         raise ValueError(f"{directory}: the tokenizer has {tokenizer.vocab_size} ids, the model vocab_size={ids_there}")
+    stored = GenerationConfig.from_pretrained(directory)
+    ends = ending_ids(None, stored, config.get_text_config())
+    if options.image and not isinstance(config, Mistral3Config):
+        seen = f"{options.model} is a text model (model_type {config.model_type!r})"
+        raise ValueError(f"--image {options.image[0]}: {seen}; give a --model that sees images (model_type 'mistral3')")
     chat, why = choose_format(options, directory)
+    if options.show_thinking and not chat:
+        raise ValueError("--show-thinking: plain text has no thinking; give --chat or --system, too, or leave it out")
     if chat:
         tokenizer.check_layout()
     talk = Conversation(tokenizer, config, begin(options, directory, prompt) if chat else [],
                         read_list(options.tools, "--tools") if options.tools else None)  # fmt: skip
-    sampling, budget = choose_sampling(options, kind_of(options, directory, config, talk.messages) if chat else "text")
+    untrained = chat and not knows_chats(options.model, directory)[0]
+    kind = kind_of(options, directory, config, talk.messages) if chat and not untrained else "text"
+    sampling, budget, sources = choose_sampling(options, kind, stored)
     if chat:
         ids, pictures = check_chat(talk) if options.chat else talk.encode()
     else:
@@ -823,15 +992,29 @@ def run(options: argparse.Namespace) -> int:
         pictures = [pixels for pixels, _ in found]
     check_length(len(ids), config.get_text_config())
     print(f"{f'chat format {tokenizer.version}' if chat else 'plain text'}: {why}", file=sys.stderr)
+    if untrained:
+        print(f"warning: {why} for {options.model}: neither its name nor its files tell of training for chats; expect"
+              " answers that make no sense", file=sys.stderr)  # fmt: skip
+    if sources["max_new_tokens"] == "default" and stored.max_length is not None:
+        budget = min(budget, choose_length(stored, None, len(ids)))
+    room = config.get_text_config().max_position_embeddings - len(ids)
+    too_many = options.max_new_tokens is not None and budget > room
     budget = plan_memory(directory, config, len(ids), budget, options.max_new_tokens is None, device, dtype)
+    if too_many:
+        context = f"the context of {room + len(ids):,} tokens leaves room for {room:,} after the prompt"
+        print(f"note: --max-new-tokens {options.max_new_tokens}: {context}", file=sys.stderr)
+    print(describe_settings(sampling, budget, sources), file=sys.stderr)
     model = cls.from_pretrained(directory, dtype, device, options.attn)
+    options.stop = options.stop or as_list(stored.stop_strings)
+    model.generation_config.stop_strings = None  # `Writer` looks after them
+    model.generation_config.num_return_sequences = None
     settings = asdict(sampling) | {"max_new_tokens": budget}
     rows = wide_rows(model.dtype, model.device)
     if rows <= len(ids) or (options.chat and rows < math.inf):
         kind = str(model.dtype).removeprefix("torch.")
         print(f"{rows} tokens or more at once are computed in float32, faster here than {kind}", file=sys.stderr)
     if options.chat:
-        return converse(talk, model, options, settings)
+        return converse(talk, model, options, settings | {"eos_token_id": ends})
 
     settings |= {"seed": int.from_bytes(os.urandom(4), "big") if options.seed is None else options.seed}
     begun = talk.begins_with() if chat else None
@@ -842,6 +1025,8 @@ def run(options: argparse.Namespace) -> int:
             message = talk.answer(model, on_token=writer.on_token, on_prompt=progress_bar(), **settings)
         else:
             pixel_values, image_sizes = batched(pictures)
+            if not options.json:
+                print(prompt or "", end="", flush=True)
             generate(model, torch.tensor([ids]), on_token=writer.on_token, on_prompt=progress_bar(),
                      pixel_values=pixel_values, image_sizes=image_sizes, **settings)  # fmt: skip
     except KeyboardInterrupt:
@@ -1024,7 +1209,8 @@ def reply(talk: Conversation, model: GenerativeModel, options: argparse.Namespac
     if not awaits_user(talk.messages):
         print("(the answer was empty; the question is taken back)", file=sys.stderr)
         take_back(talk.messages)
-    ended = writer.ids and writer.ids[-1] in ending_ids(talk.config.get_text_config().eos_token_id)
+    ends = ending_ids(settings.get("eos_token_id"), GenerationConfig(), talk.config.get_text_config())
+    ended = writer.ids and writer.ids[-1] in ends
     note = "" if ended or writer.stopped else ", cut: --max-new-tokens or the context is used up (/reset begins anew)"
     rate = measure(writer, start)["tokens_per_second"]
     print(f"{len(writer.ids)} tokens, {rate:.1f} tokens/s{note}", file=sys.stderr)

@@ -674,12 +674,12 @@ class PreTrainedModel(nn.Module):
     config_class: ClassVar[type[Any]] = MinistralConfig
     base_model_prefix: ClassVar[str] = "model"  # under which attribute the backbone sits
     new_layer: ClassVar[str | None] = None  # a layer that files may lack, which is initialised then
-    # Parameters that are another parameter's tensor where the configuration says so.
-    may_tie: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    may_tie: ClassVar[Mapping[str, str]] = MappingProxyType({})  # {parameter: the one whose tensor it may share}
 
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.config = config
+        self.generation_config = checkpoint.GenerationConfig()  # for `generate`
         self._recompute = False
 
     @property
@@ -741,8 +741,8 @@ class PreTrainedModel(nn.Module):
         Returns:
             The model in eval mode. The head is the one that is stored, and tied to the embeddings if none is; a warning
             says so where config.json says otherwise. FP8 weights become `dtype` (None: what config.json names, or
-            bfloat16), with a warning. The classification layer of a model in `heads.py` is
-            initialised, with a warning that names it, if the files have none.
+            bfloat16), with a warning. The classification layer of a model in `heads.py` is initialised, with a warning
+            that names it, if the files have none. `generation_config` is the content of generation_config.json.
 
         Raises:
             FileNotFoundError: no such directory or repository, or a file is missing in it.
@@ -778,6 +778,7 @@ class PreTrainedModel(nn.Module):
         tie = checkpoint.fill(model, files, own_name, model.may_tie, said_tied, new, dtype, to)
         if model.may_tie:
             config.tie_word_embeddings = tie
+            model.generation_config = checkpoint.GenerationConfig.from_pretrained(directory)
         model.tie_weights()
         if cls.new_layer and new:
             warnings.warn(f"{directory} has no {', '.join(sorted(new))}: initialised, to be trained", stacklevel=2)
@@ -799,8 +800,8 @@ class PreTrainedModel(nn.Module):
         return stored if bare else f"{self.base_model_prefix}.{stored}"
 
     def save_pretrained(self, directory: str | Path, max_shard_bytes: int = 5 * 10**9) -> None:
-        """Write config.json and weights, readable here and by Transformers; larger models in shards. A tied tensor is
-        written once. Each file appears complete or not at all.
+        """Write config.json, generation_config.json if there is something to say in it, and weights, readable here and
+        by Transformers; larger models in shards. A tied tensor is written once. Each file appears whole or not at all.
 
         Raises:
             NotADirectoryError: `directory` exists and is a file.
@@ -809,7 +810,7 @@ class PreTrainedModel(nn.Module):
         config["dtype"] = str(self.dtype).removeprefix("torch.")
         tensors = {name: tensor.detach() for name, tensor in self.named_parameters()}  # each tensor by its first name
         sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
-        checkpoint.write(directory, config, sizes, tensors.__getitem__, max_shard_bytes)
+        checkpoint.write(directory, config, sizes, tensors.__getitem__, max_shard_bytes, self.generation_config)
 
 
 class MinistralModel(PreTrainedModel):

@@ -587,6 +587,25 @@ class TextStream:
         return self._decoder.decode(b"", final=True)
 
 
+class StopText:
+    """Watches a text that grows by one id at a time: `push` returns whether the id completes one of the stop texts,
+    which may begin in the ids before the first `push`."""
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], ids: Sequence[int] = ()) -> None:
+        self._stream = TextStream(tokenizer)
+        self._stops = stops
+        self._kept = max(map(len, stops)) - 1  # characters that the beginning of a stop text may have
+        self._end = ""
+        for i in ids[-4 * (self._kept + 1) :]:  # a character is 4 ids at most
+            self.push(i)
+
+    def push(self, i: int) -> bool:
+        text = self._end + self._stream.push(i)
+        old = len(self._end)
+        self._end = text[max(0, len(text) - self._kept) :]
+        return any(text.find(stop, max(0, old - len(stop) + 1)) >= 0 for stop in self._stops)
+
+
 class ChatStream:
     """`TextStream` for a chat's answer: `push` returns the kind ("text", "thinking" or "call") and the characters.
 

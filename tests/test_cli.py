@@ -45,9 +45,10 @@ def run(capsys, *arguments):
 def test_text_is_streamed_and_then_one_line_of_figures(capsys, monkeypatch):
     monkeypatch.setattr(generate, "wide_rows", lambda dtype, device: math.inf)
     code, out, err = run(capsys, "To be, or not to be", "--max-new-tokens", 20, "--seed", 1)
-    kind, plan, figures = err.splitlines()
-    assert kind == "plain text: neither name nor files say that the model knows chats"
-    assert code == 0 and out.endswith("\n") and len(out) > 20
+    kind, plan, settings, figures = err.splitlines()
+    assert kind.startswith("plain text: the model continues the prompt; neither its name nor its files tell of chats")
+    assert code == 0 and out.endswith("\n") and out.startswith("To be, or not to be") and len(out) > 40
+    assert settings.endswith("20 new tokens at most (--max-new-tokens)")
     assert "million parameters" in plan and "of weights" in plan and "of cache for" in plan
     assert figures.startswith("20 tokens, ") and f"tokens/s, {BUNDLED}, " in figures and "bfloat16" in figures
 
@@ -83,7 +84,7 @@ def test_a_stop_text_ends_the_output_before_it(capsys):
     free = run(capsys, *arguments)[1].rstrip("\n")
     stop = free[len(free) // 2 : len(free) // 2 + 7]
     code, out, err = run(capsys, *arguments, "--stop", stop, "--stop", "\x00")
-    assert code == 0 and out == free[: free.index(stop)] + "\n"
+    assert code == 0 and out == free[: free.index(stop, len("HAMLET.\n"))] + "\n"
     assert int(err.splitlines()[-1].split()[0]) <= 60
 
 
@@ -128,23 +129,36 @@ def edit_config(path, **change):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([], "give a PROMPT or --prompt-file"),
+        ([], "no prompt; give a text to continue"),
+        (["--modle", "x"], "--modle is not an option; did you mean --model?"),
+        (["--xyz=3", "a"], "--xyz is not an option; a text that begins with - goes after --"),
+        (["to", "be"], "'be' is one argument too many; a text with blanks needs quotes"),
         ([""], "the prompt is empty"),
-        (["a", "--prompt-file", "-"], "one of the two"),
-        (["--prompt-file", "/no/such/file"], "/no/such/file"),
+        (["a", "--prompt-file", "-"], "a PROMPT and --prompt-file -; give one of the two"),
+        (["--prompt-file", "/no/such/file"], "--prompt-file /no/such/file: No such file or directory; give a file"),
+        (["--prompt-file", "/"], "--prompt-file /: Is a directory"),
+        (["--prompt-file", ""], "--prompt-file '': "),
+        (["a", "--model", ""], "--model '' names no model"),
+        (["a", "--model", "/"], "/config.json does not exist; a model is a directory with"),
+        (["a", "--stop", ""], "--stop '' is impossible; give a text that is not empty"),
+        (["a", "--seed", "1.5"], "--seed 1.5 is impossible; give a whole number"),
+        (["a", "--seed"], "--seed: expected one argument"),
         (["a", "--model", "/no/such/dir"], "no model directory /no/such/dir"),
         (["a", "--model", "no-owner/no-such-model"], "could not be fetched from the Hub"),
-        (["a", "--top-p", "2"], "top_p=2.0 is impossible"),
-        (["a", "--top-k", "0"], "top_k=0 is impossible"),
-        (["a", "--min-p", "-1"], "min_p=-1.0 is impossible"),
-        (["a", "--temperature", "-1"], "temperature=-1.0 is impossible"),
-        (["a", "--temperature", "nan"], "temperature=nan is impossible"),
-        (["a", "--temperature", "hot"], "invalid float value: 'hot'"),
-        (["a", "--repetition-penalty", "0"], "repetition_penalty=0.0 is impossible"),
-        (["a", "--max-new-tokens", "0"], "--max-new-tokens 0"),
+        (["a", "--top-p", "2"], "--top-p 2 is impossible; give a number above 0, at most 1"),
+        (["a", "--top-k", "-1"], "--top-k -1 is impossible; give a whole number not below 0 (0 is off)"),
+        (["a", "--min-p", "-1"], "--min-p -1 is impossible; give a number from 0 to 1"),
+        (["a", "--temperature", "-1"], "--temperature -1 is impossible; give a number not below 0"),
+        (["a", "--temperature", "nan"], "--temperature nan is impossible"),
+        (["a", "--temperature", "hot"], "--temperature hot is impossible; give a number"),
+        (["a", "--repetition-penalty", "0"], "--repetition-penalty 0 is impossible"),
+        (["a", "--max-new-tokens", "0"], "--max-new-tokens 0 is impossible; give a whole number not below 1"),
+        (["a", "--max-new-tokens", "many"], "--max-new-tokens many is impossible"),
+        (["a", "--image", "x.png"], "--image x.png: "),
+        (["a", "--revision", "v1"], "--revision v1: "),
         (["a", "--dtype", "int8"], "invalid choice: 'int8'"),
         (["a", "--attn", "flash"], "invalid choice: 'flash'"),
-        (["a", "--frobnicate"], "unrecognized arguments: --frobnicate"),
+        (["a", "--frobnicate"], "--frobnicate is not an option"),
         (["to be " * 2000], "max_position_embeddings=1024"),
         (["a", "--repetition-penalty", "1e-300"], "from 0.01 to 100"),
         (["a\udcff"], "not UTF-8"),
@@ -179,7 +193,7 @@ def test_a_broken_model_is_one_line_and_exit_code_2(capsys, copy, damage, messag
     code, out, err = run(capsys, "To be", "--model", copy)
     assert code == 2 and out == "" and message in err
     last = err.splitlines()[-1]
-    assert last.startswith("error: ") and len(err.splitlines()) <= 3  # the lines that say what will be loaded
+    assert last.startswith("error: ") and len(err.splitlines()) <= 4  # the lines that say what will be loaded
 
 
 def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(capsys, monkeypatch):
@@ -195,9 +209,91 @@ def test_what_is_planned_is_what_is_asked_for(capsys):
         code, _, err = run(capsys, "a", "--stop", " ", "--stop", "e", *arguments)
         plans[name] = err.splitlines()[1]
         assert code == 0
+        cut = "note: --max-new-tokens 1000000000: the context of 1,024 tokens leaves room for 1,022 after the prompt"
+        assert (cut in err) == (name == "long")
     assert "7.9 MB of weights and 309.0 kB of cache for 202 tokens" not in plans["float64"]
     assert "7.9 MB of weights" in plans[""] and "31.5 MB of weights" in plans["float64"]
     assert "1.6 MB of cache for 1024 tokens" in plans["long"]
+
+
+def test_where_settings_come_from(capsys, copy, monkeypatch):
+    """An option, then generation_config.json, then a default; the line on the screen names which."""
+    asked = []
+    monkeypatch.setattr(generate, "generate", lambda *_, **settings: asked.append(settings))
+    file = {"temperature": 0.6, "top_p": 0.9, "max_new_tokens": 7, "do_sample": True, "repetition_penalty": 1.2}
+
+    def said(content, *arguments):
+        (copy / "generation_config.json").write_text(json.dumps(content))
+        code, _, err = run(capsys, "To be", "--model", copy, *arguments)
+        assert code == 0, err
+        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens")
+        line = next(line for line in err.splitlines() if line.startswith("settings: "))
+        return line.removeprefix("settings: "), tuple(asked[-1][name] for name in names)
+
+    from_file = "(generation_config.json)"
+    usual = "temperature 0.8 (default), 200 new tokens at most (default)"
+    assert said({}) == (usual, (0.8, None, None, None, 1.0, 200))
+    assert said(file) == (
+        f"temperature 0.6 {from_file}, top-p 0.9 {from_file}, repetition-penalty 1.2 {from_file},"
+        f" 7 new tokens at most {from_file}", (0.6, None, 0.9, None, 1.2, 7)
+    )  # fmt: skip
+    line, values = said(file, "--temperature", 0.3, "--max-new-tokens", 3, "--top-k", 5)
+    assert "temperature 0.3 (--temperature), top-k 5 (--top-k), top-p 0.9 (gen" in line and "at most (--max-new" in line
+    assert values == (0.3, 5, 0.9, None, 1.2, 3)
+    assert said(file, "--top-p", 1, "--repetition-penalty", 1)[0].startswith(f"temperature 0.6 {from_file}, 7 new")
+    assert said(file | {"do_sample": False})[1] == (0, None, None, None, 1.2, 7)
+    assert said({"do_sample": True})[0].startswith(f"temperature 1.0 {from_file}")
+    assert said({"max_length": 12})[1][-1] == 12 - 3 and said({"max_length": 1024})[1][-1] == 200
+    assert said({"max_length": 12}, "--max-new-tokens", 50)[1][-1] == 50
+    assert said({"temperature": 0.5}, "--temperature", 0)[1][:3] == (0, None, None)
+
+
+def test_a_setting_without_effect_is_named(capsys):
+    err = run(capsys, "To be", "--temperature", 0, "--top-p", 0.9, "--max-new-tokens", 1)[2]
+    assert "note: --top-p 0.9 changes nothing: temperature 0 (--temperature) always takes the most likely token" in err
+
+
+def test_the_models_own_end_and_stop_texts(capsys, copy):
+    def text(**content):
+        (copy / "generation_config.json").write_text(json.dumps(content))
+        arguments = ["The king", "--model", copy, "--temperature", 0, "--max-new-tokens", 12, "--json"]
+        return json.loads(run(capsys, *arguments)[1])
+
+    free = text()
+    assert len(free["ids"]) == 12
+    ended = text(eos_token_id=[2, free["ids"][5]])
+    assert ended["ids"] == free["ids"][: free["ids"].index(free["ids"][5]) + 1]
+    stopped = text(stop_strings=[free["text"][8:12]])
+    assert stopped["text"] == free["text"][: free["text"].index(free["text"][8:12])]
+    assert text(num_return_sequences=3)["ids"] == free["ids"]
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("{", "generation_config.json is not JSON"),
+        ("[1]", "generation_config.json must hold a JSON object; found list"),
+        ('{"temperature": "hot"}', "generation_config.json: temperature='hot' is impossible; allowed: a number not"),
+        ('{"top_p": 2}', "generation_config.json: top_p=2 is impossible"),
+        ('{"eos_token_id": [2, "a"]}', "generation_config.json: eos_token_id=[2, 'a'] is impossible"),
+        ('{"do_sample": 1}', "generation_config.json: do_sample=1 is impossible; allowed: true or false"),
+        ('{"max_length": 2}', "the prompt has 2 tokens, generation_config.json says max_length=2"),
+        ('{"eos_token_id": 5000}', "eos_token_id=[5000] is impossible; allowed: ids below 2048"),
+    ],
+)
+def test_a_malformed_generation_config_is_one_line(capsys, copy, content, message):
+    (copy / "generation_config.json").write_text(content)
+    code, out, err = run(capsys, "A", "--model", copy)
+    assert code == 2 and out == "" and message in err and err.splitlines()[-1].startswith("error: ")
+
+
+def test_settings_that_are_not_supported_are_named_once(capsys, copy):
+    content = {"num_beams": 4, "penalty_alpha": 0.6, "typical_p": 1.0, "no_repeat_ngram_size": 0, "use_cache": True}
+    (copy / "generation_config.json").write_text(json.dumps(content))
+    arguments = [*COMMAND, "To be", "--model", str(copy), "--max-new-tokens", "1"]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    assert done.stderr.count("not supported here, and left out: num_beams=4, penalty_alpha=0.6\n") == 1
+    assert "typical_p" not in done.stderr and "use_cache" not in done.stderr
 
 
 def test_memory_figures():

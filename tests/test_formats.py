@@ -901,7 +901,7 @@ def test_one_set_of_weights_is_fetched_and_no_pickle(tmp_path, monkeypatch, layo
     others = {"tekken.json", "generation_config.json", "processor_config.json", "SYSTEM_PROMPT.txt", "tokenizer.json",
               "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"}  # fmt: skip
     for name in ("pytorch_model.bin", "consolidated.00.pth", "README.md", "model.gguf", "training.pt", *others):
-        (remote / name).write_bytes(b"x")
+        (remote / name).write_text("{}" if name == "generation_config.json" else "x")
     hub = Hub(remote, tmp_path / "local")
     monkeypatch.setattr("huggingface_hub.snapshot_download", hub)
     checkpoint.find("owner/name", weights=False)

@@ -1,17 +1,28 @@
 """The sampling loop: greedy equals Transformers, rows equal themselves alone, filters equal Transformers' filters."""
 
+import json
 import math
 import random
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 
-from generate import Sampling, filter_logits, generate, penalize_repetition, sample
+import generate as generation
+from generate import BUNDLED, Sampling, filter_logits, generate, penalize_repetition, sample
+from ministral import KVCache, MinistralConfig, MinistralForCausalLM
 from tests.cases import VOCAB, draw_case
+from tokenizer import TextStream, Tokenizer
 
 rngs = st.randoms(use_true_random=False)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.from_dir(BUNDLED)
 
 
 def draw_prompts(rng, dtype=torch.float32, **fixed):
@@ -139,11 +150,18 @@ def test_seeds_for_each_row():
         (dict(temperature=math.nan), "temperature=nan"),
         (dict(top_p=2), "top_p=2 is impossible; allowed: a number above 0, at most 1"),
         (dict(top_p=0), "top_p=0"),
-        (dict(top_k=0), "top_k=0"),
+        (dict(top_k=-1), "top_k=-1"),
+        (dict(top_p="most"), "top_p='most'"),
+        (dict(num_return_sequences=0), "num_return_sequences=0"),
+        (dict(num_return_sequences=2), "num_return_sequences=2 with greedy decoding"),
+        (dict(do_sample=True, temperature=0), "do_sample=True with temperature=0"),
+        (dict(stop_strings="a"), r"stop_strings=\['a'\] without a tokenizer"),
+        (dict(stop_strings=[""]), r"stop_strings=\[''\] is impossible"),
         (dict(min_p=1.5), "min_p=1.5"),
         (dict(repetition_penalty=0), "repetition_penalty=0"),
         (dict(repetition_penalty=1e-300), "from 0.01 to 100"),
         (dict(eos_token_id=50), r"eos_token_id=\[50\].*below 50"),
+        (dict(eos_token_id=[2, -1]), r"eos_token_id=\[2, -1\]"),
         (dict(seed=2**64), "seed=18446744073709551616"),
         (dict(max_new_tokens=0), "max_new_tokens=0"),
         (dict(prefill_chunk_size=0), "prefill_chunk_size=0"),
@@ -183,6 +201,151 @@ def test_models_of_another_kind_are_refused():
             generate(model, case.ids)
 
 
+# ------------------------------------------------------------------------------------------ settings of the model
+
+
+def draw_settings(rng, ids):
+    """A generation_config.json as repositories ship it."""
+    everything = {
+        "eos_token_id": rng.choice([2, [2, rng.randrange(VOCAB)], rng.sample(range(VOCAB), 3)]),
+        "pad_token_id": rng.randrange(VOCAB),
+        "repetition_penalty": rng.choice([1.0, 1.7]),
+        "max_new_tokens": rng.randint(1, 12),
+        "max_length": ids.shape[1] + rng.randint(1, 12),
+        "do_sample": False,
+        "temperature": 0.6,
+        "transformers_version": "4.46.0.dev0",
+        "_from_model_config": True,
+    }
+    return {name: value for name, value in everything.items() if rng.random() < 0.6}
+
+
+@settings(max_examples=30)
+@given(rngs)
+def test_the_models_settings_count_as_in_transformers(rng):
+    """Those of generation_config.json, unless an argument says otherwise; and they are there after a save."""
+    case = draw_prompts(rng, dtype=torch.float32, use_cache=True)
+    if case.ours.config.sliding_window == 1:
+        return  # Transformers' cache is wrong there
+    stored = draw_settings(rng, case.ids)
+    with tempfile.TemporaryDirectory() as folder:
+        case.ours.save_pretrained(folder)
+        Path(folder, "generation_config.json").write_text(json.dumps(stored))
+        model = type(case.ours).from_pretrained(folder, attn_implementation=case.ours.config.attn_implementation)
+        model.save_pretrained(folder)
+        case.theirs.generation_config = transformers.GenerationConfig()
+        if stored:
+            assert json.loads(Path(folder, "generation_config.json").read_text()) == stored
+            case.theirs.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    given = rng.choice([{}, {"max_new_tokens": 5}, {"eos_token_id": 7}, {"repetition_penalty": 1.3}])
+    if "max_new_tokens" not in stored and "max_length" not in stored:
+        given |= {"max_new_tokens": 9}  # the default is another one there
+    # What the file leaves out comes from config.json here; Transformers has none then.
+    there = {"eos_token_id": model.config.eos_token_id} if "eos_token_id" not in stored else {}
+    if "pad_token_id" not in stored:
+        there["pad_token_id"] = model.config.pad_token_id
+    real = torch.ones_like(case.ids)  # Transformers would penalise padding
+    theirs = case.theirs.generate(case.ids, attention_mask=real, **there | given)
+    assert torch.equal(generate(model, case.ids, **given), theirs)
+
+
+def test_sampling_is_on_where_call_or_file_says_so():
+    case = draw_case(random.Random(5), dtype=torch.float32)
+    model, ids = case.ours, case.ids[:1]
+
+    def texts(**settings):
+        found = [generate(model, ids, max_new_tokens=12, eos_token_id=(), seed=s, **settings)[0] for s in range(3)]
+        return [text.tolist() for text in found]
+
+    greedy, drawn = texts(temperature=0), texts(temperature=1.0)
+    assert greedy[0] == greedy[1] and drawn[0] != drawn[1]
+    assert texts() == greedy and texts(do_sample=True) == drawn
+    model.generation_config.temperature = 0.7
+    assert texts() == greedy and texts(do_sample=True) == texts(temperature=0.7) != drawn
+    model.generation_config.do_sample = True
+    assert texts() == texts(temperature=0.7)
+    assert texts(do_sample=False) == texts(temperature=0) == greedy
+    model.generation_config.top_k = 1
+    assert texts() == greedy and texts(top_k=0) == texts(temperature=0.7, top_k=0) != greedy
+    with pytest.warns(UserWarning, match="top_p: no effect on greedy decoding; give do_sample=True"):
+        assert texts(do_sample=False, top_p=0.5) == greedy
+
+
+def test_a_whole_context_as_max_length_takes_no_memory_at_once(monkeypatch):
+    """Ministral 3's own file says 262144."""
+    case = draw_case(random.Random(5), dtype=torch.float32)
+    case.ours.config.max_position_embeddings = case.ours.generation_config.max_length = 262144
+    rooms = []
+    monkeypatch.setattr(generation, "KVCache", lambda config, expected: rooms.append(expected) or KVCache(config, 64))
+    generate(case.ours, case.ids, on_token=lambda *_: True)
+    generate(case.ours, case.ids, max_new_tokens=5000, on_token=lambda *_: True)
+    assert rooms == [case.ids.shape[1] + 128, case.ids.shape[1] + 5000]
+
+
+def test_padding_outside_the_vocabulary_is_refused():
+    case = draw_case(random.Random(5), dtype=torch.float32)
+    case.ours.generation_config.pad_token_id = VOCAB
+    with pytest.raises(ValueError, match=f"pad_token_id={VOCAB} is impossible; allowed: an id below {VOCAB}"):
+        generate(case.ours, case.ids)
+
+
+def test_a_save_leaves_no_settings_of_another_model(tmp_path):
+    case = draw_case(random.Random(5), dtype=torch.float32)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 17}')
+    case.ours.save_pretrained(tmp_path)
+    assert not (tmp_path / "generation_config.json").exists()
+    case.ours.generation_config.eos_token_id = [2, 9]
+    case.ours.save_pretrained(tmp_path)
+    assert type(case.ours).from_pretrained(tmp_path).generation_config.eos_token_id == [2, 9]
+
+
+@given(rngs)
+def test_several_continuations_of_one_row(rng):
+    """The n-th of a row is what the row gets alone with a seed n higher, padded or not."""
+    case = draw_prompts(rng)
+    model, seed, copies = case.truth(), rng.randrange(99), rng.randint(1, 4)
+    settings = dict(max_new_tokens=6, eos_token_id=(), temperature=1.5)
+    found = generate(model, case.ids, case.mask, seed=seed, num_return_sequences=copies, **settings)
+    for n in range(copies):
+        assert torch.equal(found[n::copies], generate(model, case.ids, case.mask, seed=seed + n, **settings))
+
+
+@settings(max_examples=30)
+@given(rngs)
+def test_stop_texts_equal_transformers(tokenizer, rng):
+    """They end a row with the token that completes them, wherever in the tokens they begin and end, in the prompt
+    too."""
+    torch.manual_seed(rng.randrange(2**31))
+    sizes = dict(vocab_size=2048, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+                 num_key_value_heads=1, head_dim=16, sliding_window=64, initializer_range=0.3)  # fmt: skip
+    ours = MinistralForCausalLM(MinistralConfig(**sizes)).eval()
+    theirs = transformers.MinistralForCausalLM(transformers.MinistralConfig(**sizes)).eval()
+    theirs.load_state_dict(ours.state_dict())
+    words = [i for i in range(1100, 2048) if tokenizer.decode([i]).isascii()]
+    ids = torch.tensor([rng.sample(words, 5) for _ in range(2)])
+    free = tokenizer.decode(generate(ours, ids[:1], max_new_tokens=20, eos_token_id=())[0, 3:].tolist())
+    start = rng.randrange(len(free) - 5)
+    stops = [free[start : start + rng.randint(1, 5)], "never so"]
+    stops = [stop for stop in stops if stop.isascii()]
+    both = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend)
+    settings = dict(max_new_tokens=20, eos_token_id=2, pad_token_id=11, stop_strings=stops)
+    expected = theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, tokenizer=both, **settings)
+    ours.config.pad_token_id = 11
+    del settings["pad_token_id"]
+    assert torch.equal(generate(ours, ids, tokenizer=tokenizer, **settings), expected)
+
+
+def test_a_stream_never_cuts_a_character(tokenizer):
+    text = "Wherefore art thou é, 漢字 \N{GRINNING FACE}?"
+    ids = tokenizer.encode(text, bos=False)
+    stream = TextStream(tokenizer)
+    pieces = [stream.push(i) for i in ids]
+    assert len(ids) > len(text) - 10 and "\ufffd" not in "".join(pieces)
+    assert "".join(pieces) + stream.close() == text
+    cut = TextStream(tokenizer)
+    assert "".join(map(cut.push, tokenizer.encode("a漢", bos=False)[:-1])) + cut.close() == "a\ufffd"
+
+
 # ---------------------------------------------------------------------------------------------------- sampling
 
 
@@ -193,13 +356,13 @@ def test_filters_equal_transformers_processors(rng):
     logits = torch.tensor([[round(rng.uniform(-8, 8), grid) for _ in range(30)] for _ in range(2)])
     settings = Sampling(
         temperature=rng.uniform(0.2, 2),
-        top_k=rng.choice([None, rng.randint(1, 40)]),
+        top_k=rng.choice([None, 0, rng.randint(1, 40)]),
         # (Not on the edge between tokens of equal probability, where rounding decides.)
         top_p=rng.choice([None, 1.0, rng.uniform(0.05, 0.99) + 0.00314159]),
         min_p=rng.choice([None, 0.0, 1.0, rng.uniform(0, 0.99) + 0.00314159]),
     )
     warpers = transformers.LogitsProcessorList([transformers.TemperatureLogitsWarper(settings.temperature)])
-    if settings.top_k is not None:
+    if settings.top_k:
         warpers.append(transformers.TopKLogitsWarper(settings.top_k))
     if settings.top_p is not None:
         warpers.append(transformers.TopPLogitsWarper(settings.top_p))

@@ -18,6 +18,7 @@ from hypothesis import given, strategies as st
 from PIL import Image
 
 import generate
+from checkpoint import GenerationConfig
 from generate import BUNDLED, Conversation, choose_format, choose_sampling, parse_arguments
 from ministral import KVCache, MinistralConfig, MinistralForCausalLM
 from tests.cases import draw_case, draw_chunks
@@ -26,6 +27,7 @@ from tokenizer import SPECIAL_TOKENS, Tokenizer, from_tekken
 from vision import Mistral3Config, Mistral3ForConditionalGeneration, PixtralVisionConfig, PixtralVisionModel
 
 rngs = st.randoms(use_true_random=False)
+UNKNOWN = "the model continues the prompt; neither its name nor its files tell of chats (--chat tries one)"
 NAMES = (*SPECIAL_TOKENS, "[ARGS]", "[CALL_ID]", "[THINK]", "[/THINK]")
 
 
@@ -255,7 +257,7 @@ TOOLS = [{"type": "function", "function": {"name": "add", "description": "Adds."
         ("mine", ["chat_template.jinja"], [], True, "chat_template.jinja has a chat template"),
         ("mine", ["tokenizer_config.json"], [], True, "tokenizer_config.json has a chat template"),
         ("mine", ["SYSTEM_PROMPT.txt"], [], True, "SYSTEM_PROMPT.txt is there"),
-        ("mine", [], [], False, "neither name nor files say that the model knows chats"),
+        ("mine", [], [], False, UNKNOWN),
         ("Instruct", [], ["--raw"], False, "--raw"),
         ("mine", [], ["--system", "x"], True, "--system"),
         ("Base", [], ["--chat"], True, "--chat"),
@@ -290,7 +292,7 @@ def test_another_chat_layout_is_refused(capsys, instruct, tmp_path, name, argume
 
 def test_advice_for_sampling():
     def chosen(kind, *arguments):
-        sampling, budget = choose_sampling(parse_arguments(["x", *arguments]), kind)
+        sampling, budget, _ = choose_sampling(parse_arguments(["x", *arguments]), kind, GenerationConfig())
         return sampling.temperature, sampling.top_p, budget
 
     assert chosen("instruct") == (0.15, None, 16384) and chosen("reasoning") == (0.7, 0.95, 32768)
@@ -415,7 +417,9 @@ def test_thinking_and_calls_on_the_screen(capsys, instruct, monkeypatch, tmp_pat
         (["x", "--raw", "--chat"], "--raw and --chat"),
         (["x", "--raw", "--system", "y"], "--raw and --system"),
         (["--chat", "--json"], "--chat and --json"),
-        (["--messages", "/no/such.json"], "/no/such.json does not exist"),
+        (["--messages", "/no/such.json"], "--messages /no/such.json: No such file or directory; give a file"),
+        (["x", "--tools", "/"], "--tools /: Is a directory"),
+        (["--messages", "{words}"], "is not JSON"),
         (["x", "--tools", "{file}"], "holds dict; allowed: a JSON list"),
         (["--messages", "{messages}", "--system", "b"], "--system, and --messages with a system message"),
         (["--messages", "{late}", "--system", "b"], "--system, and --messages with a system message"),
@@ -425,9 +429,11 @@ def test_thinking_and_calls_on_the_screen(capsys, instruct, monkeypatch, tmp_pat
         (["--chat", "--messages", "{numbers}"], "a message is 1; allowed: an object"),
         (["--chat", "--messages", "{calls}"], "a tool call is {'name': 'a'}; allowed"),
         (["--chat", "--tools", "{numbers}"], "a tool is 1; allowed: type function"),
-        (["--chat", "--seed", "-1"], "seed=-1 is impossible"),
+        (["--chat", "--seed", "-1"], "--seed -1 is impossible; give a whole number from 0"),
         (["x", "--max-new-tokens", "0"], "--max-new-tokens 0"),
-        (["x", "--revision", "v1"], "revision='v1' is impossible for the directory"),
+        (["x", "--revision", "v1"], "--revision v1: "),
+        (["x", "--raw", "--show-thinking"], "--show-thinking: plain text has no thinking"),
+        (["--chat", "--image", "a.png"], "--image a.png: "),
     ],
 )
 def test_wrong_use_of_chats_is_one_line(capsys, instruct, tmp_path, arguments, message):
@@ -438,9 +444,23 @@ def test_wrong_use_of_chats_is_one_line(capsys, instruct, tmp_path, arguments, m
     contents["late"] = [{"role": "user", "content": "c"}, *contents["messages"]]
     for name, content in contents.items():
         (tmp_path / name).write_text(json.dumps(content))
+    (tmp_path / "words").write_text("hello")
+    contents["words"] = None
     arguments = [argument.format(**{name: tmp_path / name for name in contents}) for argument in arguments]
     code, out, err = run(capsys, "--model", instruct, "--max-new-tokens", 1, *arguments)
     assert code == 2 and out == "" and message in err and err.count("\n") == 1 and err.startswith("error: ")
+
+
+@pytest.mark.parametrize("option", [["--system", "Be brief."], ["--chat"]])
+def test_a_chat_with_a_model_that_never_learned_one(capsys, monkeypatch, option):
+    """It is warned of, and short by default."""
+    monkeypatch.setattr("builtins.input", lambda *_: (_ for _ in ()).throw(EOFError))
+    seen = []
+    monkeypatch.setattr(generate, "generate", lambda model, ids, **settings: seen.append(settings) or ids)
+    code, _, err = run(capsys, "Who are you?", *option)
+    assert code == 0 and err.count("warning: ") == 1
+    warning = f"warning: {option[0]} for {BUNDLED}: neither its name nor its files tell of training for chats; expect"
+    assert warning in err and seen[0]["max_new_tokens"] == 200
 
 
 def test_fewer_tokens_where_memory_is_short(capsys, instruct, monkeypatch):
@@ -481,7 +501,7 @@ def test_a_conversation_in_the_terminal(instruct, tmp_path):
     assert third == [{"role": "system", "content": "Be brief."}]
     answers = [m["content"] for m in second if m["role"] == "assistant"]
     assert out == "".join(f"{words}\n" for words in answers)
-    assert err.count("tokens/s") == 3 and "error: a picture, for a model without eyes" in err
+    assert err.count("tokens/s") == 3 and "error: an image, for a text model" in err
     assert "unknown command /wrong; /help lists them" in err and "unknown command /save; /help" in err
     assert "4 messages in" in err and "1 messages in" in err
     # The conversation goes on from the file, and an open question in it is answered first.

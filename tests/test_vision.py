@@ -604,7 +604,7 @@ def test_counts_that_do_not_agree():
     with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
         case.ours(pixel_values=case.pixels)
     text_only = load_model(BUNDLED)
-    with pytest.raises(ValueError, match="pixel_values for a Ministral3ForCausalLM, which has no eyes"):
+    with pytest.raises(ValueError, match="pixel_values for a Ministral3ForCausalLM, a text model"):
         generate(text_only, torch.tensor([[1]]), pixel_values=case.pixels)
 
 
@@ -796,7 +796,7 @@ def test_messages_with_pictures(seeing):
     assert out.shape[1] > ids.shape[1]
     text = [{"role": "user", "content": "and"}]
     assert encode_messages(text, tokenizer, config)[1:] == (None, None)
-    with pytest.raises(ValueError, match="a picture, for a model without eyes"):
+    with pytest.raises(ValueError, match="an image, for a text model"):
         encode_messages([{"role": "user", "content": parts}], tokenizer, config.text_config)
 
 
@@ -821,7 +821,7 @@ def test_the_command_without_pillow(seeing, tmp_path):
 def test_the_command_without_eyes(seeing):
     done = command("x", "--image", str(seeing / "a.png"))
     assert done.returncode == 2 and done.stdout == ""
-    message = "a picture, for a model without eyes (model_type 'ministral3'); allowed: a model of type 'mistral3'"
-    assert done.stderr == f"error: {message}\n"
+    message = f"{BUNDLED} is a text model (model_type 'ministral3'); give a --model that sees images"
+    assert done.stderr == f"error: --image {seeing / 'a.png'}: {message} (model_type 'mistral3')\n"
     done = command("x", "--model", str(seeing), "--image", str(seeing / "none.png"))
     assert done.returncode == 2 and "none.png cannot be read" in done.stderr and done.stderr.count("\n") == 1
