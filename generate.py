@@ -594,6 +594,8 @@ def _join(begun: Any, rest: Any) -> Any:
         thought = parts.pop()["thinking"]
         thought = thought if isinstance(thought, str) else "".join(part["text"] for part in thought)
         more[0] = more[0] | {"thinking": thought + more[0]["thinking"]}
+    if parts and more and parts[-1]["type"] == more[0]["type"] == "text":  # apart, a line between
+        more[0] = {"type": "text", "text": parts.pop()["text"] + more[0]["text"]}
     return parts + more
 
 

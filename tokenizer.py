@@ -654,7 +654,7 @@ def content_with_thinking(message: Mapping[str, Any]) -> Any:
         return content  # refused as such
     if any(isinstance(part, Mapping) and part.get("type") == "thinking" for part in parts or ()):
         raise ValueError("thinking is both in content and in reasoning_content or reasoning; give it once")
-    return [{"type": "thinking", "thinking": found[0]}, *(parts or ())]
+    return [{"type": "thinking", "thinking": found[0], "closed": True}, *(parts or ())]
 
 
 def brief(value: Any) -> str:

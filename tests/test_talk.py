@@ -171,6 +171,7 @@ def test_a_prefix_becomes_the_beginning_of_the_answer(tokenizer, monkeypatch):
         ("To be", encode(" or not"), "To be or not"),
         ([think("a", False)], [*encode("b"), names["[/THINK]"], *encode("c")], [think("ab", True), text("c")]),
         ([think("a", True)], encode("c"), [think("a", True), text("c")]),
+        ([think("a", True), text("b")], encode("c"), [think("a", True), text("bc")]),
         ([think([text("a")], False)], encode("b"), [think("ab", False)]),
     ):
         user = {"role": "user", "content": "Speak"}
@@ -187,7 +188,7 @@ def test_a_prefix_becomes_the_beginning_of_the_answer(tokenizer, monkeypatch):
         begun = {"role": "assistant", "content": "c", key: "t", "prefix": True}
         scripted(monkeypatch, [*encode("d"), 2])
         talk = Conversation(tokenizer, model.config, [user, begun])
-        content = [think("t", True), text("c"), text("d")]
+        content = [think("t", True), text("cd")]
         assert talk.answer(model)["content"] == content == talk.messages[-1]["content"]
     scripted(monkeypatch, [2])
     talk = Conversation(tokenizer, model.config, [user])
