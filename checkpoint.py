@@ -1076,6 +1076,8 @@ def write(
         NotADirectoryError: `directory` is a file.
         ValueError: an unknown format, or no room in a shard.
     """
+    if not isinstance(directory, (str, Path)) or not str(directory):
+        raise ValueError(f"a model is written into a directory, named by text or a Path; found {directory!r}")
     directory = Path(directory)
     if format not in FORMATS:
         raise ValueError(f"format={format!r} is impossible; allowed: {', '.join(FORMATS)}")

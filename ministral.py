@@ -837,7 +837,8 @@ class MinistralModel(PreTrainedModel):
 
         Args:
             input_ids: (B, S) token ids; or give `inputs_embeds` (B, S, E) instead.
-            attention_mask: (B, past + S), 1 for text and 0 for padding. None: all is text, rows of padding included.
+            attention_mask: (B, past + S), 1 at text and 0 at padding. None: all is text, and a batch that is
+                padded is read as text, too (a warning says so where `pad_token_id` shows it).
             position_ids: (B or 1, S) rotary positions. None: past, past + 1, ... (padding counts; `generate` passes
                 positions that skip it). Masks do not depend on these, with one exception, which is Transformers':
                 without mask and without cache, every jump in a row starts a new text that cannot see the ones before

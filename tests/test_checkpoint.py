@@ -172,6 +172,9 @@ def test_types_and_devices_as_text(saved, cls):
     for name in (None, "", 3, model):
         with pytest.raises(ValueError, match="a model is named by a directory or a Hub id"):
             load(name)
+    for name in (None, "", 3):
+        with pytest.raises(ValueError, match="a model is written into a directory, named by text or a Path"):
+            model.save_pretrained(name)
     with pytest.raises(ValueError, match="max_shard_bytes='5GB' is impossible"):
         model.save_pretrained(path, max_shard_bytes="5GB")
 
