@@ -7,6 +7,7 @@ and nothing computed, then each run is a fork of that, two at a time.
 import importlib
 import os
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import hypothesis
@@ -27,11 +28,14 @@ TESTS = {
 }
 RIGHT = {"parity": PARITY, "vision": VISION, "generate": GENERATE}  # without a mistake
 QUIET = ["-x", "-q", "-p", "no:cacheprovider", "--hypothesis-profile=mutants"]
+FORKING = threading.Lock()
 
 
 def red(mutant):
     """The exit code of pytest in a forked process in which the mistake is made."""
-    if (child := os.fork()) == 0:
+    with FORKING:  # filelock, which huggingface_hub imports, refuses two forks at once
+        child = os.fork()
+    if child == 0:
         code = 70
         try:
             nothing = os.open(os.devnull, os.O_WRONLY)

@@ -75,7 +75,8 @@ def test_json(capsys):
     assert result["settings"]["temperature"] == 0 and result["settings"]["dtype"] == "float32"
     assert 0 < result["timing"]["first_token_seconds"] <= result["timing"]["seconds"]
     # The command is the library: greedy ids are those of `generate`.
-    ids = generate.generate(load_model(BUNDLED, torch.float32), torch.tensor([result["prompt_ids"]]), max_new_tokens=12)
+    prompt = torch.tensor([result["prompt_ids"]])
+    ids = generate.generate(load_model(BUNDLED, torch.float32), prompt, temperature=0, max_new_tokens=12)
     assert ids[0, -12:].tolist() == result["ids"]
 
 

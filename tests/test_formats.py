@@ -639,7 +639,7 @@ def test_the_convert_command(tmp_path, capsys):
     code, out, err = run(capsys, "convert", BUNDLED, tmp_path / "m", "--format", "mistral", "--dtype", "fp32")
     assert (code, out, err) == (0, "", "")
     assert {p.name for p in (tmp_path / "m").iterdir()} == {"consolidated.safetensors", "params.json", "tekken.json",
-                                                            "README.md"}  # fmt: skip
+                                                            "README.md", "generation_config.json"}  # fmt: skip
     assert run(capsys, "convert", tmp_path / "m", tmp_path / "hf", "--dtype", "bfloat16")[0] == 0
     assert_same_weights(load_model(tmp_path / "hf"), load_model(BUNDLED))
     lines = [run(capsys, "info", path)[1].splitlines() for path in (BUNDLED, tmp_path / "hf")]

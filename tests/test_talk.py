@@ -234,9 +234,10 @@ def test_a_cache_must_leave_a_token_to_read():
 
 @pytest.fixture(scope="module")
 def instruct(tmp_path_factory, tokenizer):
-    """The bundled model under a name that says it knows chats, with a V13 tokenizer. (It only babbles.)"""
+    """The bundled model under a name that says it knows chats, with a V13 tokenizer. (It only babbles.) Its own sampling
+    settings are left out."""
     path = tmp_path_factory.mktemp("models") / "Tiny-Instruct"
-    shutil.copytree(BUNDLED, path)
+    shutil.copytree(BUNDLED, path, ignore=shutil.ignore_patterns("generation_config.json"))
     tekken = json.loads((BUNDLED / "tekken.json").read_text())
     tekken["config"] |= {"default_num_special_tokens": len(NAMES), "version": "v13"}
     tekken["vocab"] = tekken["vocab"][: 2048 - len(NAMES)]
