@@ -6,7 +6,6 @@ import math
 import pickle
 import random
 import shutil
-import statistics
 
 import pytest
 import torch
@@ -26,6 +25,7 @@ from ministral import (
 )
 from ministral3 import Ministral3ForCausalLM
 from tests.cases import VOCAB, draw_case
+from tests.errors import Errors
 
 rngs = st.randoms(use_true_random=False)
 
@@ -72,23 +72,25 @@ def test_float64_equals_the_readable_path(rng):
         torch.testing.assert_close(found, readable, rtol=0, atol=1e-12 * max(readable.abs().max().item(), 1))
 
 
+def draw_errors(dtype, cases):
+    """Errors of the logits of many random models: the fast path's over the readable one's."""
+    errors = Errors()
+    for seed in range(cases):
+        case, positions, _ = left_padded(random.Random(seed), dtype=dtype)
+        exact, pairs = both(case, truth_of(case), positions), both(case, case.ours, positions)
+        found = torch.cat([logits.flatten() for _, logits in pairs])
+        readable = torch.cat([logits.flatten() for logits, _ in pairs])
+        errors.add(found, readable, torch.cat([logits.flatten() for logits, _ in exact]))
+    return errors
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_error_is_that_of_the_readable_path(dtype, monkeypatch):
-    """Against float64, over 150 random models: the mean ratio of the errors is 1 but for chance. (Where 16-bit weights
-    are multiplied in float32, it is less: see below.)"""
+def test_error_is_no_larger_than_that_of_the_readable_path(dtype, monkeypatch):
+    """By the criterion of tests/errors.py. (Where 16-bit weights are multiplied in float32, the error is smaller.)"""
     monkeypatch.setattr(fast, "wide_rows", lambda dtype, device: math.inf)
-    errors = []
-    for seed in range(150):
-        rng = random.Random(seed)
-        case, positions, _ = left_padded(rng, dtype=dtype)
-        truth = both(case, truth_of(case), positions)
-        for (exact, _), (readable, found) in zip(truth, both(case, case.ours, positions)):
-            errors.append([(x.double() - exact).abs().mean().item() for x in (readable, found)])
-    ratios = [found / readable for readable, found in errors if readable > 0]
-    assert len(ratios) > 300
-    # (Measured: 0.99 to 1.01 in the middle.)
-    assert 0.95 < statistics.median(ratios) < 1.05
-    assert 0.9 < sum(found for _, found in errors) / sum(readable for readable, _ in errors) < 1.1
+    errors = draw_errors(dtype, 150)
+    print(f"fast path, {dtype}: {errors}")
+    assert errors.no_larger, errors
 
 
 @pytest.mark.parametrize("block", [3, 8192])
@@ -319,19 +321,13 @@ def test_wide_products_are_those_of_float32(dtype, rows, monkeypatch):
         assert (found - exact).abs().max() <= 1e-5 * exact.abs().max()
 
 
-def test_a_wide_model_is_closer_to_the_truth(monkeypatch):
-    """As where float32 is faster, over 60 models. (Measured: 0.72 of the readable path's error; logits and cache are
-    rounded in both.)"""
-    errors = []
-    for seed in range(60):
-        monkeypatch.setattr(fast, "wide_rows", lambda dtype, device: 8)
-        monkeypatch.setattr(fast, "BLOCK", seed % 5 + 1)
-        case, positions, _ = left_padded(random.Random(seed), dtype=torch.bfloat16)
-        truth = both(case, truth_of(case), positions)
-        for (exact, _), (readable, found) in zip(truth, both(case, case.ours, positions)):
-            assert found.dtype == torch.bfloat16
-            errors.append([(x.double() - exact).abs().mean().item() for x in (readable, found)])
-    assert sum(found for _, found in errors) < sum(readable for readable, _ in errors) * 0.85
+def test_products_in_float32_are_closer_to_float64(monkeypatch):
+    """As where float32 is faster. (Measured: 0.64 of the readable path's error. Both round logits and cache.)"""
+    monkeypatch.setattr(fast, "wide_rows", lambda dtype, device: 8)
+    monkeypatch.setattr(fast, "BLOCK", 3)
+    errors = draw_errors(torch.bfloat16, 60)
+    print(f"fast path with float32 products: {errors}")
+    assert errors.smaller, errors
 
 
 @pytest.mark.parametrize("captured", [False, True])

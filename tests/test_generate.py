@@ -45,20 +45,25 @@ def naive(model, ids, new, ends=()):
 
 
 @torch.no_grad()
-def assert_same_tokens(case, ours, theirs, penalty=1.0):
-    """Equal tokens in every row. A row may differ from the first tie on: where float64 gives both tokens the same logit
-    to within 1e-4 of the largest, ten times the error of float32 (tests/test_cache.py prints it)."""
+def assert_same_tokens(exact, ids, real, ours, theirs, penalty=1.0, **images):
+    """Equal tokens in every row. From the first tie on, a row may differ: where float64 gives both tokens the same
+    logit to within 1e-4 of the largest logit, ten times the error of float32.
+
+    Args:
+        exact: the model in float64.
+        ids, real: the prompt (B, T), and where it is not padding.
+    """
     length = min(ours.shape[1], theirs.shape[1])
     assert ours.shape == theirs.shape or not torch.equal(ours[:, :length], theirs[:, :length])
-    for row, real in enumerate(case.real):
+    for row, kept in enumerate(real):
         different = (ours[row, :length] != theirs[row, :length]).nonzero()
         if len(different) == 0:
             continue
         place = int(different[0])
-        text = torch.cat((case.ids[row][real], ours[row, len(real) : place]))[None]
-        logits = penalize_repetition(case.truth()(text).logits[0, -1], text[0], penalty)
+        text = torch.cat((ids[row][kept], ours[row, len(kept) : place]))
+        logits = penalize_repetition(exact(text[None], **images).logits[0, -1], text, penalty)
         gap = logits[ours[row, place]] - logits[theirs[row, place]]
-        assert gap.abs() <= 1e-4 * logits.abs().max(), f"row {row}, token {place}: {gap:.3g} apart"
+        assert gap.abs() <= 1e-4 * logits.abs().max(), f"row {row}, token {place}: logits {gap:.3g} apart"
 
 
 @given(rngs)
@@ -77,7 +82,7 @@ def test_greedy_equals_transformers_token_for_token(device, rng):
     )  # fmt: skip
     case.ours.config.pad_token_id = 0
     ours = generate(case.ours, case.ids, mask, max_new_tokens=new, eos_token_id=ends, repetition_penalty=penalty)
-    assert_same_tokens(case, ours, theirs, penalty)
+    assert_same_tokens(case.truth(), case.ids, case.real, ours, theirs, penalty)
 
 
 @given(rngs)
@@ -333,7 +338,8 @@ def test_stop_texts_equal_transformers(tokenizer, rng):
     expected = theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, tokenizer=both, **settings)
     ours.config.pad_token_id = 11
     del settings["pad_token_id"]
-    assert torch.equal(generate(ours, ids, tokenizer=tokenizer, **settings), expected)
+    found = generate(ours, ids, tokenizer=tokenizer, **settings)
+    assert_same_tokens(ours.double(), ids, torch.ones_like(ids, dtype=torch.bool), found, expected)
 
 
 def test_a_stream_never_cuts_a_character(tokenizer):

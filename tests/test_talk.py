@@ -234,7 +234,7 @@ def test_a_cache_must_leave_a_token_to_read():
 
 @pytest.fixture(scope="module")
 def instruct(tmp_path_factory, tokenizer):
-    """The bundled model under a name that says it knows chats, with a V13 tokenizer. (It only babbles.) Its own sampling
+    """The bundled model under a name that says it knows chats, with a V13 tokenizer. (It only babbles.) Its sampling
     settings are left out."""
     path = tmp_path_factory.mktemp("models") / "Tiny-Instruct"
     shutil.copytree(BUNDLED, path, ignore=shutil.ignore_patterns("generation_config.json"))
