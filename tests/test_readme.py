@@ -20,12 +20,13 @@ NOT_RUN = {
     "python -m notebooks": "minutes; .ci/run does it",
     "python -m examples.verse": "minutes; test_training.py runs it in short",
     "python -m training": "minutes to hours",
+    "python -m benchmarks": "minutes; the test of their usage is below",
     "python generate.py --model mistralai/": "needs published weights",
     "python checkpoint.py info mistralai/": "needs the network",
     "torchrun": "needs a directory of the reader's; test_tensor_parallel.py runs it",
     "vllm": "is another program",
     "hf": "needs an account",
-    "tests/": "the processors' script; .ci/run does it",
+    "python -m tests.processors": "minutes; .ci/run does it",
 }
 
 
@@ -69,9 +70,11 @@ def test_command_lines_run_in_order(workplace):
 
 def test_commands_in_the_text_are_there():
     """`python -m module` takes no argument that the README does not name; `pytest file` is a file."""
-    for code in re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", README, flags=re.DOTALL)):
+    in_blocks = [line.partition("#")[0].strip() for block in blocks("sh") for line in block.splitlines()]
+    in_text = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", README, flags=re.DOTALL))
+    for code in filter(None, in_text + in_blocks):
         words = code.split()
-        if words[0] == "pytest":
+        if words[0] == "pytest" and len(words) > 1:
             files = [word for word in words if word.endswith(".py")]
             assert files and all((ROOT / file).is_file() for file in files), code
         module = re.fullmatch(r"(?:python -m )?(benchmarks\.\w+)", code)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoint import replace_file, write_json
+from checkpoint import GenerationConfig, replace_file, write_json
 from ministral3 import Ministral3Config, Ministral3ForCausalLM
 from tokenizer import SPECIAL_TOKENS, TEKKEN, Tokenizer, from_tekken
 from training import corpus
@@ -216,5 +216,6 @@ def save(model: Ministral3ForCausalLM, tekken: dict[str, Any], output: Path, rec
     """Write the model in bfloat16 beside its tokenizer."""
     copy = Ministral3ForCausalLM(recipe.config())
     copy.load_state_dict(model.state_dict())
+    copy.generation_config = GenerationConfig.from_pretrained(output)  # kept: it was chosen by hand
     copy.to(torch.bfloat16).save_pretrained(output)
     write_json(output / TEKKEN, tekken)
