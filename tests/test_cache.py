@@ -218,7 +218,7 @@ def norms_in_16_bits(stack):
     ],
 )
 def test_a_planted_loss_of_precision_is_seen(planted, dtype, attn_implementation):
-    """The other side of the criterion: a quarter of the cases is enough to see each of these."""
+    """The other side of the criterion. Fewer cases are enough where the loss is large."""
 
     @contextmanager
     def applied():
@@ -226,7 +226,8 @@ def test_a_planted_loss_of_precision_is_seen(planted, dtype, attn_implementation
             planted(stack)
             yield
 
-    errors = draw_errors("cpu", dtype, attn_implementation, 70, planted=applied)
+    cases = 280 if dtype == torch.bfloat16 else 70
+    errors = draw_errors("cpu", dtype, attn_implementation, cases, planted=applied)
     print(f"{planted.__name__}, {attn_implementation} {dtype}: {errors}")
     assert not errors.no_larger
 
