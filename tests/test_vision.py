@@ -196,7 +196,7 @@ def test_several_pictures_are_no_further_from_float64(device, dtype, attn_implem
         rng = random.Random(seed)
         case = draw_case(rng, device, dtype, pictures=2 + seed % 2, attn_implementation=attn_implementation)
         exact = torch.cat(case.truth().model.get_image_features(case.pixels.double(), case.sizes))
-        ours, theirs = (model(**case.arguments()).image_hidden_states for model in (case.ours, case.theirs))
+        ours, theirs = (image_embeddings(model(**case.arguments())) for model in (case.ours, case.theirs))
         errors.add(ours, theirs, exact)
     with capsys.disabled():
         print(f"\n{device} {dtype} {attn_implementation}, several images: {errors}", end=" ")
@@ -234,24 +234,25 @@ def test_pictures_do_not_see_each_other(device, rng):
 
 @given(rngs)
 def test_the_gradient_of_every_parameter_is_bit_identical(rng):
-    """One picture, float32, CPU; with gradient checkpointing, too."""
+    """One image, float32, CPU. Gradient checkpointing has no cache, and gives the gradients of a run without one."""
     case = draw_case(rng, dtype=torch.float32, pictures=1)
+    labels = {"labels": case.ids.masked_fill(~real_of(case), -100)}
     found = []
-    for model, checkpointing in ((case.ours, False), (case.ours, True), (case.theirs, False)):
+    runs = ((case.theirs, {}, False), (case.ours, {}, False),
+            (case.ours, {"use_cache": False}, False), (case.ours, {}, True))  # fmt: skip
+    for model, more, checkpointing in runs:
         model.train().zero_grad()
         if model is case.ours:
             model.gradient_checkpointing = checkpointing
-        labels = {"labels": case.ids.masked_fill(~real_of(case), -100)}
-        loss = model(**case.arguments(**labels)).loss
+        loss = model(**case.arguments(**labels, **more)).loss
         if loss.isnan():
             return
         loss.backward()
         found.append({name: p.grad for name, p in model.named_parameters()})
-    for name, gradient in found[0].items():
-        theirs = found[2][name]
-        assert (gradient is None) == (theirs is None), name  # layers above the one that is read have none
-        for other in (found[1][name], theirs):
-            assert gradient is None or torch.equal(gradient, other), name
+    for one, other in (found[:2], found[2:]):
+        for name, gradient in one.items():
+            assert (gradient is None) == (other[name] is None), name  # layers above the one that is read have none
+            assert gradient is None or torch.equal(gradient, other[name]), name
 
 
 # ------------------------------------------------------------------------------------------------- cache, loop
@@ -291,8 +292,9 @@ def test_greedy_continuations_are_transformers(rng):
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, eos_token_id=None,
         pixel_values=case.pixels, image_sizes=torch.tensor(case.sizes), pad_token_id=0,
     )  # fmt: skip
-    images = {"pixel_values": case.pixels.double(), "image_sizes": case.sizes}
-    assert_same_tokens(case.truth(), ids, torch.ones_like(ids, dtype=torch.bool), ours, theirs, **images)
+    real = torch.ones_like(ids, dtype=torch.bool)
+    images = {"pixel_values": case.pixels, "image_sizes": torch.tensor(case.sizes)}
+    assert_same_tokens((case.ours, case.theirs), case.truth(), ids, real, (ours, theirs), **images)
 
 
 # ---------------------------------------------------------------------------------------------------- pictures
