@@ -15,6 +15,7 @@ import math
 import statistics
 from dataclasses import dataclass, field
 
+import hypothesis
 from torch import Tensor
 
 # A right implementation fails once in 30,000 runs: its mean lies this many standard errors above 0.
@@ -23,6 +24,11 @@ SIGMAS = 4.0
 MEAN_RATIO = 1.01
 # The largest ratio of one case. Right implementations reached 4.4 in 6,000 cases. One wrong key gives thousands.
 LARGEST_RATIO = 12.0
+
+
+def number_of_cases(full: int) -> int:
+    """`full`, or a third of it under the profile "quick" (tests/processors.py)."""
+    return full if hypothesis.settings().max_examples > 8 else full // 3
 
 
 @dataclass

@@ -25,7 +25,7 @@ from ministral import (
 )
 from ministral3 import Ministral3ForCausalLM
 from tests.cases import VOCAB, draw_case
-from tests.errors import Errors
+from tests.errors import Errors, number_of_cases
 
 rngs = st.randoms(use_true_random=False)
 
@@ -88,7 +88,7 @@ def draw_errors(dtype, cases):
 def test_error_is_no_larger_than_that_of_the_readable_path(dtype, monkeypatch):
     """By the criterion of tests/errors.py. (Where 16-bit weights are multiplied in float32, the error is smaller.)"""
     monkeypatch.setattr(fast, "wide_rows", lambda dtype, device: math.inf)
-    errors = draw_errors(dtype, 150)
+    errors = draw_errors(dtype, number_of_cases(150))
     print(f"fast path, {dtype}: {errors}")
     assert errors.no_larger, errors
 

@@ -33,7 +33,7 @@ import vision
 from generate import BUNDLED, encode_messages, generate, load_model
 from ministral import KVCache
 from tests.cases import draw_chunks, draw_config
-from tests.errors import Errors
+from tests.errors import Errors, number_of_cases
 from tests.published import hub_names
 from tests.test_checkpoint import assert_same_weights
 from tests.test_generate import assert_same_tokens
@@ -192,7 +192,7 @@ def test_several_pictures_are_no_further_from_float64(device, dtype, attn_implem
     """Transformers attends over one long masked sequence, ours image by image: other sums, so other last bits. The
     errors of the embeddings against float64 are compared by the criterion of tests/errors.py."""
     errors = Errors()
-    for seed in range(120):
+    for seed in range(number_of_cases(120)):
         rng = random.Random(seed)
         case = draw_case(rng, device, dtype, pictures=2 + seed % 2, attn_implementation=attn_implementation)
         exact = torch.cat(case.truth().model.get_image_features(case.pixels.double(), case.sizes))
