@@ -86,7 +86,7 @@ KEYS = {
     "a part of type thinking": ("type", "thinking", "closed"),
     "an image_url": ("url", "detail"),
     "a tool": ("type", "function"),
-    "a tool's function": ("name", "description", "parameters"),
+    "a tool's function": ("name", "description", "parameters", "strict"),  # mistral-common ignores strict, too
     "a tool call": ("id", "type", "function", "index"),
     "a tool call's function": ("name", "arguments"),
     "a malformed call": ("text", "error"),
