@@ -103,8 +103,10 @@ def test_a_window_of_one_is_right(rng):
     """Each token sees itself alone. Transformers' cached decoding is wrong here (its cache keeps all keys through a
     slice from -0), so the uncached forward, where it is right, is the measure."""
     case = draw_case(rng, family="ministral", sliding_window=1, layer_types=None, dtype=torch.float32)
-    whole = case.theirs(case.ids, attention_mask=case.mask, use_cache=False).logits
-    torch.testing.assert_close(run_chunked(case.ours, case)[case.real], whole[case.real], rtol=1e-4, atol=1e-4)
+    exact = run_chunked(case.truth(), case)[case.real]
+    whole = case.theirs(case.ids, attention_mask=case.mask, use_cache=False).logits[case.real]
+    # (Another window would change the logits by their own size.)
+    assert (whole - exact).norm() < 1e-2 * exact.norm()
 
 
 @torch.no_grad()
@@ -346,11 +348,12 @@ def test_a_row_of_nothing_but_padding_is_not_nan(device, rng):
 def test_attentions_are_in_order_of_position(rng):
     """Also when the keys come out of a ring: each query's probabilities end with its own key."""
     case = draw_case(rng, attn_implementation="eager", dtype=torch.float32)
-    case.mask, cache, start = None, KVCache(case.ours.config), 0
-    whole = case.ours(case.ids, output_attentions=True, use_cache=False).attentions
+    model = case.truth()
+    case.mask, cache, start = None, KVCache(model.config), 0
+    whole = model(case.ids, output_attentions=True, use_cache=False).attentions
     for length in case.chunks:
         end = start + length
-        out = case.ours(case.ids[:, start:end], past_key_values=cache, output_attentions=True)
+        out = model(case.ids[:, start:end], past_key_values=cache, output_attentions=True)
         for part, full in zip(out.attentions, whole):
-            torch.testing.assert_close(part, full[:, :, start:end, end - part.shape[-1] : end], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(part, full[:, :, start:end, end - part.shape[-1] : end], rtol=0, atol=1e-12)
         start = end

@@ -128,10 +128,10 @@ def test_what_transformers_crashes_on():
     with torch.device("meta"):
         MinistralModel(MinistralConfig(num_hidden_layers=1))
     assert MinistralForCausalLM(MinistralConfig(**tiny))(ids).logits.shape == (1, 9, 20)
-    full = MinistralForCausalLM(MinistralConfig(**tiny, sliding_window=None))
-    wide = MinistralForCausalLM(MinistralConfig(**tiny, sliding_window=9))
+    full = MinistralForCausalLM(MinistralConfig(**tiny, sliding_window=None)).double()
+    wide = MinistralForCausalLM(MinistralConfig(**tiny, sliding_window=9)).double()
     wide.load_state_dict(full.state_dict())
-    torch.testing.assert_close(full(ids).logits, wide(ids).logits)
+    torch.testing.assert_close(full(ids).logits, wide(ids).logits, rtol=1e-12, atol=1e-12)
     plain = Ministral3Config(**tiny, head_dim=4, rope_parameters={"rope_type": "default", "rope_theta": 1e4})
     yarn = plain.rope_parameters | {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4}
     for config in (plain, Ministral3Config(**tiny, head_dim=4, rope_parameters=yarn)):

@@ -13,7 +13,6 @@ import struct
 import subprocess
 import sys
 import threading
-import time
 import zlib
 from pathlib import Path
 
@@ -62,6 +61,7 @@ rngs = st.randoms(use_true_random=False)
 needs_their_images = pytest.mark.skipif(their_images is None, reason="this Transformers has no Pillow image processor")
 ROOT = Path(__file__).resolve().parent.parent
 BREAK, END = 12, 13
+ANSWERED = threading.Event()  # ends the slow answer of the server below
 
 
 @dataclasses.dataclass
@@ -480,9 +480,8 @@ def server(tmp_path):
         def do_GET(self):
             if self.path == "/slow":  # a byte now and then, which no time-out of a socket notices
                 self.wfile.write(b"HTTP/1.0 200 OK\r\n\r\n")
-                for _ in range(50):
+                while not ANSWERED.wait(0.1):  # until the test is over
                     self.wfile.write(b"x")
-                    time.sleep(0.1)
             elif self.path == "/garbage":
                 self.wfile.write(b"nonsense\r\n\r\n")
             elif self.path == "/redirect":
@@ -512,10 +511,10 @@ def test_pictures_from_the_web(server, monkeypatch):
     with pytest.raises(FileNotFoundError, match="cannot be fetched"):
         load_image("http://localhost:abc/x")
     monkeypatch.setattr(vision, "TIMEOUT", 0.5)
-    began = time.monotonic()
+    ANSWERED.clear()
     with pytest.raises(FileNotFoundError, match=r"no answer within 0\.5 s"):
-        load_image(f"{address}/slow")
-    assert time.monotonic() - began < 3
+        load_image(f"{address}/slow")  # ends, although the answer does not
+    ANSWERED.set()
     monkeypatch.setattr(vision, "MAX_BYTES", 10)
     for source in (f"{address}/a.png", directory / "a.png"):
         with pytest.raises(ValueError, match="has more than 0 MB"):
@@ -758,7 +757,7 @@ def seeing(tmp_path_factory):
 
 def command(*arguments):
     return subprocess.run(
-        [sys.executable, "generate.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
+        [sys.executable, "generate.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=600
     )
 
 
@@ -812,7 +811,7 @@ def test_the_command_without_pillow(seeing, tmp_path):
     program = "import sys; sys.path.insert(0, sys.argv.pop(1)); import generate; sys.exit(generate.main())"
     done = subprocess.run(
         [sys.executable, "-c", program, str(tmp_path), "x", "--model", str(seeing), "--image", str(seeing / "a.png")],
-        cwd=ROOT, capture_output=True, text=True, timeout=120,
+        cwd=ROOT, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: pictures need Pillow: pip install pillow\n")
 
