@@ -3,9 +3,9 @@
     git worktree add ../before HEAD~1
     python tests/equality.py ../before .
 
-Each version runs in a process of its own, over the same random models: text models, vision models, heads;
-float32, bfloat16 and float16; hidden states, attentions, logits, losses, gradients; chunks through ring caches, padding,
-packed texts, gradient checkpointing; generation; conversations; files in both layouts. Every result is reduced to a
+Each version runs in a process of its own, over the same random models: text models, vision models and heads; float32,
+bfloat16 and float16; hidden states, attentions, logits, losses, gradients; chunks through ring caches, padding, packed
+texts, gradient checkpointing; generation; conversations; files in both layouts. Every result is reduced to a
 hash. The names of those that differ are printed, and the exit code is 1. Only public names are used.
 """
 
