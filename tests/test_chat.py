@@ -840,7 +840,7 @@ def test_every_answer_is_history(tokenizers, version, data):
     results = [change(RESULT, tool_call_id=call.get("id")) for call in found.get("tool_calls", ())]
     if found != {"role": "assistant", "content": ""}:
         assert tokenizer.encode_chat([HI, found, *results, HI])[-1] == 4
-    kept = [found["content"], *(bad["text"] for bad in found.get("malformed_calls", ()))]
+    kept = [found["content"], *(bad["text"] for bad in found.get("malformed_calls", ())), found.get("tool_calls")]
     assert json.dumps(kept).count("words") == shown.partition("</s>")[0].count("words")
 
 
