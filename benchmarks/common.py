@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 
+from checkpoint import GenerationConfig
 from fast import flat
 from generate import BUNDLED, load_model
 from ministral import KVCache, MinistralConfig, MinistralForCausalLM
@@ -46,7 +47,9 @@ CONFIGS: dict[str, MinistralConfig] = {
 def ours(name: str, dtype: torch.dtype) -> Any:
     """A model: "bundled", or one of CONFIGS."""
     if name == "bundled":
-        return load_model(BUNDLED, dtype)
+        model = load_model(BUNDLED, dtype)
+        model.generation_config = GenerationConfig()  # greedy, as the other models
+        return model
     config = CONFIGS[name]
     cls = Ministral3ForCausalLM if isinstance(config, Ministral3Config) else MinistralForCausalLM
     with torch.device("meta"):
