@@ -1,4 +1,4 @@
-"""The fast path computes what the readable one does: in float64 to 1e-12, in other types with the same error."""
+"""The fast path computes what the readable one does: in float64 to 1e-12, in other types with no larger error."""
 
 import copy
 import io
