@@ -589,7 +589,11 @@ class TextStream:
 
 class StopText:
     """Watches a text that grows by one id at a time: `push` returns whether the id completes one of the stop texts,
-    which may begin in the ids before the first `push`."""
+    which may begin in the ids before the first `push`.
+
+    The text is the one that `decode` returns, so a special token adds nothing to it. Transformers differs in this
+    case: it compares the names of special tokens, too, and "T" ends a row at [TOOL_CALLS].
+    """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], ids: Sequence[int] = ()) -> None:
         self._stream = TextStream(tokenizer)
