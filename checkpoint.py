@@ -15,7 +15,6 @@ A published model comes in one or both of two layouts:
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import math
 import os
@@ -30,7 +29,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -1280,6 +1279,8 @@ def count_parameters(config: dict[str, Any]) -> dict[str, int]:
 def describe(directory: Path) -> list[str]:
     """What a model is and takes, a line each, without loading weights; without weights there, from its configuration
     (raises as `Checkpoint` and `count_parameters`)."""
+    from cli import format_bytes
+
     config, kind = read_config(directory), layout(directory)
     (text, _), expected = complete(config), count_parameters(config)
     dtype: torch.dtype = named_dtype(config) or torch.bfloat16
@@ -1300,79 +1301,13 @@ def describe(directory: Path) -> list[str]:
         "model": f"{config.get('model_type')}, {layers} layers, hidden size {text['hidden_size']}, {heads} heads",
         "layout": "Transformers" if kind == "hf" else "Mistral",
         "parameters": f"{total:,} ({parts if by_config == total else f'by its configuration {by_config:,}'})",
-        "weights": f"{human(nbytes)} ({nbytes:,} bytes {source}): "
+        "weights": f"{format_bytes(nbytes)} ({nbytes:,} bytes {source}): "
         + ", ".join(f"{n:,} {kind}" for kind, n in sizes.most_common() if n),
         "context": f"{context:,} tokens" if is_size(context := text.get("max_position_embeddings")) else "not said",
         "cache": f"{token:,} bytes per token in {str(dtype).removeprefix('torch.')}"
         + (f", {token * sliding // layers:,} of them up to {text['sliding_window']:,} tokens only" if sliding else ""),
     }
     return [f"{name:11} {value}" for name, value in lines.items()]
-
-
-def human(nbytes: float) -> str:
-    """1234567 -> "1.2 MB"."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.1f} TB"
-
-
-class Parser(argparse.ArgumentParser):
-    """Reports wrong use in one line, in the words of the options."""
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As in argparse, but what is not known is an error here, where the options are known."""
-        options, unknown = super().parse_known_args(args, namespace)
-        if unknown:
-            self.error(self._unknown(unknown[0]))
-        return options, unknown
-
-    def _unknown(self, argument: str) -> str:
-        if not argument.startswith("-"):
-            return f"{argument!r} is one argument too many; a text with blanks needs quotes"
-        name = argument.partition("=")[0]
-        near = difflib.get_close_matches(name, self._option_string_actions, n=1)
-        if near:
-            return f"{name} is not an option; did you mean {near[0]}?"
-        return f"{name} is not an option; a text that begins with - goes after --"
-
-    def error(self, message: str) -> NoReturn:
-        message = re.sub("^argument ([^:]+): (.* is impossible; )", r"\1 \2", message).removeprefix("argument ")
-        print(f"error: {message} (--help lists the options)", file=sys.stderr)
-        sys.exit(2)
-
-
-def setting(name: str) -> Callable[[str], Any]:
-    """The `type` of an option that sets one of SETTINGS; its error says what is allowed."""
-    allowed, valid = SETTINGS[name]
-
-    def convert(text: str) -> Any:
-        if name == "stop_strings" and text:
-            return text
-        for kind in (int, float):
-            with suppress(ValueError):
-                if valid(kind(text)):
-                    return kind(text)
-        raise argparse.ArgumentTypeError(f"{text or repr(text)} is impossible; give {allowed.partition(', or')[0]}")
-
-    return convert
-
-
-def exit_code(command: Callable[[], int], interrupted: str = "interrupted") -> int:
-    """Run a command; what goes wrong is one line on standard error, and a warning is a note. Returns the exit code."""
-    warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)
-    try:
-        return command()
-    except BrokenPipeError:  # the reader of a pipe has gone: nobody is left to be told
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except KeyboardInterrupt:
-        print(interrupted, file=sys.stderr)
-        return 130
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
 
 
 def run(options: argparse.Namespace, short: Mapping[str, str]) -> int:
@@ -1387,6 +1322,8 @@ def run(options: argparse.Namespace, short: Mapping[str, str]) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse and run; returns the exit code."""
+    from cli import Parser, exit_code
+
     parser = Parser(prog="checkpoint.py", description="Look into model directories, and convert them.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     info = commands.add_parser("info", help="sizes, types, context and cache of a model, without loading it")

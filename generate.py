@@ -28,8 +28,9 @@ import torch
 from torch import Tensor
 
 import checkpoint
-from checkpoint import DTYPES, GenerationConfig, Parser, check_setting, exit_code, human, setting
+from checkpoint import DTYPES, GenerationConfig, check_setting
 from checks import as_padding_mask, expect_ids, expect_kind, expect_tensor, is_number, warn_of_padding
+from cli import Parser, exit_code, format_bytes, setting_type
 from fast import Captured, flat, wide_rows
 from ministral import KVCache, MinistralConfig, MinistralForCausalLM, PreTrainedConfig, at_least_float32
 from ministral3 import Ministral3ForCausalLM
@@ -642,9 +643,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         ("repetition_penalty", "X", "above 1: repeat less"),
         ("seed", "N", "the same seed draws the same text; default: a new one each time"),
     ):
-        defaults.add_argument(f"--{name.replace('_', '-')}", type=setting(name), metavar=letter, help=text)
+        defaults.add_argument(f"--{name.replace('_', '-')}", type=setting_type(name), metavar=letter, help=text)
     add("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT (repeatable)",
-        type=setting("stop_strings"))  # fmt: skip
+        type=setting_type("stop_strings"))  # fmt: skip
     add("--dtype", choices=("auto", *DTYPES), default="auto", help="default: as stored; FP8 becomes bfloat16")
     add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
     add("--attn", choices=("sdpa", "eager"), default="sdpa", help="attention implementation")
@@ -1238,16 +1239,13 @@ def plan_memory(
 
     while shrink and there is not None and new > 256 and weights + cache(new) > there:
         new //= 2
-    print(
-        f"{directory}: {parameters / 1e6:,.1f} million parameters, {human(weights)} of weights and {human(cache(new))}"
-        f" of cache for {prompt + new} tokens on {device}" + (f", {human(there)} free" if there is not None else ""),
-        file=sys.stderr,
-    )
+    needed = f"{format_bytes(weights)} of weights and {format_bytes(cache(new))} of cache"
+    free = "" if there is None else f", {format_bytes(there)} free"
+    size = f"{parameters / 1e6:,.1f} million parameters"
+    print(f"{directory}: {size}, {needed} for {prompt + new} tokens on {device}{free}", file=sys.stderr)
     if there is not None and weights + cache(new) > there:
-        raise ValueError(
-            f"this takes {human(weights + cache(new))}, {device} has {human(there)} free; choose a smaller model, fewer"
-            " tokens, or a smaller --dtype"
-        )
+        found = f"this takes {format_bytes(weights + cache(new))}, {device} has {format_bytes(there)} free"
+        raise ValueError(f"{found}; choose a smaller model, fewer tokens, or a smaller --dtype")
     return new
 
 

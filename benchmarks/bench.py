@@ -26,7 +26,8 @@ import torch
 import transformers
 
 from benchmarks import common
-from checkpoint import DTYPES, Parser, exit_code, human
+from checkpoint import DTYPES
+from cli import Parser, exit_code, format_bytes
 from generate import BUNDLED, generate
 from ministral import KVCache
 from tests.cases import cache_name
@@ -172,7 +173,7 @@ def memory(name: str, kind: str, length: int) -> Row:
     for side in ("ours", "theirs"):
         command = [sys.executable, "-m", "benchmarks.bench", "--child", side, name, kind, str(length)]
         grown[side] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
-    return Row("", human(grown["ours"]), human(grown["theirs"]), grown["theirs"] / grown["ours"])
+    return Row("", format_bytes(grown["ours"]), format_bytes(grown["theirs"]), grown["theirs"] / grown["ours"])
 
 
 THEIR_START = """

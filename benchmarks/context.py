@@ -22,7 +22,7 @@ import torch
 
 from benchmarks import common
 from benchmarks.bench import prompt, step_seconds, their_generate
-from checkpoint import Parser, exit_code
+from cli import Parser, exit_code
 from generate import generate
 
 PATTERNS = ("full", "mixed", "sliding")

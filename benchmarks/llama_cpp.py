@@ -22,7 +22,8 @@ import torch
 
 from benchmarks import common
 from benchmarks.bench import SHORT, prompt
-from checkpoint import DTYPES, Parser, exit_code
+from checkpoint import DTYPES
+from cli import Parser, exit_code
 from fast import flat
 from generate import generate
 from ministral import KVCache

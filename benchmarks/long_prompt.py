@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks import common
-from checkpoint import Parser, exit_code, human
+from cli import Parser, exit_code, format_bytes
 from generate import generate, kv_cache_bytes, progress_bar
 from ministral import MinistralConfig, MinistralForCausalLM
 from ministral3 import Ministral3Config, Ministral3ForCausalLM
@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
     cache = kv_cache_bytes(model.config, length, 4)
     print(common.machine())
     print(f"{options.family}, {model.config.num_hidden_layers} layers, {length:,} tokens: {seconds:.0f} s")
-    print(f"{human(grown)} beside the weights at the peak; the cache is {human(cache)} by the formula")
+    print(f"{format_bytes(grown)} beside the weights at the peak; the cache is {format_bytes(cache)} by the formula")
     return 0
 
 

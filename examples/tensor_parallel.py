@@ -28,7 +28,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
-from checkpoint import Parser, exit_code
+from cli import Parser, exit_code
 from generate import BUNDLED, generate, load_model
 from tokenizer import Tokenizer
 

@@ -18,7 +18,8 @@ import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
-from checkpoint import Parser, exit_code, replace_file
+from checkpoint import replace_file
+from cli import Parser, exit_code
 
 HERE = Path(__file__).resolve().parent
 LIMIT = 10**6  # bytes of a notebook with its outputs

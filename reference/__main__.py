@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoint import DTYPES, Parser, exit_code, find
+from checkpoint import DTYPES, find
+from cli import Parser, exit_code
 from generate import BUNDLED, GenerativeModel, load_model, read_picture
 from reference import golden
 from reference.compare import (

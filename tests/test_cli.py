@@ -14,11 +14,11 @@ import pytest
 import torch
 
 import generate
+from cli import format_bytes
 from generate import (
     BUNDLED,
     Writer,
     available_memory,
-    human,
     kv_cache_bytes,
     load_model,
     main,
@@ -311,7 +311,7 @@ def test_memory_figures():
     from ministral3 import Ministral3Config
 
     assert kv_cache_bytes(Ministral3Config(num_hidden_layers=26), 1, 2) == 106_496
-    assert human(999) == "999 B" and human(1234567) == "1.2 MB" and human(3.2e12) == "3.2 TB"
+    assert format_bytes(999) == "999 B" and format_bytes(1234567) == "1.2 MB" and format_bytes(3.2e12) == "3.2 TB"
     free = available_memory(torch.device("cpu"))
     assert free is None or free > 10_000_000
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import exit_code
+from cli import exit_code
 from ministral3 import Ministral3ForCausalLM
 from tokenizer import Tokenizer
 from training import corpus, samples

@@ -1,0 +1,86 @@
+"""What the commands of this project share: option parsing, exit codes, sizes in words."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, NoReturn
+
+import torch
+
+from checkpoint import SETTINGS
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that reports wrong use in one line, in the words of the options."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse as argparse does. An unknown argument is an error here, where the options are known."""
+        options, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(self._unknown(unknown[0]))
+        return options, unknown
+
+    def _unknown(self, argument: str) -> str:
+        if not argument.startswith("-"):
+            return f"{argument!r} is one argument too many; a text with blanks needs quotes"
+        name = argument.partition("=")[0]
+        near = difflib.get_close_matches(name, self._option_string_actions, n=1)
+        if near:
+            return f"{name} is not an option; did you mean {near[0]}?"
+        return f"{name} is not an option; a text that begins with - goes after --"
+
+    def error(self, message: str) -> NoReturn:
+        """Print one line on standard error and exit with code 2."""
+        message = re.sub("^argument ([^:]+): (.* is impossible; )", r"\1 \2", message).removeprefix("argument ")
+        print(f"error: {message} (--help lists the options)", file=sys.stderr)
+        sys.exit(2)
+
+
+def setting_type(name: str) -> Callable[[str], Any]:
+    """The `type` of an option that sets one of `SETTINGS`. Its error says which values are allowed."""
+    allowed, valid = SETTINGS[name]
+
+    def convert(text: str) -> Any:
+        if name == "stop_strings" and text:
+            return text
+        for kind in (int, float):
+            with suppress(ValueError):
+                if valid(kind(text)):
+                    return kind(text)
+        raise argparse.ArgumentTypeError(f"{text or repr(text)} is impossible; give {allowed.partition(', or')[0]}")
+
+    return convert
+
+
+def exit_code(command: Callable[[], int], interrupted: str = "interrupted") -> int:
+    """Run a command and return its exit code. An error is one line on standard error, and so is each warning."""
+    warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)
+    try:
+        return command()
+    except BrokenPipeError:  # stdout was closed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except KeyboardInterrupt:
+        print(interrupted, file=sys.stderr)
+        return 130
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def format_bytes(count: float) -> str:
+    """A number of bytes in words: 1234567 -> "1.2 MB"."""
+    if count < 1000:
+        return f"{count:.0f} B"
+    for unit in ("kB", "MB", "GB"):
+        count /= 1000
+        if count < 1000:
+            return f"{count:.1f} {unit}"
+    return f"{count / 1000:.1f} TB"
