@@ -1,32 +1,148 @@
-"""Checks of arguments: a wrong value is refused in one line that says what was found and what is supported.
+"""Checks of configurations and arguments. Each refuses a wrong value in one line: what was found, what is supported.
 
-Types and shapes are checked always, values only where reading them costs nothing (`may_read`).
+Types and shapes are always checked. Values are checked only where reading them costs nothing (`may_read`).
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+LAYER_TYPES = ("full_attention", "sliding_attention")
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+
 
 def may_read(tensor: Tensor) -> bool:
-    """Whether a check may read the numbers of a tensor: on the CPU (another device would have to finish its work
-    first), and not while `torch.compile` or `torch.export` traces the model, when there are no numbers yet."""
+    """Whether a check may read the values of a tensor.
+
+    On another device than the CPU, reading waits for all work before. While `torch.compile` or `torch.export` traces
+    the model, there are no values yet.
+    """
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def is_number(value: object, kind: type, least: float) -> bool:
-    """Whether `value` is a finite number (a whole one for int) that is not below `least`."""
-    kinds = (int,) if kind is int else (int, float)
-    return isinstance(value, kinds) and not isinstance(value, bool) and least <= value < float("inf")
+def is_number(value: Any, kind: type, least: float) -> bool:
+    """Whether `value` is a finite number (a whole one if `kind` is int) of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    if kind is int and not isinstance(value, int):
+        return False
+    return least <= value < float("inf")
 
 
 def is_whole(tensor: Tensor) -> bool:
-    """Whether a tensor holds whole numbers (of 8 to 64 bits)."""
+    """Whether a tensor has an integer dtype."""
     return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+
+
+# --------------------------------------------------------------------------------------------------- configurations
+
+
+def require(config: Any, name: str, valid: object, allowed: str) -> None:
+    """Raise ValueError unless `valid`. The message has the field's name, its value and what is allowed."""
+    if not valid:
+        raise ValueError(f"{name}={getattr(config, name)!r} is impossible; allowed: {allowed}")
+
+
+def require_sizes(config: Any, *names: str) -> None:
+    """Raise ValueError unless the fields are whole numbers above 0."""
+    for name in names:
+        require(config, name, is_number(getattr(config, name), int, 1), "a whole number not below 1")
+
+
+def is_fraction(value: Any) -> bool:
+    """Whether a value is a number from 0 to below 1, as a dropout is."""
+    return is_number(value, float, 0) and value < 1
+
+
+def check_common_fields(config: Any, activations: Collection[str], implementations: Collection[str]) -> None:
+    """Check the fields that text and vision have in common."""
+    require(config, "hidden_act", config.hidden_act in activations, ", ".join(activations))
+    require(config, "initializer_range", is_number(config.initializer_range, float, 0), "a number not below 0")
+    require(config, "attention_dropout", is_fraction(config.attention_dropout), "a number from 0 to below 1")
+    known = config.attn_implementation in implementations
+    require(config, "attn_implementation", known, ", ".join(implementations))
+
+
+def check_text_sizes(config: Any) -> None:
+    """Check the sizes of a text model, from which other fields follow."""
+    require_sizes(config, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+    require_sizes(config, "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
+
+
+def check_text_config(config: Any) -> None:
+    """Check the fields of a text model's configuration, after the missing ones were filled in."""
+    heads = config.num_attention_heads
+    divides = heads % config.num_key_value_heads == 0
+    require(config, "num_key_value_heads", divides, f"a divisor of {heads} attention heads")
+    even = is_number(config.head_dim, int, 2) and config.head_dim % 2 == 0
+    require(config, "head_dim", even, "an even number above 0")
+    require(config, "rms_norm_eps", is_number(config.rms_norm_eps, float, 1e-30), "a number above 0")
+    require(config, "use_cache", isinstance(config.use_cache, bool), "true or false")
+    require(config, "tie_word_embeddings", isinstance(config.tie_word_embeddings, bool), "true or false")
+    check_special_ids(config)
+    check_layers(config)
+    check_classifier(config)
+
+
+def check_special_ids(config: Any) -> None:
+    """Check the ids of the padding token and of the tokens that end a text."""
+    size = config.vocab_size
+
+    def is_id(value: Any) -> bool:
+        return is_number(value, int, 0) and value < size
+
+    pad = config.pad_token_id
+    require(config, "pad_token_id", pad is None or is_id(pad), f"None or an id below {size}")
+    ends = config.eos_token_id
+    if ends is None:
+        ends = []
+    elif not isinstance(ends, list):
+        ends = [ends]
+    require(config, "eos_token_id", all(map(is_id, ends)), f"None, an id below {size}, or a list of such ids")
+
+
+def check_layers(config: Any) -> None:
+    """Check the kinds of the layers, and the window of those that have one."""
+    window, layers = config.sliding_window, config.num_hidden_layers
+    valid = window is None or is_number(window, int, 1)
+    require(config, "sliding_window", valid, "None or a whole number not below 1")
+    require(config, "layer_types", len(config.layer_types) == layers, f"num_hidden_layers={layers} names")
+    known = set(config.layer_types) <= set(LAYER_TYPES)
+    require(config, "layer_types", known, f"a list of the names {', '.join(LAYER_TYPES)}")
+    valid = window is not None or "sliding_attention" not in config.layer_types
+    require(config, "sliding_window", valid, "a number for sliding layers")
+
+
+def check_classifier(config: Any) -> None:
+    """Check the fields that only `heads.py` reads."""
+    dropout = config.classifier_dropout
+    valid = dropout is None or is_fraction(dropout)
+    require(config, "classifier_dropout", valid, "None or a number from 0 to below 1")
+    kind = config.problem_type
+    require(config, "problem_type", kind in (None, *PROBLEM_TYPES), f"None, {', '.join(PROBLEM_TYPES)}")
+    valid = kind != "single_label_classification" or config.num_labels > 1
+    require(config, "problem_type", valid, "the two others, for num_labels=1")
+
+
+def check_rope_parameters(config: Any, older_name: object) -> None:
+    """Check `rope_parameters`, of which `older_name` is the rope_type by the key of older files, "type"."""
+    rope, theta, kind = config.rope_parameters, config.rope_theta, config.rope_parameters["rope_type"]
+    require(config, "rope_theta", is_number(theta, float, 1.0) and theta > 1, "a number above 1")
+    require(config, "rope_parameters", older_name in (None, kind), "'type' and 'rope_type' that agree")
+    require(config, "rope_parameters", kind in config.rope_types, f"rope_type {' or '.join(config.rope_types)}")
+    whole = rope.get("partial_rotary_factor", 1.0) == 1.0
+    require(config, "rope_parameters", whole, "no partial_rotary_factor: every pair of a head is rotated")
+    known = rope.keys() <= config.rope_keys.keys()
+    require(config, "rope_parameters", known, f"keys {', '.join(config.rope_keys)}")
+    for key, value in rope.items():
+        least = config.rope_keys[key]
+        if least is not None and value is not None and not is_number(value, float, least):
+            raise ValueError(f"rope_parameters[{key!r}]={value!r}: allowed: a number not below {least}")
 
 
 # -------------------------------------------------------------------------------------------- any kind of argument
@@ -108,6 +224,54 @@ def expect_embeds(inputs_embeds: Tensor, weight: Tensor) -> None:
         raise ValueError(f"inputs_embeds of {inputs_embeds.dtype}, weights of {weight.dtype}; convert one: {cure}")
 
 
+def check_inputs(input_ids: Tensor | None, inputs_embeds: Tensor | None, weight: Tensor) -> None:
+    """Raise ValueError unless exactly one input is given, and it suits the embeddings' weight (V, E)."""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("give exactly one of input_ids and inputs_embeds")
+    if input_ids is not None:
+        expect_ids(input_ids, weight.shape[0])
+        expect_device("input_ids", input_ids, weight)
+    if inputs_embeds is not None:
+        expect_embeds(inputs_embeds, weight)
+
+
+def check_outputs(output_attentions: bool, config: Any) -> None:
+    """Raise ValueError if probabilities are wanted of an implementation that keeps none."""
+    if output_attentions and config.attn_implementation != "eager":
+        raise ValueError("output_attentions needs attn_implementation='eager'; the fused kernel keeps none")
+
+
+def check_start(
+    input_ids: Tensor | None, attention_mask: Tensor | None, cache_position: Tensor | None, config: Any,
+    past: int, new: int,
+) -> None:  # fmt: skip
+    """Check where new tokens begin: `cache_position` must follow the `past` cached tokens (or ValueError), and a
+    warning tells of padding at the beginning of a text that no mask hides."""
+    if cache_position is not None and not torch.compiler.is_compiling():
+        expect_tensor("cache_position", cache_position)
+        if cache_position.tolist() != list(range(past, past + new)):
+            raise ValueError(f"cache_position must be {past}..{past + new - 1} after {past} cached tokens")
+    if input_ids is not None and past == 0 and may_read(input_ids):
+        warn_of_padding(input_ids, attention_mask, config)
+
+
+def check_cache(past_key_values: Any, cache_class: type, use_cache: bool | None, recomputes: bool) -> None:
+    """Raise ValueError unless this is a cache or None, and there is none with gradient checkpointing."""
+    expect_kind("past_key_values", past_key_values, cache_class, "a KVCache of ministral.py")
+    if recomputes and (use_cache or past_key_values is not None):
+        raise ValueError("gradient_checkpointing runs each layer twice, which a cache does not allow; leave it out")
+
+
+def visible_padding_mask(attention_mask: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor | None:
+    """`as_padding_mask` on the device, or None if there is no mask, or none that hides a token."""
+    if attention_mask is None:
+        return None
+    mask = as_padding_mask(attention_mask, batch, length).to(device)
+    if not torch.compiler.is_compiling() and mask.all():
+        return None
+    return mask
+
+
 def as_padding_mask(attention_mask: Tensor, batch: int, length: int) -> Tensor:
     """`attention_mask` as bool (batch, length): True at text, False at padding. Floating-point 1 and 0 are taken.
 
@@ -129,11 +293,19 @@ def as_padding_mask(attention_mask: Tensor, batch: int, length: int) -> Tensor:
     return attention_mask.bool()
 
 
-def expect_positions(position_ids: Tensor, batch: int, length: int) -> None:
-    """Raise ValueError unless these are positions (B or 1, S)."""
+def as_positions(position_ids: Tensor | None, positions: Tensor, batch: int) -> Tensor:
+    """Rotary positions (B or 1, S): those given, or `positions` (S,).
+
+    Raises:
+        ValueError: another shape, or no whole numbers.
+    """
+    if position_ids is None:
+        return positions[None]
+    length = positions.shape[0]
     expect("position_ids", position_ids, (batch, length), (1, length))
     if not is_whole(position_ids):
         raise ValueError(f"position_ids of {position_ids.dtype} are not supported; supported: whole numbers")
+    return position_ids.to(positions.device)
 
 
 def warn_of_padding(input_ids: Tensor, attention_mask: Tensor | None, config: Any, ends: bool = False) -> None:
@@ -152,13 +324,36 @@ def warn_of_padding(input_ids: Tensor, attention_mask: Tensor | None, config: An
         warnings.warn(f"a row is padded with pad_token_id {pad}, which is read as text; {cure}", stacklevel=1)
 
 
-def expect_fit(kept: Tensor, new: Tensor) -> None:
+# ----------------------------------------------------------------------------------------------------- cache
+
+
+def check_fit(stored: Tensor | None, new: Tensor) -> None:
     """Raise ValueError unless new keys or values (B, G, S, D) can be stored behind those in a cache."""
-    if kept.shape[0] != new.shape[0]:
-        raise ValueError(f"the cache holds a batch of {kept.shape[0]}, the input is a batch of {new.shape[0]}")
-    if kept.dtype != new.dtype or kept.device != new.device or kept.shape[1] != new.shape[1]:
-        sizes = [f"{x.shape[1]} heads of {x.dtype} on {x.device}" for x in (kept, new)]
-        raise ValueError(f"the cache holds {sizes[0]}, the model makes {sizes[1]}; give each model its own cache")
+    if stored is None:
+        return
+    if stored.shape[0] != new.shape[0]:
+        raise ValueError(f"the cache holds a batch of {stored.shape[0]}, the input is a batch of {new.shape[0]}")
+    if stored.dtype != new.dtype or stored.device != new.device or stored.shape[1] != new.shape[1]:
+        sizes = [f"{x.shape[1]} heads of {x.dtype} on {x.device}" for x in (stored, new)]
+        cure = "give each model its own cache"
+        raise ValueError(f"the cache holds {sizes[0]}, the model makes {sizes[1]}; {cure}")
+
+
+def check_crop(max_length: int, layers: Sequence[Any]) -> None:
+    """Raise ValueError unless the layers of a cache can go back to `max_length` tokens."""
+    for layer in layers:
+        length, window = layer.length, layer.window
+        if not is_number(max_length, int, 0) or max_length > length:
+            raise ValueError(f"max_length={max_length!r} is impossible; allowed: 0 to {length}, the tokens held")
+        if window is not None and max_length < length and length > window:
+            cure = "a window that is full cannot be cropped"
+            raise ValueError(f"keys before the last {window} have been overwritten; {cure}")
+
+
+def check_same_windows(layers: Sequence[Any], wanted: Sequence[Any]) -> None:
+    """Raise ValueError unless the layers of two caches have the same windows."""
+    if [layer.window for layer in layers] != [layer.window for layer in wanted]:
+        raise ValueError("past_key_values was made for a configuration with other layers or another window")
 
 
 # ----------------------------------------------------------------------------------------------------- labels
@@ -173,9 +368,12 @@ def expect_classes(labels: Tensor, count: int) -> None:
         raise ValueError(f"labels from {found}; allowed: 0 to {count - 1}, or -100 to ignore one")
 
 
-def expect_labels(labels: Tensor | None, text: Tensor | None, logits_to_keep: int | Tensor) -> None:
+def expect_labels(
+    labels: Tensor | None, input_ids: Tensor | None, inputs_embeds: Tensor | None, logits_to_keep: int | Tensor
+) -> None:
     """Raise ValueError unless labels belong to the text, (B, S) ids or (B, S, E) embeddings, and all logits are kept
     for them."""
+    text = inputs_embeds if input_ids is None else input_ids
     indices = isinstance(logits_to_keep, Tensor) and logits_to_keep.ndim == 1 and is_whole(logits_to_keep)
     if not indices and not is_number(logits_to_keep, int, 0):
         found = f"logits_to_keep={logits_to_keep!r} is impossible"

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ministral
+import pretrained
 from ministral import KVCache, make_attention_mask, repeat_kv, rotate_half, sdpa_attention
 
 
@@ -40,6 +41,8 @@ def wide_rows(dtype: torch.dtype, device: torch.device) -> float:
     return 8 if not native[dtype] else 128 if dtype == torch.bfloat16 and hidden else math.inf
 
 
+# The modules whose classes this file computes in one function (tests/test_layout.py).
+OWN_MODULES = {"ministral", "ministral3", "pretrained", nn.ModuleList.__module__}
 # Numbers of a weight (16 MB: a tenth slower than all at once; 1 MB: a third), and keys, that are widened at a time.
 TILE, BLOCK = 1 << 22, 8192
 
@@ -96,7 +99,7 @@ class Flat:
 
     def __init__(self, text: ministral.MinistralModel, head: Any) -> None:
         c = self.config = text.config
-        self.rotary, self.act = text.rotary_emb, ministral.ACTIVATIONS[c.hidden_act]
+        self.rotary, self.act = text.rotary_emb, pretrained.ACTIVATIONS[c.hidden_act]
         self.embeddings: Tensor = text.embed_tokens.weight.detach()
         self.norm, self.head = text.norm.weight.detach(), transposed(head)
         self.wide_rows = wide_rows(self.head.dtype, self.head.device)
@@ -225,13 +228,13 @@ class Captured:
         return logits
 
 
-def flat(model: ministral.PreTrainedModel) -> Flat | None:
+def flat(model: pretrained.PreTrainedModel) -> Flat | None:
     """The fast path of a causal language model (of a vision model, too: then it takes embeddings), for its weights as
     they are now: it is made anew for every text, which takes microseconds, so none is ever out of date. None where it
     would compute something else: eager attention, training mode, hooks, modules of other origin."""
     language: Any = getattr(model.base_model, "language_model", model.base_model)
     parts: list[Any] = [*language.modules(), model.lm_head]
-    own = {type(part).__module__ for part in parts} <= {"ministral", "ministral3", nn.ModuleList.__module__}
+    own = {type(part).__module__ for part in parts} <= OWN_MODULES
     hooked = any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
     replaced = any("forward" in part.__dict__ for part in parts)  # of one module, not of its class
     parts = [part for part in parts if hasattr(part, "weight")]

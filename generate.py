@@ -32,8 +32,9 @@ from checkpoint import DTYPES, GenerationConfig, check_setting
 from checks import as_padding_mask, expect_ids, expect_kind, expect_tensor, is_number, warn_of_padding
 from cli import Parser, exit_code, format_bytes, setting_type
 from fast import Captured, flat, wide_rows
-from ministral import KVCache, MinistralConfig, MinistralForCausalLM, PreTrainedConfig, at_least_float32
+from ministral import KVCache, MinistralConfig, MinistralForCausalLM
 from ministral3 import Ministral3ForCausalLM
+from pretrained import PreTrainedConfig, at_least_float32
 from tokenizer import (
     ChatStream,
     StopText,

@@ -31,20 +31,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import checkpoint
-from checks import expect, expect_classes, expect_tensor, is_whole, may_read
-from ministral import (
-    PROBLEM_TYPES,
-    KVCache,
-    Linear,
-    MinistralConfig,
-    MinistralModel,
-    PreTrainedModel,
-    at_least_float32,
-    exportable,
-    init_weights,
-)
+from checks import PROBLEM_TYPES, expect, expect_classes, expect_tensor, is_whole, may_read
+from ministral import KVCache, MinistralConfig, MinistralModel
 from ministral3 import Ministral3Config, Ministral3Model
+from pretrained import Linear, PreTrainedModel, at_least_float32, exportable, init_weights
 
 REGRESSION, SINGLE_LABEL, MULTI_LABEL = PROBLEM_TYPES
 
@@ -52,14 +42,14 @@ REGRESSION, SINGLE_LABEL, MULTI_LABEL = PROBLEM_TYPES
 class ModelWithHead(PreTrainedModel):
     """A backbone under `base_model_prefix` and a linear layer named `new_layer`."""
 
+    config_class = MinistralConfig
     model_class: ClassVar[type[MinistralModel]] = MinistralModel
     new_layer = "score"
     score: nn.Linear
 
     def __init__(self, config: MinistralConfig, outputs: int, bias: bool) -> None:
         super().__init__(config)
-        labels = config.num_labels, config.id2label, config.label2id
-        config.num_labels, config.id2label, config.label2id = checkpoint.label_maps(*labels)  # one may have been set
+        config.complete_labels()  # one of the three fields may have been set
         self.num_labels = config.num_labels
         setattr(self, self.base_model_prefix, self.model_class(config))
         setattr(self, self.new_layer, Linear(config.hidden_size, outputs, bias))

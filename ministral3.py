@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from checks import require
 from ministral import (
     MinistralAttention,
     MinistralConfig,
@@ -29,8 +30,8 @@ from ministral import (
     MinistralModel,
     RopeTables,
     RotaryEmbedding,
-    at_least_float32,
 )
+from pretrained import at_least_float32
 
 
 @dataclass
@@ -64,11 +65,10 @@ class Ministral3Config(MinistralConfig):
         "llama_4_scaling_beta": 0,
     }  # fmt: skip
     unwritten: ClassVar[tuple[str, ...]] = (*MinistralConfig.unwritten, "layer_types")
-    same_function: ClassVar[dict[str, dict[str, Any]]] = {}
 
     def __post_init__(self) -> None:
         if self.rope_parameters is None:
-            self._check("rope_theta", self.rope_theta is None, "None without rope_parameters, which say it")
+            require(self, "rope_theta", self.rope_theta is None, "None without rope_parameters, which say it")
             self.rope_parameters = {
                 "rope_type": "yarn",
                 "rope_theta": 1000000.0,
@@ -83,7 +83,7 @@ class Ministral3Config(MinistralConfig):
             }
         super().__post_init__()
         kind = "full_attention" if self.sliding_window is None else "sliding_attention"
-        self._check("layer_types", set(self.layer_types) == {kind}, f"{kind} for every layer (see sliding_window)")
+        require(self, "layer_types", set(self.layer_types) == {kind}, f"{kind} for every layer (see sliding_window)")
         rope = self.rope_parameters
         # Transformers reads these two keys without asking whether they exist.
         if rope.get("llama_4_scaling_beta") is None:

@@ -50,31 +50,41 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint as run_again_in_backward
 
 import checkpoint
-from checks import expect_labels, expect_tensor, is_number, may_read, warn_of_padding
+from checks import (
+    check_common_fields,
+    check_start,
+    expect_labels,
+    expect_tensor,
+    is_number,
+    require,
+    require_sizes,
+)
 from ministral import (
-    ACTIVATIONS,
-    BaseModelOutputWithPast,
-    CausalLMOutputWithPast,
+    ATTENTION,
     KVCache,
-    Linear,
     MinistralConfig,
     MinistralMLP,
     MinistralModel,
-    PreTrainedConfig,
-    PreTrainedModel,
     RMSNorm,
     RopeTables,
     apply_rotary_pos_emb,
-    at_least_float32,
     eager_attention,
+)
+from ministral3 import Ministral3Config, Ministral3Model
+from pretrained import (
+    ACTIVATIONS,
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    Linear,
+    PreTrainedConfig,
+    PreTrainedModel,
+    at_least_float32,
     exportable,
     init_weights,
     logits_and_loss,
 )
-from ministral3 import Ministral3Config, Ministral3Model
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -115,17 +125,18 @@ class PixtralVisionConfig(PreTrainedConfig):
         rope = dict(self.rope_parameters or {})
         kind = rope.get("rope_type") or rope.get("type") or "default"
         theta = rope.get("rope_theta", 10000.0 if self.rope_theta is None else self.rope_theta)
-        self._check("rope_theta", self.rope_theta in (None, theta), f"None, or rope_parameters' own, {theta}")
-        self._check("rope_parameters", kind in ("default", "axial"), "rope_type default, or axial, which is the same")
-        self._check("rope_parameters", rope.keys() <= {"rope_type", "type", "rope_theta"}, "rope_type and rope_theta")
-        self._check("rope_parameters", is_number(theta, float, 1.0), "a rope_theta not below 1")
+        require(self, "rope_theta", self.rope_theta in (None, theta), f"None, or rope_parameters' own, {theta}")
+        require(self, "rope_parameters", kind in ("default", "axial"), "rope_type default, or axial, which is the same")
+        require(self, "rope_parameters", rope.keys() <= {"rope_type", "type", "rope_theta"}, "rope_type and rope_theta")
+        require(self, "rope_parameters", is_number(theta, float, 1.0), "a rope_theta not below 1")
         self.rope_theta, self.rope_parameters = theta, {"rope_type": "default", "rope_theta": theta}
-        self._check_common("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                           "num_channels", "image_size", "patch_size")  # fmt: skip
+        require_sizes(self, "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        require_sizes(self, "num_channels", "image_size", "patch_size")
+        check_common_fields(self, ACTIVATIONS, ATTENTION)
         heads, size = self.num_attention_heads, self.hidden_size // self.num_attention_heads
         whole = size * heads == self.hidden_size and size % 4 == 0
-        self._check("hidden_size", whole, f"a multiple of 4 for each of {heads} heads")
-        self._check("head_dim", self.head_dim in (None, size), f"hidden_size / num_attention_heads = {size}")
+        require(self, "hidden_size", whole, f"a multiple of 4 for each of {heads} heads")
+        require(self, "head_dim", self.head_dim in (None, size), f"hidden_size / num_attention_heads = {size}")
         self.head_dim = size
 
     @classmethod
@@ -173,8 +184,10 @@ class Mistral3Config(PreTrainedConfig):
 
     def __post_init__(self) -> None:
         vision, text, tied = self.vision_config, self.text_config, self.tie_word_embeddings
-        self._check("vision_config", isinstance(vision, (PixtralVisionConfig, dict, type(None))), "an object, or none")
-        self._check("text_config", isinstance(text, (MinistralConfig, dict, type(None))), "an object, or none")
+        valid = isinstance(vision, (PixtralVisionConfig, dict, type(None)))
+        require(self, "vision_config", valid, "an object, or none")
+        valid = isinstance(text, (MinistralConfig, dict, type(None)))
+        require(self, "text_config", valid, "an object, or none")
         if vision is None:
             vision = PixtralVisionConfig(patch_size=14, image_size=1540, hidden_act="silu")
         elif isinstance(vision, dict):
@@ -182,7 +195,7 @@ class Mistral3Config(PreTrainedConfig):
         if isinstance(text, dict):
             tied = text.get("tie_word_embeddings", True) if tied is None else tied
             kind = text.get("model_type") or "ministral3"
-            self._check("text_config", kind in TEXT, f"model_type {', '.join(TEXT)}")
+            require(self, "text_config", kind in TEXT, f"model_type {', '.join(TEXT)}")
             text = TEXT[kind][0].from_dict(text)
         elif text is None:
             text = Ministral3Config()
@@ -191,14 +204,13 @@ class Mistral3Config(PreTrainedConfig):
         self.text_config = replace(text, attn_implementation=self.attn_implementation)
         self.feature_index()
         image = self.image_token_index
-        for name, valid, allowed in (
-            ("image_token_index", is_number(image, int, 0) and image < text.vocab_size, "an id of the vocabulary"),
-            ("projector_hidden_act", self.projector_hidden_act in ACTIVATIONS, ", ".join(ACTIVATIONS)),
-            ("multimodal_projector_bias", isinstance(self.multimodal_projector_bias, bool), "true or false"),
-            ("spatial_merge_size", is_number(self.spatial_merge_size, int, 1), "a whole number not below 1"),
-            ("tie_word_embeddings", isinstance(self.tie_word_embeddings, bool), "true or false"),
-        ):
-            self._check(name, valid, allowed)
+        known = is_number(image, int, 0) and image < text.vocab_size
+        require(self, "image_token_index", known, "an id of the vocabulary")
+        require(self, "projector_hidden_act", self.projector_hidden_act in ACTIVATIONS, ", ".join(ACTIVATIONS))
+        biased = self.multimodal_projector_bias
+        require(self, "multimodal_projector_bias", isinstance(biased, bool), "true or false")
+        require_sizes(self, "spatial_merge_size")
+        require(self, "tie_word_embeddings", isinstance(self.tie_word_embeddings, bool), "true or false")
 
     def feature_index(self, layer: int | list[int] | None = None) -> int:
         """The index, from 0, of the encoder's hidden state that is projected: of `vision_feature_layer`, or of `layer`
@@ -584,12 +596,8 @@ class PixtralVisionModel(PreTrainedModel):
         layers: list[Any] = list(self.transformer["layers"])  # type: ignore[call-overload]
         wanted = range(len(layers) + 1) if output_hidden_states is True else output_hidden_states or ()
         hidden_states: list[Any] = [x if 0 in wanted else None]
-        recompute = self._recomputes()
         for i, layer in enumerate(layers, start=1):
-            if recompute:
-                x = run_again_in_backward(layer, x, tables, patches, use_reentrant=False)
-            else:
-                x = layer(x, tables, patches)
+            x = self.run_layer(layer, x, tables, patches)
             hidden_states.append(x if i in wanted else None)
         return BaseModelOutput(x, tuple(hidden_states) if wanted else None)
 
@@ -708,7 +716,7 @@ class Mistral3Model(Mistral3PreTrainedModel):
         Raises:
             ValueError: not as many [IMG] tokens as the pictures have embeddings; as `MinistralModel.forward`.
         """
-        embeds = self.language_model._embed(input_ids, inputs_embeds)
+        embeds = self.language_model.embed(input_ids, inputs_embeds)
         if pixel_values is None:
             return embeds, None
         if input_ids is None:
@@ -740,8 +748,8 @@ class Mistral3Model(Mistral3PreTrainedModel):
             ValueError: see `embed`.
         """
         embeds, features = self.embed(input_ids, pixel_values, image_sizes, inputs_embeds, vision_feature_layer)
-        if input_ids is not None and past_key_values is None and may_read(input_ids):
-            warn_of_padding(input_ids, attention_mask, self.config.text_config)
+        if past_key_values is None:
+            check_start(input_ids, attention_mask, None, self.config.text_config, 0, 0)
         out = self.language_model(
             None, attention_mask, position_ids, past_key_values, embeds, use_cache, **kwargs
         )
@@ -759,10 +767,7 @@ class Mistral3ForConditionalGeneration(Mistral3PreTrainedModel):
         super().__init__(config)
         self.model = Mistral3Model(config)
         self.lm_head = Linear(config.text_config.hidden_size, config.text_config.vocab_size)
-        if config.tie_word_embeddings:
-            self.tie_weights()
-        else:
-            init_weights(self.lm_head, config.text_config.initializer_range)
+        self.init_head()
 
     def forward(
         self, input_ids: Tensor | None = None, pixel_values: Tensor | None = None, attention_mask: Tensor | None = None,
@@ -773,7 +778,7 @@ class Mistral3ForConditionalGeneration(Mistral3PreTrainedModel):
     ) -> Mistral3CausalLMOutputWithPast:  # fmt: skip
         """The arguments of `Mistral3Model.forward`, and `labels` and `logits_to_keep` of `MinistralForCausalLM.forward`
         (raises as these)."""
-        expect_labels(labels, input_ids if input_ids is not None else inputs_embeds, logits_to_keep)
+        expect_labels(labels, input_ids, inputs_embeds, logits_to_keep)
         out = self.model(
             input_ids, pixel_values, attention_mask, position_ids, past_key_values, inputs_embeds,
             vision_feature_layer, use_cache, image_sizes, **kwargs,

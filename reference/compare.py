@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from checkpoint import half_split, interleave
-from ministral import PreTrainedModel
+from pretrained import PreTrainedModel
 from reference.trace import LAYER, dimensions, order, record, rounded_differently
 
 # The largest error of a right port, over the floor of these many more runs: measured in tests/test_explain.py.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ministral import PreTrainedModel
+from pretrained import PreTrainedModel
 from reference.compare import counts, least
 from reference.mutants import MUTANTS, ROUNDING, Mutant
 from reference.trace import record

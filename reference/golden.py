@@ -31,8 +31,9 @@ from torch import Tensor
 
 import checkpoint
 from generate import load_model
-from ministral import MinistralConfig, MinistralForCausalLM, PreTrainedModel
+from ministral import MinistralConfig, MinistralForCausalLM
 from ministral3 import Ministral3Config, Ministral3ForCausalLM
+from pretrained import PreTrainedModel
 from reference.compare import compare
 from reference.trace import LAYER, POINTS, dimensions, load, record, save
 from vision import Mistral3Config, Mistral3ForConditionalGeneration, PixtralVisionConfig, image_tokens

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import ministral
+import pretrained
 from checkpoint import half_split, interleave
 from ministral import MinistralAttention, MinistralForCausalLM, MinistralModel, RMSNorm, RotaryEmbedding
 from ministral3 import Ministral3Attention, YarnRotaryEmbedding
@@ -362,7 +363,7 @@ def norm_weight_before_rounding(stack: ExitStack) -> None:
     """Multiplies by the norm's weight in float32 and rounds then; it is rounded before."""
     def make(_: Any) -> Any:
         def changed(self: RMSNorm, x: Tensor) -> Tensor:
-            h = x.to(ministral.at_least_float32(x.dtype))
+            h = x.to(pretrained.at_least_float32(x.dtype))
             h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)
             return (self.weight * h).to(x.dtype)
 

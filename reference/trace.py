@@ -29,7 +29,8 @@ from torch import Tensor, nn
 import checkpoint
 import ministral
 import vision
-from ministral import ACTIVATIONS, MinistralDecoderLayer, PreTrainedModel, RMSNorm
+from ministral import MinistralDecoderLayer, RMSNorm
+from pretrained import ACTIVATIONS, PreTrainedModel
 from vision import Mistral3Config, PixtralAttentionLayer
 
 FORMAT = "1"

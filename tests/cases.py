@@ -19,8 +19,9 @@ from transformers.models.ministral3 import modeling_ministral3
 import heads
 import ministral
 import ministral3
-from ministral import KVCache, MinistralConfig, MinistralForCausalLM, PreTrainedModel
+from ministral import KVCache, MinistralConfig, MinistralForCausalLM
 from ministral3 import Ministral3Config
+from pretrained import PreTrainedModel
 
 transformers.logging.disable_default_handler()  # tests/conftest.py listens instead
 # Before its pull request 44860, Transformers scaled queries by their place in the cache instead of their position,

@@ -15,11 +15,11 @@ from hypothesis import given, strategies as st
 import ministral
 from ministral import (
     KVCache,
-    LayerCache,
     MinistralConfig,
     MinistralForCausalLM,
     RMSNorm,
     RotaryEmbedding,
+    SlidingLayerCache,
     make_attention_mask,
 )
 from ministral3 import YarnRotaryEmbedding
@@ -258,7 +258,7 @@ def test_unused_slots_are_never_read(rng):
 def test_a_ring_hands_out_exactly_the_window(window, chunks):
     """Keys that carry their own position: what `update` returns is what `key_positions` announced, holds every
     key that a query of the chunk may see, and takes no more room than window + chunk - 1."""
-    layer, start = LayerCache(window), 0
+    layer, start = SlidingLayerCache(window), 0
     for new in chunks:
         positions = torch.arange(start, start + new)
         announced = layer.key_positions(new)
@@ -273,8 +273,8 @@ def test_a_ring_hands_out_exactly_the_window(window, chunks):
 
 def test_the_docstring_of_the_cache_is_true():
     """The worked example, step by step: what is returned, and the slots afterwards."""
-    layer = LayerCache(4)
-    rows = [line.split() for line in KVCache.__doc__.splitlines() if line.strip()[:1].isdigit()]
+    layer = SlidingLayerCache(4)
+    rows = [line.split() for line in SlidingLayerCache.__doc__.splitlines() if line.strip()[:1].isdigit()]
     assert len(rows) == 5
 
     def feed(*positions):

@@ -16,10 +16,12 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 
 import ministral
+import pretrained
 import vision
 from checkpoint import half_split
-from ministral import MinistralMLP, MinistralModel, RMSNorm, RotaryEmbedding, at_least_float32
+from ministral import MinistralMLP, MinistralModel, RMSNorm, RotaryEmbedding
 from ministral3 import YarnRotaryEmbedding
+from pretrained import at_least_float32
 from reference.compare import MARGIN, MARGIN_OF_ONE_RUN, compare, measure_noise
 from reference.explain import explain
 from reference.mutants import MUTANTS, ROUNDING, replace, rows
@@ -343,7 +345,7 @@ def sums_in_float64(stack):
         bias = None if self.bias is None else self.bias.double()
         return F.linear(x.double(), self.weight.double(), bias).to(x.dtype)
 
-    replace(stack, ministral.Linear, "forward", lambda _: forward)
+    replace(stack, pretrained.Linear, "forward", lambda _: forward)
 
 
 # What fused kernels do: right, but rounded at other places.
@@ -428,7 +430,7 @@ def norm_in_bfloat16(stack):
 
 
 def products_in_bfloat16(stack):
-    replace(stack, ministral.Linear, "forward", lambda right: lambda self, x: right(self, x).bfloat16().to(x.dtype))
+    replace(stack, pretrained.Linear, "forward", lambda right: lambda self, x: right(self, x).bfloat16().to(x.dtype))
 
 
 LOSSES = (table_in_bfloat16, probabilities_in_bfloat16, norm_in_bfloat16, products_in_bfloat16)

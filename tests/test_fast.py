@@ -15,15 +15,9 @@ from safetensors.torch import save_model
 import fast
 from fast import Captured, Flat, chunk_attention, flat, wide_mm
 from generate import generate
-from ministral import (
-    KVCache,
-    Linear,
-    MinistralConfig,
-    MinistralForCausalLM,
-    eager_attention,
-    make_attention_mask,
-)
+from ministral import KVCache, MinistralConfig, MinistralForCausalLM, eager_attention, make_attention_mask
 from ministral3 import Ministral3ForCausalLM
+from pretrained import Linear
 from tests.cases import VOCAB, draw_case
 from tests.errors import Errors, number_of_cases
 
