@@ -15,7 +15,7 @@ from .bpe import TextTokenizer
 from .messages import Message
 from .objects import Part, dump_json, join_texts, load_json, read_tools
 
-FIRST, LAST = 0, -1  # the user's turn before which the tools stand
+FIRST, LAST = 0, -1  # the tools stand before this one of the user's turns
 
 
 class Writer:

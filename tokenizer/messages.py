@@ -70,8 +70,8 @@ def _check_end(messages: list[Message]) -> None:
     last = messages[-1]
     if last.role not in ("user", "tool") and not last.prefix:
         raise ValueError(
-            "the last message must be the user's, a tool's, or one of the assistant with prefix: true; the answer "
-            f"follows it, but it is of role {last.role}"
+            "the last message must be the user's, a tool's, or one of the assistant with prefix: true; the"
+            f" answer follows it, but it is of role {last.role}"
         )
     if any(message.prefix for message in messages[:-1]):
         raise ValueError("prefix: true is only for the last message, which the answer continues")

@@ -34,7 +34,8 @@ KEYS = {
     "a part of type thinking": ("type", "thinking", "closed"),
     "an image_url": ("url", "detail"),
     "a tool": ("type", "function"),
-    "a tool's function": ("name", "description", "parameters", "strict"),  # mistral-common ignores strict, too
+    # mistral-common ignores strict, too
+    "a tool's function": ("name", "description", "parameters", "strict"),
     "a tool call": ("id", "type", "function", "index"),
     "a tool call's function": ("name", "arguments"),
     "a malformed call": ("text", "error"),
@@ -226,7 +227,8 @@ def read_call(call: Any, version: str) -> dict[str, Any]:
 
     arguments = function.get("arguments")
     if arguments is not None and not isinstance(arguments, (str, Mapping)):
-        raise ValueError(f"a tool call's arguments are {brief(arguments)}; allowed: a JSON object, or its text")
+        allowed = "a JSON object, or its text"
+        raise ValueError(f"a tool call's arguments are {brief(arguments)}; allowed: {allowed}")
     if not arguments:
         arguments = {}
     if not isinstance(arguments, str):
