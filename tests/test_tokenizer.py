@@ -15,9 +15,8 @@ from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 from PIL import Image
 from tokenizers import AddedToken, Regex, decoders, pre_tokenizers
 
-import tokenizer as module
 from generate import BUNDLED, encode_messages
-from tokenizer import SPLIT, VERSIONS, TextStream, Tokenizer, from_tekken, read_chat_template
+from tokenizer import SPLIT, VERSIONS, TextStream, Tokenizer, bpe, from_tekken, read_chat_template
 from training import corpus
 from training.vocabulary import learn
 from vision import Mistral3Config, PixtralVisionConfig
@@ -246,7 +245,7 @@ def test_the_wrong_split_expression_is_repaired(tmp_path, published, before, rep
 def test_other_split_expressions_are_kept(tmp_path, expression, inst):
     """A model that is not Mistral's may have GPT-4's expression (Llama 3 has), Mistral's another one, or none."""
     tekken = json.loads((BUNDLED / "tekken.json").read_text())
-    names = [inst if name == "[INST]" else name for name in module.SPECIAL_TOKENS]
+    names = [inst if name == "[INST]" else name for name in bpe.SPECIAL_TOKENS]
     tekken["special_tokens"] = [{"rank": i, "token_str": name} for i, name in enumerate(names)]
     backend = from_tekken(tekken)
     backend.pre_tokenizer = by_expressions(expression) if expression else BYTE_LEVEL
@@ -261,7 +260,7 @@ def test_other_split_expressions_are_kept(tmp_path, expression, inst):
 def model(tmp_path, monkeypatch):
     """A model directory with a tekken.json large enough to be cached, and a cache folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(module, "CACHED_FROM", 1)
+    monkeypatch.setattr(bpe, "CACHED_FROM", 1)
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "tekken.json").write_bytes((BUNDLED / "tekken.json").read_bytes())
     return tmp_path / "model"
@@ -269,7 +268,7 @@ def model(tmp_path, monkeypatch):
 
 def build_counter(monkeypatch):
     built = []
-    monkeypatch.setattr(module, "from_tekken", lambda *given: built.append(1) or from_tekken(*given))
+    monkeypatch.setattr(bpe, "from_tekken", lambda *given: built.append(1) or from_tekken(*given))
     return built
 
 
@@ -290,7 +289,7 @@ def test_a_vocabulary_is_built_once(model, monkeypatch):
 def test_another_version_of_the_library_has_its_own_entry(model, monkeypatch):
     built = build_counter(monkeypatch)
     for version in ("0.1", "0.2", "0.1"):
-        monkeypatch.setattr(module.tokenizers, "__version__", version)
+        monkeypatch.setattr(bpe.tokenizers, "__version__", version)
         Tokenizer.from_dir(model)
     assert len(built) == 2
 
@@ -333,7 +332,7 @@ def test_small_vocabularies_are_not_cached(model, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(model.parent / "cache"))
     Tokenizer.from_dir(model)
     assert not (model.parent / "cache").exists()
-    assert (model / "tekken.json").stat().st_size < module.CACHED_FROM < PUBLISHED.stat().st_size
+    assert (model / "tekken.json").stat().st_size < bpe.CACHED_FROM < PUBLISHED.stat().st_size
 
 
 @pytest.mark.parametrize(

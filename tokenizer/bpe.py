@@ -1,0 +1,349 @@
+"""Text to ids and back: the vocabulary of `tekken.json` (Mistral's format) or of `tokenizer.json` (the format of the
+`tokenizers` library).
+
+Tekken is byte-level BPE. A regular expression cuts the text into pieces, and each piece becomes bytes. Then the
+adjacent pair whose concatenation has the lowest rank is merged, until no pair is in the vocabulary. Ids below
+`default_num_special_tokens` are special tokens. The id of a vocabulary entry is its rank plus that number. Text is
+always encoded as plain text: what looks like a special token in it does not become one.
+"""
+
+from __future__ import annotations
+
+import base64
+import codecs
+import hashlib
+import json
+import os
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer as Backend, decoders, models, pre_tokenizers
+
+from checkpoint import read_json, replace_file
+
+TEKKEN, TOKENIZER = "tekken.json", "tokenizer.json"
+# Tekken's expression: words with the blank before them, single digits, punctuation with the newlines after it,
+# newlines, blanks.
+SPLIT = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# GPT-4's expression, as the library's JSON writes it. Many converted tokenizer.json files have it instead of Tekken's.
+# It cuts "'The" after "'T", and numbers into groups of three digits.
+WRONG_SPLIT = re.escape("\"(?i:'s|'t|'re|'ve|'m|'ll|'d)|") + r'[^"]*' + re.escape(r"\\p{N}{1,3}") + r'[^"]*"'
+
+# The special tokens of vocabularies that do not list their own (versions up to v7).
+SPECIAL_TOKENS: Sequence[str] = (
+    *("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]"),
+    *("[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]"),
+    *("[PREFIX]", "[MIDDLE]", "[SUFFIX]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]"),
+)
+# Special tokens that only newer layouts have, the newest first.
+SIGNS_OF_VERSIONS = {"v13": "[THINK]", "v11": "[ARGS]", "v7": "[SYSTEM_PROMPT]"}
+
+CACHED_FROM = 2**20  # bytes; a smaller tekken.json is built quickly
+CACHE_FORMAT = 1
+
+
+def _byte_alphabet() -> dict[int, str]:
+    """The letter that stands for each byte in byte-level vocabularies: the character itself where it is printable
+    Latin-1, otherwise the next unused one from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    letters = {byte: chr(byte) for byte in printable}
+    return letters | {byte: chr(0x100 + i) for i, byte in enumerate(others)}
+
+
+LETTERS = _byte_alphabet()
+BYTES = {letter: byte for byte, letter in LETTERS.items()}
+
+
+class TextTokenizer:
+    """Encodes text into ids and decodes ids.
+
+    Attributes:
+        vocab_size: number of ids.
+        special_tokens: name -> id of the special tokens, for example {"<s>": 1, "</s>": 2}.
+        bos_token_id, eos_token_id, pad_token_id: ids of "<s>", "</s>" and "<pad>", or None where there is none.
+        version: name of the layout of conversations.
+    """
+
+    def __init__(self, backend: Backend, version: str | None = None) -> None:
+        if not isinstance(backend.decoder, decoders.ByteLevel):
+            decoder = type(backend.decoder).__name__
+            raise ValueError(
+                f"the tokenizer's decoder is {decoder}; allowed: ByteLevel, as Mistral's byte-level BPE has"
+            )
+        self.backend = backend
+        _make_control_tokens_special(backend)
+
+        self._added_tokens = dict(sorted(backend.get_added_tokens_decoder().items()))
+        learned = backend.get_vocab_size(with_added_tokens=False)
+        self.vocab_size: int = max(learned, *(i + 1 for i in self._added_tokens), 0)
+        self.special_tokens = {token.content: i for i, token in self._added_tokens.items() if token.special}
+        self.bos_token_id = self.special_tokens.get("<s>")
+        self.eos_token_id = self.special_tokens.get("</s>")
+        self.pad_token_id = self.special_tokens.get("<pad>")
+        if not version:
+            version = newest_version(self.special_tokens)
+        self.version = version
+
+        backend.encode_special_tokens = True  # "</s>" typed by a user stays four characters
+        backend.no_truncation()  # a file can ask for these two, which would change prompts silently
+        backend.no_padding()
+
+    def encode(self, text: str, bos: bool = True) -> list[int]:
+        """Ids of a text, after the id of "<s>" (which the models expect at the start) unless `bos` is False.
+
+        Halves of surrogate pairs, which JSON can contain, are joined or become U+FFFD.
+        """
+        ids = []
+        if bos and self.bos_token_id is not None:
+            ids.append(self.bos_token_id)
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return ids + self.backend.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """Text of ids. Bytes that are no UTF-8 become U+FFFD."""
+        content = b"".join(self.id_to_bytes(i, skip_special_tokens) for i in ids)
+        return content.decode("utf-8", errors="replace")
+
+    def id_to_bytes(self, i: int, skip_special_tokens: bool = True) -> bytes:
+        """The bytes of one id, which need not be whole characters.
+
+        Raises:
+            ValueError: no such id.
+        """
+        token = None
+        if 0 <= i < self.vocab_size:
+            token = self.backend.id_to_token(i)
+        if token is None:
+            raise ValueError(f"id {i} is not in the vocabulary; allowed: 0 to {self.vocab_size - 1}")
+        if i in self._added_tokens:
+            if self._added_tokens[i].special and skip_special_tokens:
+                return b""
+            return token.encode()
+        if BYTES.keys() >= set(token):
+            return bytes(BYTES[letter] for letter in token)
+        return token.encode()
+
+    def any_to_bytes(self, i: int, skip_special_tokens: bool = True) -> bytes:
+        """The same for any id of a model, which may have more ids than the tokenizer: those become a byte that is no
+        UTF-8."""
+        try:
+            return self.id_to_bytes(i, skip_special_tokens)
+        except ValueError:
+            return b"\xff"
+
+
+def _make_control_tokens_special(backend: Backend) -> None:
+    """Make control tokens special that a file adds as ordinary ones. Otherwise they would be found in users' text."""
+    added = backend.get_added_tokens_decoder().values()
+    ordinary = [token.content for token in added if not token.special]
+    _add_special_tokens(backend, [name for name in ordinary if name in SPECIAL_TOKENS])
+
+
+def _add_special_tokens(backend: Backend, names: list[str]) -> None:
+    backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
+
+
+def newest_version(special_tokens: Iterable[str]) -> str:
+    """The newest layout of conversations that the special tokens allow.
+
+    Vocabularies of V3 that were converted with the names of V7 look like V7. Give `version` for them.
+    """
+    names = set(special_tokens)
+    for version, name in SIGNS_OF_VERSIONS.items():
+        if name in names:
+            return version
+    return "v3"
+
+
+class TextStream:
+    """Decodes ids one at a time: `push` returns the characters that are complete, `close` the rest."""
+
+    def __init__(self, tokenizer: TextTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, i: int) -> str:
+        return self._decoder.decode(self._tokenizer.any_to_bytes(i))
+
+    def close(self) -> str:
+        return self._decoder.decode(b"", final=True)
+
+
+class StopText:
+    """Watches a text that grows by one id at a time: `push` returns whether the id completes one of the stop texts,
+    which may begin in the ids before the first `push`.
+
+    The text is the one that `decode` returns, so a special token adds nothing to it. Transformers differs in this
+    case: it compares the names of special tokens, too, and "T" ends a row at [TOOL_CALLS].
+    """
+
+    def __init__(self, tokenizer: TextTokenizer, stops: Sequence[str], ids: Sequence[int] = ()) -> None:
+        self._stream = TextStream(tokenizer)
+        self._stops = stops
+        self._overlap = max(map(len, stops)) - 1  # characters that an unfinished stop text can have
+        self._end = ""
+        for i in ids[-4 * (self._overlap + 1) :]:  # a character is 4 ids at most
+            self.push(i)
+
+    def push(self, i: int) -> bool:
+        text = self._end + self._stream.push(i)
+        old = len(self._end)
+        self._end = text[max(0, len(text) - self._overlap) :]
+        return any(text.find(stop, max(0, old - len(stop) + 1)) >= 0 for stop in self._stops)
+
+
+def read_tokenizer_json(path: Path) -> Backend:
+    """The tokenizer in a tokenizer.json (raises ValueError if it holds none)."""
+    try:
+        return Backend.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise ValueError(f"{path} is not a tokenizer: {error}") from error
+
+
+def repair_split(backend: Backend) -> bool:
+    """Replace GPT-4's expression by Tekken's in all pre-tokenizers. Returns False if there is none to replace."""
+    if backend.pre_tokenizer is None:
+        return False
+    state = backend.pre_tokenizer.__getstate__().decode()
+    state, replaced = re.subn(WRONG_SPLIT, lambda _: json.dumps(SPLIT), state)
+    if replaced:
+        repaired = pre_tokenizers.Sequence([])
+        repaired.__setstate__(state.encode())
+        backend.pre_tokenizer = repaired
+    return replaced > 0
+
+
+def read_tekken(path: Path) -> tuple[Backend, str]:
+    """The tokenizer and the version of a tekken.json.
+
+    Building the merges takes most of the time. They are stored in the user's cache folder, under the hash of the file.
+    A stored file is used if it is whole. If it cannot be written, the merges are built again the next time.
+    """
+    content = path.read_bytes()
+    cache = None
+    if len(content) >= CACHED_FROM:
+        cache = _cache_file(content)
+    if cache is not None:
+        # There may be no file, a damaged one, or one that this version of the library cannot read.
+        with suppress(Exception):
+            return _read_cache(cache)
+
+    tekken = read_json(path)
+    backend = from_tekken(tekken, str(path))
+    version = str(tekken["config"].get("version", "missing"))
+    if cache is not None:
+        _write_cache(cache, backend, version)
+    return backend, version
+
+
+def _cache_file(content: bytes) -> Path | None:
+    """The file that stores the tokenizer built from `content`; None where the user has no folder for such files."""
+    folder = os.path.expanduser(_cache_folder())
+    if not os.path.isabs(folder):
+        return None
+    key = hashlib.sha256(f"{CACHE_FORMAT} {tokenizers.__version__} ".encode() + content).hexdigest()
+    return Path(folder, "ministral", f"tekken-{key}.json")
+
+
+def _cache_folder() -> str:
+    folder = os.environ.get("XDG_CACHE_HOME")
+    if not folder and sys.platform == "win32":
+        folder = os.environ.get("LOCALAPPDATA")
+    if folder:
+        return folder
+    defaults = {"win32": "~/AppData/Local", "darwin": "~/Library/Caches"}
+    return defaults.get(sys.platform, "~/.cache")
+
+
+def _read_cache(cache: Path) -> tuple[Backend, str]:
+    """The stored tokenizer and its version. The first line of the file holds the hash of the rest and the version."""
+    head, _, body = cache.read_bytes().partition(b"\n")
+    digest, version = json.loads(head)
+    if digest != hashlib.sha256(body).hexdigest():
+        raise ValueError(f"{cache} is damaged")
+    return Backend.from_buffer(body), str(version)
+
+
+def _write_cache(cache: Path, backend: Backend, version: str) -> None:
+    body = backend.to_str().encode()
+    head = json.dumps([hashlib.sha256(body).hexdigest(), version]).encode()
+    with suppress(OSError):
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(cache, lambda temporary: temporary.write_bytes(head + b"\n" + body))
+
+
+def from_tekken(tekken: Any, source: str = TEKKEN) -> Backend:
+    """The content of a tekken.json as a `tokenizers` tokenizer.
+
+    Raises:
+        ValueError: keys are missing or the vocabulary is not made of bytes.
+    """
+    try:
+        names, words, split = _read_vocabulary(tekken)
+    except Exception as error:  # the library raises bare Exception for a bad expression
+        raise ValueError(f"{source} is not a Tekken vocabulary: {type(error).__name__}: {error}") from error
+    vocab = {token: i for i, token in enumerate(names + words)}
+    # With ignore_merges, a whole piece is looked up in the vocabulary first.
+    backend = Backend(models.BPE(vocab=vocab, merges=_merges(words), ignore_merges=True))
+    cut = pre_tokenizers.Split(split, behavior="isolated")
+    to_letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([cut, to_letters])
+    backend.decoder = decoders.ByteLevel()
+    _add_special_tokens(backend, names)
+    return backend
+
+
+def _read_vocabulary(tekken: Any) -> tuple[list[str], list[str], Regex]:
+    """The names of the special tokens, the other tokens in the byte alphabet, and the split expression."""
+    config = tekken["config"]
+    specials = config["default_num_special_tokens"]
+    size = config["default_vocab_size"]
+    entries = tekken["vocab"][: size - specials]
+    contents = [base64.b64decode(entry["token_bytes"], validate=True) for entry in entries]
+    names = special_token_names(tekken)
+    if len(set(contents)) != size - specials or {len(content) for content in contents[:256]} != {1}:
+        raise ValueError("the vocabulary must be distinct, single bytes first, and as long as config says")
+    if len(set(names)) != specials:
+        raise ValueError("the special tokens must have different names")
+    words = [content.decode("latin-1").translate(LETTERS) for content in contents]
+    both = sorted(set(names) & set(words))
+    if both:
+        raise ValueError(f"{both[0]!r} is the name of a special token and an entry of the vocabulary")
+    return names, words, Regex(config["pattern"])
+
+
+def _merges(words: list[str]) -> list[tuple[str, str]]:
+    """The merges, which tekken.json does not list: every way to cut a token into two others, in the order of the
+    token's rank. Tekken merges the pair of lowest rank first."""
+    rank = {word: i for i, word in enumerate(words)}
+    merges = []
+    for word in words:
+        cuts = []
+        for i in range(1, len(word)):
+            left = word[:i]
+            right = word[i:]
+            if left in rank and right in rank:
+                cuts.append((rank[left], rank[right], left, right))
+        merges += [(left, right) for _, _, left, right in sorted(cuts)]
+    return merges
+
+
+def special_token_names(tekken: Any) -> list[str]:
+    """The names of the ids below `default_num_special_tokens`; those without a name are <SPECIAL_i>."""
+    count = tekken["config"]["default_num_special_tokens"]
+    listed = tekken.get("special_tokens")
+    if listed is None:
+        named = dict(enumerate(SPECIAL_TOKENS))
+    else:
+        named = {token["rank"]: token["token_str"] for token in listed}
+    return [named.get(i, f"<SPECIAL_{i}>") for i in range(count)]
