@@ -5,6 +5,7 @@ Types and shapes are checked always, values only where reading them costs nothin
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
@@ -18,10 +19,17 @@ def may_read(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def is_number(value: object, kind: type, least: float) -> bool:
-    """Whether `value` is a finite number (a whole one for int) that is not below `least`."""
-    kinds = (int,) if kind is int else (int, float)
-    return isinstance(value, kinds) and not isinstance(value, bool) and least <= value < float("inf")
+def is_number(value: Any, kind: type, least: float, most: float = math.inf) -> bool:
+    """Whether `value` is a finite number from `least` to `most`: an int for int, an int or a float for float. With
+    `numbers.Integral` and `numbers.Real` those of NumPy are numbers, too."""
+    kinds = (int, float) if kind is float else (kind,)
+    of_kind = isinstance(value, kinds) and not isinstance(value, bool)
+    return of_kind and least <= value <= most and value < math.inf
+
+
+def is_size(value: object) -> bool:
+    """Whether `value` is a whole number above 0."""
+    return is_number(value, int, 1)
 
 
 def is_whole(tensor: Tensor) -> bool:

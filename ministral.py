@@ -775,7 +775,7 @@ class PreTrainedModel(nn.Module):
         if new & {own_name(name) for name in files.names()}:
             new = set()
         said_tied = changes.get("tie_word_embeddings", text.get("tie_word_embeddings"))
-        tie = checkpoint.fill(model, files, own_name, model.may_tie, said_tied, new, dtype, to)
+        tie = checkpoint.load_weights(model, files, own_name, model.may_tie, said_tied, new, dtype, to)
         if model.may_tie:
             config.tie_word_embeddings = tie
             model.generation_config = checkpoint.GenerationConfig.from_pretrained(directory)
