@@ -32,7 +32,7 @@ def describe(directory: Path) -> list[str]:
     config = model.config.get_text_config()
     expected = count_by_part(model)
     total_expected = sum(expected.values()) - expected["fp8"]
-    heads = f"{config.num_hidden_layers} layers, hidden size {config.hidden_size}, {config.num_attention_heads} heads"
+    sizes = f"{config.num_hidden_layers} layers, hidden size {config.hidden_size}"
 
     dtype: torch.dtype
     if has_any(directory, WEIGHTS, INDEX, CONSOLIDATED, CONSOLIDATED_INDEX):
@@ -43,7 +43,9 @@ def describe(directory: Path) -> list[str]:
         source = "of tensors"
     else:
         dtype = named_dtype(content) or torch.bfloat16
-        quantised = expected["fp8"] if content.get("quantization_config") else 0
+        quantised = 0
+        if content.get("quantization_config"):
+            quantised = expected["fp8"]
         numbers = Counter({FP8: quantised, _name(dtype): total_expected - quantised})
         nbytes = quantised + (total_expected - quantised) * dtype.itemsize
         source = "not here; by its configuration"
@@ -51,13 +53,14 @@ def describe(directory: Path) -> list[str]:
     total = sum(numbers.values())
     parts = f"by its configuration {total_expected:,}"
     if total == total_expected:
-        parts = ", ".join(f"{part} {expected[part]:,}" for part in ("text", "vision", "projector") if expected[part])
+        counts = {part: expected[part] for part in ("text", "vision", "projector")}
+        parts = ", ".join(f"{part} {count:,}" for part, count in counts.items() if count)
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in numbers.most_common() if count)
     context = "not said"
     if text_config(content).get("max_position_embeddings") is not None:
         context = f"{config.max_position_embeddings:,} tokens"
     lines = {
-        "model": f"{content.get('model_type')}, {heads}",
+        "model": f"{content.get('model_type')}, {sizes}, {config.num_attention_heads} heads",
         "layout": "Transformers" if layout(directory) == "hf" else "Mistral",
         "parameters": f"{total:,} ({parts})",
         "weights": f"{format_bytes(nbytes)} ({nbytes:,} bytes {source}): {kinds}",
@@ -99,7 +102,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m checkpoint", description="Look into model directories, and convert them.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     info = commands.add_parser("info", help="sizes, types, context and cache of a model, without loading it")
-    info.add_argument("model", metavar="DIR_OR_HUB_ID", help="of a Hub repository only the small files are fetched")
+    small = "of a Hub repository only the small files are fetched"
+    info.add_argument("model", metavar="DIR_OR_HUB_ID", help=small)
     to = commands.add_parser("convert", help="write a model in another layout or type")
     to.add_argument("source", metavar="DIR_OR_HUB_ID")
     to.add_argument("destination", metavar="DIR", help="a new directory")

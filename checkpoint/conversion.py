@@ -89,7 +89,8 @@ def _mistral_names(files: Checkpoint) -> dict[str, str]:
             continue
         in_mistral = to_mistral(name)
         if in_mistral is None:
-            raise ValueError(f"{files.directory}: {name} has no name in the mistral layout; allowed: see NAMES")
+            problem = f"{name} has no name in the mistral layout"
+            raise ValueError(f"{files.directory}: {problem}; allowed: see NAMES")
         if in_mistral in names:
             raise ValueError(f"{files.directory}: {names[in_mistral]} and {name} are the same tensor")
         names[in_mistral] = name
@@ -128,12 +129,14 @@ def _converted_config(files: Checkpoint, dtype: torch.dtype | None, has_head: bo
 
 
 def _complete_config(content: dict[str, Any], config: Any) -> dict[str, Any]:
-    """The content of a config.json with every field, as its configuration class has read it. Only whether head and
-    embeddings are tied is left open where the file does not say it, because the stored head decides."""
+    """The content of a config.json with every field, as its configuration class has read it. Only the two that a
+    params.json may leave out are None where the file does not give them."""
     complete: dict[str, Any] = config.to_dict()
-    complete["tie_word_embeddings"] = text_config(content).get("tie_word_embeddings")
     complete["quantization_config"] = content.get("quantization_config")
     text = complete.get("text_config", complete)
+    given_text = text_config(content)
+    text["max_position_embeddings"] = given_text.get("max_position_embeddings")
+    complete["tie_word_embeddings"] = given_text.get("tie_word_embeddings")
     rope = text["rope_parameters"]
     if rope["rope_type"] == "yarn":
         given = {key: value for key, value in rope.items() if value is not None}

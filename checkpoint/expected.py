@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .hf import MODEL_TYPES, VISION_PREFIXES, expect_complete, expect_model_type
+from .hf import VISION_PREFIXES, expect_complete
 from .mistral_tensors import to_mistral
 
 
@@ -26,7 +26,7 @@ def empty_model(config: dict[str, Any]) -> Any:
     from generate import model_class  # imported late: the models import this package
 
     expect_complete(config)
-    cls = model_class({"model_type": expect_model_type(config, MODEL_TYPES)})
+    cls = model_class(config)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of unknown keys, which `from_pretrained` gives
         read: Any = cls.config_class.from_dict(config)

@@ -27,10 +27,12 @@ def expect_fp8(quantization: Any) -> None:
         name = str(method)
         if numbers != "e4m3":
             name = f"{method} {numbers}"
-        raise ValueError(f"quantized weights ({name}) are not supported; allowed: fp8 e4m3, or a BF16 version")
+        problem = f"quantized weights ({name}) are not supported"
+        raise ValueError(f"{problem}; allowed: fp8 e4m3, or a BF16 version")
     block = quantization.get("weight_block_size")
     if block is not None and not (isinstance(block, list) and len(block) == 2 and all(map(is_size, block))):
-        raise ValueError(f"weight_block_size={block!r} is impossible; allowed: none, or two whole numbers above 0")
+        allowed = "none, or two whole numbers above 0"
+        raise ValueError(f"weight_block_size={block!r} is impossible; allowed: {allowed}")
 
 
 def expect_scale(name: str, shape: tuple[int, ...], scale: Tensor, block: list[int] | None) -> None:

@@ -37,14 +37,23 @@ SETTINGS: dict[str, tuple[str, Callable[[Any], bool]]] = {
         lambda value: is_number(value, Real, 0),
     ),
     "top_k": ("a whole number not below 0 (0 is off)", lambda value: is_number(value, Integral, 0)),
-    "top_p": ("a number above 0, at most 1 (1 is off)", lambda value: is_number(value, Real, 0, 1) and value > 0),
+    "top_p": (
+        "a number above 0, at most 1 (1 is off)",
+        lambda value: is_number(value, Real, 0, 1) and value > 0,
+    ),
     "min_p": ("a number from 0 to 1 (0 is off)", lambda value: is_number(value, Real, 0, 1)),
-    "repetition_penalty": ("a number from 0.01 to 100 (1 is off)", lambda value: is_number(value, Real, 0.01, 100)),
+    "repetition_penalty": (
+        "a number from 0.01 to 100 (1 is off)",
+        lambda value: is_number(value, Real, 0.01, 100),
+    ),
     "max_new_tokens": ("a whole number not below 1", lambda value: is_number(value, Integral, 1)),
     "max_length": ("a whole number not below 1", lambda value: is_number(value, Integral, 1)),
     "num_return_sequences": ("a whole number not below 1", lambda value: is_number(value, Integral, 1)),
     "seed": ("a whole number from 0 to 2**63 - 1", lambda value: is_number(value, Integral, 0, 2**63 - 1)),
-    "stop_strings": ("a text that is not empty, or a list of such", lambda value: _is_one_or_list(value, _is_text)),
+    "stop_strings": (
+        "a text that is not empty, or a list of such",
+        lambda value: _is_one_or_list(value, _is_text),
+    ),
     "bos_token_id": ("a token id", _is_id),
     "pad_token_id": ("a token id", _is_id),
     "eos_token_id": ("a token id, or a list of such", lambda value: _is_one_or_list(value, _is_id)),
@@ -62,16 +71,16 @@ def check_setting(name: str, value: Any, where: str = "") -> None:
 
 # Settings in a generation_config.json that change no text, or none without another that does.
 HARMLESS_SETTINGS = {
-    *("_from_model_config", "_commit_hash", "transformers_version", "use_cache", "cache_implementation"),
-    *("cache_config", "max_cache_len", "low_memory", "compile_config", "disable_compile", "prefill_chunk_size"),
-    *("output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate"),
-    *("renormalize_logits", "remove_invalid_values", "early_stopping", "length_penalty", "num_beam_groups"),
-    *("diversity_penalty", "decoder_start_token_id", "is_assistant"),
-    *("num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold"),
-    *("target_lookbehind", "assistant_early_exit", "assistant_lookbehind", "max_matching_ngram_size"),
-    *("prompt_lookup_num_tokens", "use_mtp", "assistant_ensemble_weight", "speculation_type"),
+    "_from_model_config", "_commit_hash", "transformers_version", "use_cache", "cache_implementation",
+    "cache_config", "max_cache_len", "low_memory", "compile_config", "disable_compile",
+    "prefill_chunk_size", "output_attentions", "output_hidden_states", "output_scores", "output_logits",
+    "return_dict_in_generate", "renormalize_logits", "remove_invalid_values", "early_stopping",
+    "length_penalty", "num_beam_groups", "diversity_penalty", "decoder_start_token_id", "is_assistant",
+    "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold",
+    "target_lookbehind", "assistant_early_exit", "assistant_lookbehind", "max_matching_ngram_size",
+    "prompt_lookup_num_tokens", "use_mtp", "assistant_ensemble_weight", "speculation_type",
     "continuous_batching_config",
-}
+}  # fmt: skip
 # Off at 1; all others are off at 0, null, false or empty.
 OFF_AT_ONE = ("num_beams", "typical_p", "guidance_scale", "encoder_repetition_penalty")
 

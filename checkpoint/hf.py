@@ -13,24 +13,33 @@ from .files import CONFIG
 from .fp8 import expect_fp8
 
 # Each model type that is read, and the class that Transformers has for it.
-ARCHITECTURES = {"ministral": "MinistralForCausalLM", "mistral": "MistralForCausalLM",
-                 "ministral3": "Ministral3ForCausalLM", "mistral3": "Mistral3ForConditionalGeneration"}  # fmt: skip
+ARCHITECTURES = {
+    "ministral": "MinistralForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "ministral3": "Ministral3ForCausalLM",
+    "mistral3": "Mistral3ForConditionalGeneration",
+}
 TEXT_TYPES = ("ministral", "mistral", "ministral3", "llama")
 MODEL_TYPES = (*ARCHITECTURES, "llama")
 LAYER_TYPES = ("full_attention", "sliding_attention")
 # Keys of the numbers that the shapes of tensors depend on.
-TEXT_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-              "vocab_size")  # fmt: skip
-VISION_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels",
-                "image_size", "patch_size")  # fmt: skip
+TEXT_SIZES = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "vocab_size",
+)  # fmt: skip
+VISION_SIZES = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels",
+    "image_size", "patch_size",
+)  # fmt: skip
 # How the names of tensors begin in the vision part of a vision model.
 VISION_PREFIXES = ("vision_tower.", "multi_modal_projector.")
 # Keys that do not change what a text model computes.
 HARMLESS_KEYS = {
-    *("architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "_name_or_path", "auto_map"),
-    *("return_dict", "output_attentions", "output_hidden_states", "is_encoder_decoder", "chunk_size_feed_forward"),
-    *("id2label", "label2id", "problem_type", "num_labels", "pretraining_tp", "_attn_implementation_autoset"),
-}
+    "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "_name_or_path",
+    "auto_map", "return_dict", "output_attentions", "output_hidden_states", "is_encoder_decoder",
+    "chunk_size_feed_forward", "id2label", "label2id", "problem_type", "num_labels", "pretraining_tp",
+    "_attn_implementation_autoset",
+}  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------- reading
@@ -96,7 +105,9 @@ def text_name(name: str) -> str | None:
 
 
 def label_maps(
-    num_labels: int | None = None, id2label: dict[Any, str] | None = None, label2id: dict[str, Any] | None = None
+    num_labels: int | None = None,
+    id2label: dict[Any, str] | None = None,
+    label2id: dict[str, Any] | None = None,
 ) -> tuple[int, dict[int, str], dict[str, int]]:
     """The labels of a classifier, complete: their number, the name of each, the number of each name. One of the three
     is enough; none means two labels.
@@ -131,9 +142,11 @@ def label_maps(
         names = {i: f"LABEL_{i}" for i in range(count)}
 
     if names.keys() != set(range(len(names))):
-        raise ValueError(f"labels numbered {', '.join(map(str, names))}; allowed: 0, 1, 2, ... with a name for each")
+        numbers = ", ".join(map(str, names))
+        raise ValueError(f"labels numbered {numbers}; allowed: 0, 1, 2, ... with a name for each")
     if num_labels not in (None, len(names)):
-        raise ValueError(f"num_labels={num_labels} is impossible; allowed: {len(names)}, the number of given names")
+        allowed = f"{len(names)}, the number of given names"
+        raise ValueError(f"num_labels={num_labels} is impossible; allowed: {allowed}")
     return len(names), names, {name: i for i, name in names.items()}
 
 
@@ -162,7 +175,8 @@ def expect_model_type(d: Any, model_types: Iterable[str]) -> str:
         raise ValueError(f"model_type={d['model_type']!r} is impossible; allowed: a name")
     model_type = d.get("model_type") or next(iter(model_types))
     if model_type not in model_types:
-        raise ValueError(f"model_type {model_type!r} computes another function; allowed: {', '.join(model_types)}")
+        allowed = ", ".join(model_types)
+        raise ValueError(f"model_type {model_type!r} computes another function; allowed: {allowed}")
     for key in ("attention_bias", "mlp_bias"):
         if d.get(key):
             raise ValueError(f"{key}={d[key]!r}: biases make it another function; allowed: false, or none")

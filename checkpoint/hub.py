@@ -28,19 +28,22 @@ def find(path_or_hub_id: str | Path, revision: str | None = None, weights: bool 
         ValueError: a revision of a directory.
     """
     if not isinstance(path_or_hub_id, (str, Path)) or not str(path_or_hub_id):
-        raise ValueError(f"a model is named by a directory or a Hub id 'owner/name'; found {path_or_hub_id!r}"[:200])
+        problem = f"a model is named by a directory or a Hub id 'owner/name'; found {path_or_hub_id!r}"
+        raise ValueError(problem[:200])
     path = Path(path_or_hub_id)
     with suppress(RuntimeError):  # "~name" of a user who does not exist
         path = path.expanduser()
     if path.is_dir():
         if revision is not None:
-            raise ValueError(f"revision={revision!r} is impossible for the directory {path}; allowed: with a Hub id")
+            problem = f"revision={revision!r} is impossible for the directory {path}"
+            raise ValueError(f"{problem}; allowed: with a Hub id")
         return path
     if path.exists():
         raise FileNotFoundError(f"{path} is a file; a model is a directory with {CONFIG} and {WEIGHTS}")
     name = str(path_or_hub_id)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
-        raise FileNotFoundError(f"no model directory {path}; give a directory with {CONFIG}, or a Hub id 'owner/name'")
+        cure = f"give a directory with {CONFIG}, or a Hub id 'owner/name'"
+        raise FileNotFoundError(f"no model directory {path}; {cure}")
     return _download(name, revision, weights)
 
 
@@ -74,10 +77,11 @@ def _cure(name: str, error: Exception) -> str:
     """Advice for an error of the Hub."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
+    log_in = "log in: `hf auth login`, or set HF_TOKEN"
     if isinstance(error, GatedRepoError):
-        return f"accept its terms at https://huggingface.co/{name}, then log in: `hf auth login`, or set HF_TOKEN"
+        return f"accept its terms at https://huggingface.co/{name}, then {log_in}"
     if isinstance(error, RepositoryNotFoundError):
-        return "check the name; if the repository is private, log in: `hf auth login`, or set HF_TOKEN"
+        return f"check the name; if the repository is private, {log_in}"
     return "give a directory, or check name, revision and network"
 
 

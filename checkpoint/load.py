@@ -56,8 +56,8 @@ def load_weights(
     if files.scaled:
         target = str(files.dtype if dtype is None else dtype).removeprefix("torch.")
         warnings.warn(
-            f"{files.directory}: {files.scaled} FP8 weights become {target}; activation scales are left out: this is"
-            " weight-only, not the arithmetic of an FP8 GPU kernel, which rounds activations, too",
+            f"{files.directory}: {files.scaled} FP8 weights become {target}; activation scales are left out:"
+            " this is weight-only, not the arithmetic of an FP8 GPU kernel, which rounds activations, too",
             stacklevel=3,
         )
     for name in names:
@@ -97,12 +97,16 @@ def _remove_equal(
             del stored[name]
             equal[name] = other
         elif said_tied:
-            warnings.warn(f"{name} is stored with values of its own, so it is not tied to {other}", stacklevel=4)
+            problem = f"{name} is stored with values of its own, so it is not tied to {other}"
+            warnings.warn(problem, stacklevel=4)
     return equal
 
 
 def _expect_tensors(
-    files: Checkpoint, expected: Mapping[str, tuple[int, ...]], stored: Mapping[str, str], tied: Mapping[str, str]
+    files: Checkpoint,
+    expected: Mapping[str, tuple[int, ...]],
+    stored: Mapping[str, str],
+    tied: Mapping[str, str],
 ) -> None:
     """Raise ValueError unless the files hold every parameter, in its shape, and no other."""
     missing = sorted(expected.keys() - stored.keys() - tied.keys())
@@ -135,7 +139,8 @@ def _expect_types(
     if supported and (dtype is not None or len(name_of_kind) < 2):
         return
     types = ", ".join(f"{name} is {kind}" for kind, name in sorted(name_of_kind.items()))
-    raise ValueError(f"{files.directory}: {types}; allowed: one floating-point type, or several if you give dtype")
+    allowed = "one floating-point type, or several if you give dtype"
+    raise ValueError(f"{files.directory}: {types}; allowed: {allowed}")
 
 
 def list_names(names: Sequence[str], most: int) -> str:

@@ -13,10 +13,10 @@ from .hf import ARCHITECTURES, VISION_SIZES, expect_complete, text_config
 
 # Mistral's key -> Transformers'.
 TEXT_KEYS = {
-    "dim": "hidden_size", "n_layers": "num_hidden_layers", "head_dim": "head_dim", "hidden_dim": "intermediate_size",
-    "n_heads": "num_attention_heads", "n_kv_heads": "num_key_value_heads", "norm_eps": "rms_norm_eps",
-    "vocab_size": "vocab_size", "max_position_embeddings": "max_position_embeddings",
-    "tied_embeddings": "tie_word_embeddings",
+    "dim": "hidden_size", "n_layers": "num_hidden_layers", "head_dim": "head_dim",
+    "hidden_dim": "intermediate_size", "n_heads": "num_attention_heads", "n_kv_heads": "num_key_value_heads",
+    "norm_eps": "rms_norm_eps", "vocab_size": "vocab_size",
+    "max_position_embeddings": "max_position_embeddings", "tied_embeddings": "tie_word_embeddings",
 }  # fmt: skip
 OPTIONAL_KEYS = ("max_position_embeddings", "tied_embeddings")
 KINDS = {"norm_eps": float, "tied_embeddings": bool}  # of values in TEXT_KEYS; the others are int
@@ -24,8 +24,10 @@ KIND_NAMES = {int: "a whole number above 0", float: "a number", bool: "true or f
 # Without effect here: the tokenizer has the ids of these tokens, and `image_size` is the longest edge.
 UNUSED_KEYS = {"image_break_token_id", "image_end_token_id", "max_image_size", "model_type", "max_seq_len"}
 # Of other models of Mistral's: mixtures of experts, latent attention, adapters, biases.
-FOREIGN_KEYS = {"moe", "lora", "q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim",
-                "use_biases"}  # fmt: skip
+FOREIGN_KEYS = {
+    "moe", "lora", "q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim",
+    "use_biases",
+}  # fmt: skip
 
 
 # --------------------------------------------------------------------------------- from params.json to config.json
@@ -52,7 +54,8 @@ class Fields(dict[str, Any]):
         """Refuse the keys that are left if they make another model, and warn of unknown ones."""
         for key in sorted(FOREIGN_KEYS & self.keys()):
             if self[key] not in (None, False):
-                raise ValueError(f"{PARAMS} has {key}={self[key]!r}, which is another function; allowed: none")
+                problem = f"{PARAMS} has {key}={self[key]!r}, which is another function"
+                raise ValueError(f"{problem}; allowed: none")
         known = UNUSED_KEYS | FOREIGN_KEYS
         unknown = sorted(key for key, value in self.items() if value and key not in known)
         if unknown:
@@ -109,10 +112,11 @@ def _text_fields(params: Fields) -> dict[str, Any]:
     is_ministral3 = rope["rope_type"] == "yarn" or "llama_4_scaling_beta" in rope
     if is_ministral3 and len(set(layer_types)) > 1:
         problem = f"{PARAMS} has yarn or llama_4_scaling, and windows for some layers only"
-        raise ValueError(f"{problem}: Transformers has no such model; allowed: a window for all layers, or for none")
+        allowed = "a window for all layers, or for none"
+        raise ValueError(f"{problem}: Transformers has no such model; allowed: {allowed}")
     if is_ministral3:
         text["model_type"] = "ministral3"
-        rope.setdefault("llama_4_scaling_beta", 0.0)  # Transformers reads it without asking whether it is there
+        rope.setdefault("llama_4_scaling_beta", 0.0)  # Transformers reads it without checking that it exists
     elif window:
         text["layer_types"] = layer_types  # Transformers has no such field in the two other model types
         text["model_type"] = "ministral"
@@ -141,9 +145,7 @@ def _windows(params: Fields, layers: int) -> tuple[int | None, list[str]]:
             found = f"{plain} and _sliding_window={value}"
         allowed = f"null, one number, or a list of it and null, repeated over {layers} layers"
         raise ValueError(f"{PARAMS} has sliding_window={found}; allowed: {allowed}")
-    kinds = []
-    for window in pattern:
-        kinds.append("full_attention" if window is None else "sliding_attention")
+    kinds = ["full_attention" if window is None else "sliding_attention" for window in pattern]
     layer_types = kinds * (layers // len(pattern))
     if not sizes:
         return None, layer_types
@@ -207,7 +209,8 @@ def _quantization_fields(params: Fields) -> dict[str, Any]:
     """quantization_config from quantization."""
     kind = params.pop("qformat_weight", "of unknown kind")
     if kind != "fp8_e4m3":
-        raise ValueError(f"quantized weights ({kind}) are not supported; allowed: fp8_e4m3, or a BF16 version")
+        problem = f"quantized weights ({kind}) are not supported"
+        raise ValueError(f"{problem}; allowed: fp8_e4m3, or a BF16 version")
     scheme = "static"
     if params.pop("qscheme_act", None) == "NO_SCALES":
         scheme = "dynamic"
@@ -272,9 +275,8 @@ def _window_pattern(text: dict[str, Any]) -> int | list[int | None] | None:
     """sliding_window of params.json: one number if every layer has this window, else the shortest list of windows
     that repeats over the depth."""
     window: int = text["sliding_window"]
-    pattern: list[int | None] = []
-    for kind in text.get("layer_types", ["sliding_attention"]):
-        pattern.append(None if kind == "full_attention" else window)
+    kinds = text.get("layer_types", ["sliding_attention"])
+    pattern = [None if kind == "full_attention" else window for kind in kinds]
     for period in range(1, len(pattern) + 1):
         if pattern[:period] * (len(pattern) // period) == pattern:
             break

@@ -34,15 +34,23 @@ NAMES = {
     "vision_encoder.transformer.layers.N.attention.wv": "vision_tower.transformer.layers.N.attention.v_proj",
     "vision_encoder.transformer.layers.N.attention.wo": "vision_tower.transformer.layers.N.attention.o_proj",
     "vision_encoder.transformer.layers.N.ffn_norm": "vision_tower.transformer.layers.N.ffn_norm",
-    "vision_encoder.transformer.layers.N.feed_forward.w1": "vision_tower.transformer.layers.N.feed_forward.gate_proj",
-    "vision_encoder.transformer.layers.N.feed_forward.w2": "vision_tower.transformer.layers.N.feed_forward.down_proj",
-    "vision_encoder.transformer.layers.N.feed_forward.w3": "vision_tower.transformer.layers.N.feed_forward.up_proj",
+    "vision_encoder.transformer.layers.N.feed_forward.w1":
+        "vision_tower.transformer.layers.N.feed_forward.gate_proj",
+    "vision_encoder.transformer.layers.N.feed_forward.w2":
+        "vision_tower.transformer.layers.N.feed_forward.down_proj",
+    "vision_encoder.transformer.layers.N.feed_forward.w3":
+        "vision_tower.transformer.layers.N.feed_forward.up_proj",
     "pre_mm_projector_norm": "multi_modal_projector.norm",
     "patch_merger.merging_layer": "multi_modal_projector.patch_merger.merging_layer",
     "vision_language_adapter.w_in": "multi_modal_projector.linear_1",
     "vision_language_adapter.w_out": "multi_modal_projector.linear_2",
+}  # fmt: skip
+SUFFIXES = {
+    "weight": "weight",
+    "bias": "bias",
+    "qscale_weight": "weight_scale_inv",
+    "qscale_act": "activation_scale",
 }
-SUFFIXES = {"weight": "weight", "bias": "bias", "qscale_weight": "weight_scale_inv", "qscale_act": "activation_scale"}
 NAMES_IN_MISTRAL = {theirs: name for name, theirs in NAMES.items()}
 SUFFIXES_IN_MISTRAL = {theirs: suffix for suffix, theirs in SUFFIXES.items()}
 

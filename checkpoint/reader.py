@@ -13,22 +13,19 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .files import (
-    CONFIG,
-    CONSOLIDATED,
-    PARAMS,
-    WEIGHTS,
-    layout,
-    read_json,
-    read_json_object,
-)
+from .files import CONFIG, CONSOLIDATED, PARAMS, WEIGHTS, layout, read_json, read_json_object
 from .fp8 import ACTIVATION_SCALE, FP8, SCALE, dequantize, expect_fp8, expect_scale
 from .hf import text_config
 from .hub import refuse_adapter
 from .mistral import from_params
 from .mistral_tensors import from_mistral, half_split, reorder_rows
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
+DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
 # The same in safetensors.
 KINDS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 # Endings of the names of tensors that are no parameters.
@@ -143,7 +140,8 @@ class Checkpoint:
             refuse_adapter(self.directory)
             names = sorted(path.name for path in self.directory.iterdir())
             found = ", ".join(names[:8]) if names else "nothing"
-            raise FileNotFoundError(f"{self.directory} holds neither {weights} nor {index.name}; found {found}")
+            problem = f"{self.directory} holds neither {weights} nor {index.name}"
+            raise FileNotFoundError(f"{problem}; found {found}")
         # Ranges of quantisation in training ("fake_quantizer") are not used in computing.
         stored = {name: file for name, file in stored.items() if "fake_quantizer" not in name}
         if self.layout == "hf":
@@ -163,11 +161,13 @@ class Checkpoint:
     @staticmethod
     def _open(path: Path) -> Any:
         if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist, though the index names it; fetch the model again")
+            problem = f"{path} does not exist, though the index names it"
+            raise FileNotFoundError(f"{problem}; fetch the model again")
         try:
             return safe_open(path, framework="pt")
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is truncated or not a safetensors file ({error}); fetch it again") from error
+            problem = f"{path} is truncated or not a safetensors file ({error})"
+            raise ValueError(f"{problem}; fetch it again") from error
 
     def _open_shards(self, path: Path) -> dict[str, Any]:
         """Every tensor that an index names: the open shard that holds it."""
@@ -175,13 +175,17 @@ class Checkpoint:
         weight_map = None
         if isinstance(index, dict):
             weight_map = index.get("weight_map")
-        if not isinstance(weight_map, dict) or any(Path(str(name)).name != name for name in weight_map.values()):
-            raise ValueError(f"{path} has no weight_map from tensor names to file names")
+        problem = f"{path} has no weight_map from tensor names to file names"
+        if not isinstance(weight_map, dict):
+            raise ValueError(problem)
+        if any(Path(str(name)).name != name for name in weight_map.values()):
+            raise ValueError(problem)
         shards = {name: self._open(self.directory / name) for name in sorted(set(weight_map.values()))}
         tensors_in_shard = {name: set(shard.keys()) for name, shard in shards.items()}
         for tensor, file in weight_map.items():
             if tensor not in tensors_in_shard[file]:
-                raise ValueError(f"{self.directory / file} lacks {tensor}, which the index promises; fetch it again")
+                problem = f"{self.directory / file} lacks {tensor}, which the index promises"
+                raise ValueError(f"{problem}; fetch it again")
         return {tensor: shards[file] for tensor, file in weight_map.items()}
 
     def _separate_scales(self) -> None:

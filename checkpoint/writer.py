@@ -56,7 +56,8 @@ def write(
     if format not in FORMATS:
         raise ValueError(f"format={format!r} is not supported; supported: {', '.join(FORMATS)}")
     if not is_size(max_shard_bytes):
-        raise ValueError(f"max_shard_bytes={max_shard_bytes!r} is impossible; allowed: a whole number not below 1")
+        allowed = "a whole number not below 1"
+        raise ValueError(f"max_shard_bytes={max_shard_bytes!r} is impossible; allowed: {allowed}")
     if directory.exists() and not directory.is_dir():
         raise NotADirectoryError(f"{directory} is a file; a model is written into a directory")
     directory.mkdir(parents=True, exist_ok=True)
@@ -93,7 +94,8 @@ def _shards(sizes: Mapping[str, int], max_shard_bytes: int) -> dict[str, list[st
     count = len(shards)
     if count == 1:
         return {WEIGHTS: shards[0]}
-    return {f"model-{number:05}-of-{count:05}.safetensors": names for number, names in enumerate(shards, start=1)}
+    files = [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
+    return dict(zip(files, shards))
 
 
 def _write_shard(names: list[str], read: Callable[[str], Tensor], path: Path) -> None:
@@ -117,7 +119,8 @@ def _remove_old(directory: Path, config_path: Path) -> None:
 
 
 def _write_json(content: Any, path: Path) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", errors="replace")
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8", errors="replace")
 
 
 def write_json(path: Path, content: Any) -> None:
