@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from .hf import VISION_PREFIXES, expect_complete
+from .load import list_names
 from .mistral_tensors import to_mistral
 
 
@@ -68,9 +69,8 @@ def expect_tensors(directory: Path, model: Any, names: Iterable[str]) -> None:
 
 
 def _refuse(directory: Path, what: str, names: set[Any]) -> None:
+    """Raise ValueError if there are such names."""
     if not names:
         return
-    listed = ", ".join(sorted(names)[:4])
-    if len(names) > 4:
-        listed += f" and {len(names) - 4} more"
+    listed = list_names(sorted(names), 4)
     raise ValueError(f"{directory} {what} {listed} (Mistral's names), by its configuration; fetch it again")
