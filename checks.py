@@ -5,6 +5,7 @@ Types and shapes are always checked. Values are checked only where reading them 
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -25,13 +26,20 @@ def may_read(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def is_number(value: Any, kind: type, least: float) -> bool:
-    """Whether `value` is a finite number (a whole one if `kind` is int) of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+def is_number(value: Any, kind: type, least: float, most: float = math.inf) -> bool:
+    """Whether `value` is a finite number from `least` to `most`, of the kind int or float (an int is a float, too).
+
+    With `numbers.Integral` and `numbers.Real`, NumPy's numbers are accepted as well.
+    """
+    if isinstance(value, bool):
         return False
-    if kind is int and not isinstance(value, int):
-        return False
-    return least <= value < float("inf")
+    of_kind = isinstance(value, kind) or (kind is float and isinstance(value, int))
+    return of_kind and least <= value <= most and value < math.inf
+
+
+def is_size(value: object) -> bool:
+    """Whether `value` is a whole number above 0."""
+    return is_number(value, int, 1)
 
 
 def is_whole(tensor: Tensor) -> bool:

@@ -64,6 +64,8 @@ class Ministral3Config(MinistralConfig):
         "beta_slow": 1e-6, "mscale": 0, "mscale_all_dim": 0, "attention_factor": 1e-6, "truncate": None,
         "llama_4_scaling_beta": 0,
     }  # fmt: skip
+    # Of keys that yarn may leave out.
+    rope_defaults: ClassVar[dict[str, float]] = {"beta_fast": 32, "beta_slow": 1}
     unwritten: ClassVar[tuple[str, ...]] = (*MinistralConfig.unwritten, "layer_types")
 
     def __post_init__(self) -> None:
@@ -117,8 +119,9 @@ class YarnRotaryEmbedding(RotaryEmbedding):
         def pair_that_turns(times: float) -> float:
             return D * math.log(original / (times * 2 * math.pi)) / (2 * math.log(theta))
 
-        low: float = pair_that_turns(self.rope.get("beta_fast") or 32)
-        high = pair_that_turns(self.rope.get("beta_slow") or 1)
+        turns = Ministral3Config.rope_defaults | {key: value for key, value in self.rope.items() if value is not None}
+        low: float = pair_that_turns(turns["beta_fast"])
+        high = pair_that_turns(turns["beta_slow"])
         if self.rope.get("truncate", True):
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, D - 1)

@@ -424,7 +424,7 @@ class PreTrainedModel(nn.Module):
         new = {name for name, _ in self.named_parameters() if name.partition(".")[0] == self.new_layer}
         if new & {own_name(name) for name in files.names()}:
             new = set()
-        tie = checkpoint.fill(self, files, own_name, self.may_tie, tied, new, dtype, device)
+        tie = checkpoint.load_weights(self, files, own_name, self.may_tie, tied, new, dtype, device)
         if self.may_tie:
             self.config.tie_word_embeddings = tie
             self.generation_config = checkpoint.GenerationConfig.from_pretrained(directory)

@@ -302,7 +302,7 @@ def test_a_failed_save_leaves_nothing_half_written(saved, monkeypatch):
         file.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(checkpoint, "save_file", fail)
+    monkeypatch.setattr(checkpoint.writer, "save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         model.save_pretrained(path)
     assert {name: (path / name).read_bytes() for name in os.listdir(path)} == before
@@ -319,7 +319,7 @@ def test_shards_are_replaced_all_or_none(saved, monkeypatch):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 1
-    written, save = [], checkpoint.save_file
+    written, save = [], checkpoint.writer.save_file
 
     def fail(tensors, file, metadata):
         written.append(file)
@@ -327,7 +327,7 @@ def test_shards_are_replaced_all_or_none(saved, monkeypatch):
             raise OSError("disk full")
         save(tensors, file, metadata)
 
-    monkeypatch.setattr(checkpoint, "save_file", fail)
+    monkeypatch.setattr(checkpoint.writer, "save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         model.save_pretrained(path, max_shard_bytes=600)
     assert {name: (path / name).read_bytes() for name in os.listdir(path)} == before and len(before) > 3
@@ -446,7 +446,7 @@ def test_only_whole_models_are_converted(saved, tmp_path, format, edit, message)
 
 def test_impossible_ways_of_writing_are_refused(saved, tmp_path):
     model, path = saved
-    with pytest.raises(ValueError, match="format='gguf' is impossible; allowed: hf, mistral"):
+    with pytest.raises(ValueError, match="format='gguf' is not supported; supported: hf, mistral"):
         checkpoint.convert(path, tmp_path / "new", format="gguf")
     with pytest.raises(ValueError, match="max_shard_bytes=0 is impossible"):
         model.save_pretrained(tmp_path / "new", max_shard_bytes=0)
@@ -459,7 +459,7 @@ def test_a_folder_made_for_a_failed_conversion_is_removed(saved, tmp_path, monke
     def fail(*_, **__):
         raise OSError("disk full")
 
-    monkeypatch.setattr(checkpoint, "save_file", fail)
+    monkeypatch.setattr(checkpoint.writer, "save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         checkpoint.convert(saved[1], tmp_path / "new" / "folder" / "model")
     assert not (tmp_path / "new").exists()

@@ -27,8 +27,8 @@ from transformers.integrations import finegrained_fp8
 
 import checkpoint
 from checkpoint import (
-    EYES,
     NAMES,
+    VISION_PREFIXES,
     convert,
     count_parameters,
     dequantize,
@@ -39,6 +39,7 @@ from checkpoint import (
     to_mistral,
     to_params,
 )
+from checkpoint.__main__ import describe, main
 from generate import BUNDLED, kv_cache_bytes, load_model
 from heads import Ministral3ForSequenceClassification
 from ministral import MinistralConfig, MinistralForCausalLM
@@ -54,7 +55,7 @@ WINDOWS = ([None, 5, 5, 5], [5], [None], [5, None], [None, 5, 5], [5, 5, None, N
 
 
 def draw_model(rng, kind, dtype=None):
-    """A tiny model that both layouts can say: "ministral" (any pattern of layers), "ministral3", "mistral3" (eyes)."""
+    """A tiny model of both layouts: "ministral" (any pattern of layers), "ministral3", "mistral3" (a vision model)."""
     family = "ministral" if kind == "ministral" else "ministral3"
     layers = rng.choice([2, 4])
     pattern = rng.choice([w for w in WINDOWS if layers % len(w) == 0])
@@ -231,7 +232,7 @@ def test_the_order_of_rows(rng):
 
 
 def test_every_tensor_has_one_name_in_each_layout():
-    """The table against all parameters of a model with eyes, in both generations of Transformers' names."""
+    """The table against all parameters of a vision model, in both generations of Transformers' names."""
     models = (draw_model(random.Random(seed), "mistral3") for seed in itertools.count())
     model = next(m for m in models if not m.config.tie_word_embeddings and m.config.multimodal_projector_bias)
     names = [name for name, _ in model.named_parameters()]
@@ -240,14 +241,14 @@ def test_every_tensor_has_one_name_in_each_layout():
     used = {re.sub(r"(?<=layers\.)\d+", "N", name.rpartition(".")[0]) for name in mistral}
     assert used == NAMES.keys()
     for theirs, name in mistral.items():
-        published = from_mistral(theirs, eyes=True)
-        assert published.startswith(("language_model.model.", "language_model.lm_head.", *EYES))
+        published = from_mistral(theirs, vision=True)
+        assert published.startswith(("language_model.model.", "language_model.lm_head.", *VISION_PREFIXES))
         assert model.own_name(published) == name == model.own_name(name) and to_mistral(published) == theirs
     text = [name for name, _ in Ministral3ForCausalLM(model.config.text_config).named_parameters()]
-    assert [from_mistral(to_mistral(name), eyes=False) for name in text] == text
+    assert [from_mistral(to_mistral(name), vision=False) for name in text] == text
     assert from_mistral("layers.0.attention.wq.qscale_act", False) == "model.layers.0.self_attn.q_proj.activation_scale"
     for name in ("layers.0.attention.wx.weight", "layers.0.attention.wq.rows", "model.layers.0.mlp.gate_proj.weight"):
-        assert from_mistral(name, eyes=True) is None
+        assert from_mistral(name, vision=True) is None
 
 
 def test_the_published_params_are_the_published_configs():
@@ -356,13 +357,13 @@ def test_unknown_params_are_named():
 @pytest.mark.parametrize(
     "part, change, message",
     [
-        ("text_config", {"hidden_act": "gelu"}, "hidden_act='gelu' cannot be said in params.json; allowed: silu"),
-        ("rope", {"truncate": False}, "truncate=False cannot be said"),
-        ("rope", {"mscale": 0.7}, "mscale=0.7 cannot be said"),
-        ("rope", {"attention_factor": 1.3}, "attention_factor=1.3 cannot be said"),
+        ("text_config", {"hidden_act": "gelu"}, "params.json has no field for hidden_act='gelu'; supported: silu"),
+        ("rope", {"truncate": False}, "no field for truncate=False"),
+        ("rope", {"mscale": 0.7}, "no field for mscale=0.7"),
+        ("rope", {"attention_factor": 1.3}, "no field for attention_factor=1.3"),
         ("vision_config", {"hidden_act": "gelu"}, "vision_config.hidden_act='gelu'"),
-        (None, {"vision_feature_layer": -2}, "vision_feature_layer=-2 cannot be said"),
-        (None, {"projector_hidden_act": "silu"}, "projector_hidden_act='silu' cannot be said"),
+        (None, {"vision_feature_layer": -2}, "no field for vision_feature_layer=-2"),
+        (None, {"projector_hidden_act": "silu"}, "no field for projector_hidden_act='silu'"),
     ],
 )
 def test_what_params_cannot_say(part, change, message):
@@ -533,7 +534,7 @@ def test_broken_fp8_is_refused(tmp_path):
     ):  # fmt: skip
         config["quantization_config"] = quantization
         (tmp_path / "config.json").write_text(json.dumps(config))
-        for operation in (load_model, checkpoint.describe, lambda path: convert(path, tmp_path / "new")):
+        for operation in (load_model, describe, lambda path: convert(path, tmp_path / "new")):
             with pytest.raises(ValueError, match=message):
                 operation(tmp_path)
 
@@ -627,7 +628,7 @@ def test_the_head_is_the_one_that_is_stored(tmp_path, recwarn, said, stored, kin
 def run(capsys, *arguments):
     """Exit code, standard output and standard error of the command."""
     try:
-        code = checkpoint.main([str(argument) for argument in arguments])
+        code = main([str(argument) for argument in arguments])
     except SystemExit as exit:
         code = exit.code
     out = capsys.readouterr()
@@ -656,7 +657,7 @@ def test_a_failed_conversion_leaves_nothing(tmp_path, monkeypatch):
         file.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(checkpoint, "save_file", fail)
+    monkeypatch.setattr(checkpoint.writer, "save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         convert(tmp_path / "hf", tmp_path / "new", format="mistral")
     assert os.listdir(tmp_path) == ["hf"]
@@ -731,7 +732,7 @@ def test_no_configuration_is_a_traceback(tmp_path_factory, rng, kind, data):
         where = where[key]
     where[key] = data.draw(junk)
     file.write_text(json.dumps(content))
-    for operation in (load_model, checkpoint.describe, lambda p: convert(p, path / "a"),
+    for operation in (load_model, describe, lambda p: convert(p, path / "a"),
                       lambda p: convert(p, path / "b", format="mistral")):  # fmt: skip
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -834,7 +835,7 @@ def test_info_counts_what_is_there(tmp_path_factory, rng, kind, fp8):
     counts = count_parameters(checkpoint.read_config(path))
     total = sum(p.numel() for p in model.parameters())
     assert counts["text"] + counts["vision"] + counts["projector"] == total
-    out = "\n".join(checkpoint.describe(path))
+    out = "\n".join(describe(path))
     tensors = load_file(path / "model.safetensors")
     assert f"{total:,} (text {counts['text']:,}" in out
     assert f"({sum(t.nbytes for t in tensors.values()):,} bytes of tensors)" in out
@@ -950,7 +951,7 @@ def test_the_cache_serves_without_a_network(tmp_path):
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path)}
     for arguments in ([], ["v1"], [commit], ["v2"]):
         result = subprocess.run([sys.executable, "-c", program, *arguments], env=environment, capture_output=True,
-                                text=True, cwd=Path(checkpoint.__file__).parent)  # fmt: skip
+                                text=True, cwd=Path(checkpoint.__file__).parent.parent)  # fmt: skip
         if arguments == ["v2"]:
             assert result.returncode and "owner/name is no directory here and could not be fetched" in result.stderr
         else:

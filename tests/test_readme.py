@@ -22,7 +22,7 @@ NOT_RUN = {
     "python -m training": "minutes to hours",
     "python -m benchmarks": "minutes; the test of their usage is below",
     "python generate.py --model mistralai/": "needs published weights",
-    "python checkpoint.py info mistralai/": "needs the network",
+    "python -m checkpoint info mistralai/": "needs the network",
     "torchrun": "needs a directory of the reader's; test_tensor_parallel.py runs it",
     "vllm": "is another program",
     "hf": "needs an account",

@@ -1,0 +1,119 @@
+"""The commands `python -m checkpoint info` and `python -m checkpoint convert`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cli import Parser, exit_code, format_bytes
+
+from .conversion import convert
+from .expected import count_by_part, empty_model
+from .files import CONSOLIDATED, CONSOLIDATED_INDEX, FORMATS, INDEX, WEIGHTS, has_any, layout
+from .fp8 import FP8
+from .hf import text_config
+from .hub import find
+from .reader import DTYPES, Checkpoint, named_dtype, read_config
+
+SHORT_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # of DTYPES
+
+
+def describe(directory: Path) -> list[str]:
+    """The sizes and types of a model, a line each, without loading weights; without weights there, from its
+    configuration (raises as `Checkpoint` and `empty_model`)."""
+    content = read_config(directory)
+    model = empty_model(content)
+    config = model.config.get_text_config()
+    expected = count_by_part(model)
+    total_expected = sum(expected.values()) - expected["fp8"]
+    sizes = f"{config.num_hidden_layers} layers, hidden size {config.hidden_size}"
+
+    dtype: torch.dtype
+    if has_any(directory, WEIGHTS, INDEX, CONSOLIDATED, CONSOLIDATED_INDEX):
+        files = Checkpoint(directory, raw=True)
+        dtype = files.dtype
+        numbers = files.numbers
+        nbytes = files.nbytes()
+        source = "of tensors"
+    else:
+        dtype = named_dtype(content) or torch.bfloat16
+        quantised = 0
+        if content.get("quantization_config"):
+            quantised = expected["fp8"]
+        numbers = Counter({FP8: quantised, _name(dtype): total_expected - quantised})
+        nbytes = quantised + (total_expected - quantised) * dtype.itemsize
+        source = "not here; by its configuration"
+
+    total = sum(numbers.values())
+    parts = f"by its configuration {total_expected:,}"
+    if total == total_expected:
+        counts = {part: expected[part] for part in ("text", "vision", "projector")}
+        parts = ", ".join(f"{part} {count:,}" for part, count in counts.items() if count)
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in numbers.most_common() if count)
+    context = "not said"
+    if text_config(content).get("max_position_embeddings") is not None:
+        context = f"{config.max_position_embeddings:,} tokens"
+    lines = {
+        "model": f"{content.get('model_type')}, {sizes}, {config.num_attention_heads} heads",
+        "layout": "Transformers" if layout(directory) == "hf" else "Mistral",
+        "parameters": f"{total:,} ({parts})",
+        "weights": f"{format_bytes(nbytes)} ({nbytes:,} bytes {source}): {kinds}",
+        "context": context,
+        "cache": _describe_cache(config, dtype),
+    }
+    return [f"{name:11} {value}" for name, value in lines.items()]
+
+
+def _describe_cache(config: Any, dtype: torch.dtype) -> str:
+    """The bytes that a token takes in the cache, in words."""
+    layers: int = config.num_hidden_layers
+    nbytes: int = 2 * layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
+    described = f"{nbytes:,} bytes per token in {_name(dtype)}"
+    sliding: int = config.layer_types.count("sliding_attention")
+    if sliding:
+        described += f", {nbytes * sliding // layers:,} of them up to {config.sliding_window:,} tokens only"
+    return described
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run a command; returns the exit code."""
+    if options.command == "info":
+        print("\n".join(describe(find(options.model, options.revision, weights=False))))
+        return 0
+    dtype = None
+    if options.dtype is not None:
+        dtype = DTYPES[SHORT_NAMES.get(options.dtype, options.dtype)]
+    convert(find(options.source, options.revision), options.destination, dtype, options.format)
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse and run; returns the exit code."""
+    parser = Parser(prog="python -m checkpoint", description="Look into model directories, and convert them.")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+    info = commands.add_parser("info", help="sizes, types, context and cache of a model, without loading it")
+    small = "of a Hub repository only the small files are fetched"
+    info.add_argument("model", metavar="DIR_OR_HUB_ID", help=small)
+    to = commands.add_parser("convert", help="write a model in another layout or type")
+    to.add_argument("source", metavar="DIR_OR_HUB_ID")
+    to.add_argument("destination", metavar="DIR", help="a new directory")
+    to.add_argument("--format", choices=FORMATS, default="hf", help="Transformers' (default) or Mistral's")
+    to.add_argument("--dtype", choices=[*DTYPES, *SHORT_NAMES], help="default: as stored, FP8 included")
+    for command in (info, to):
+        command.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a Hub repository")
+    options = parser.parse_args(arguments)
+    return exit_code(lambda: run(options))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""From a directory or a Hub id ("owner/name") to a local directory."""
+
+from __future__ import annotations
+
+import re
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+from .files import ADAPTER, CONFIG, INDEX, OTHER_FILES, PARAMS, WEIGHTS, has_any, read_json
+
+# One set of weights is downloaded, Transformers' if there is one, and no pickle.
+HF_WEIGHTS = [WEIGHTS, "model-*-of-*.safetensors", INDEX]
+MISTRAL_WEIGHTS = ["consolidated*.safetensors", "consolidated*.json"]
+
+
+def find(path_or_hub_id: str | Path, revision: str | None = None, weights: bool = True) -> Path:
+    """The directory of a model: the one named, or the local copy of a Hub repository ("owner/name"). The repository is
+    downloaded if it is not there yet; huggingface_hub's cache, login, variables and offline mode apply.
+
+    Args:
+        revision: branch, tag or commit of the repository; None is its main branch.
+        weights: False downloads the configuration only.
+
+    Raises:
+        FileNotFoundError: neither a directory nor a repository that can be reached. The message says how to log in
+            where that is needed.
+        ValueError: a revision of a directory.
+    """
+    if not isinstance(path_or_hub_id, (str, Path)) or not str(path_or_hub_id):
+        problem = f"a model is named by a directory or a Hub id 'owner/name'; found {path_or_hub_id!r}"
+        raise ValueError(problem[:200])
+    path = Path(path_or_hub_id)
+    with suppress(RuntimeError):  # "~name" of a user who does not exist
+        path = path.expanduser()
+    if path.is_dir():
+        if revision is not None:
+            problem = f"revision={revision!r} is impossible for the directory {path}"
+            raise ValueError(f"{problem}; allowed: with a Hub id")
+        return path
+    if path.exists():
+        raise FileNotFoundError(f"{path} is a file; a model is a directory with {CONFIG} and {WEIGHTS}")
+    name = str(path_or_hub_id)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
+        cure = f"give a directory with {CONFIG}, or a Hub id 'owner/name'"
+        raise FileNotFoundError(f"no model directory {path}; {cure}")
+    return _download(name, revision, weights)
+
+
+def _download(name: str, revision: str | None, weights: bool) -> Path:
+    """The local copy of a Hub repository (raises as `find`)."""
+    from huggingface_hub import snapshot_download  # imported late: a local model needs none of it
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    def download(*patterns: str) -> Path:
+        allowed = [CONFIG, PARAMS, ADAPTER, *patterns]
+        get = partial(snapshot_download, name, revision=revision, allow_patterns=allowed)
+        try:
+            return Path(get())
+        except OfflineModeIsEnabled:  # some versions ask for a list of files before they look into the cache
+            return Path(get(local_files_only=True))
+
+    try:
+        if not weights:
+            return download()
+        directory = download(*OTHER_FILES, *HF_WEIGHTS)
+        if not has_any(directory, WEIGHTS, INDEX):
+            directory = download(*OTHER_FILES, *MISTRAL_WEIGHTS)
+        return directory
+    except Exception as error:  # many kinds: no network, no such repository, a full disk
+        reason = str(error).strip().partition("\n")[0]
+        problem = f"{name} is no directory here and could not be fetched from the Hub ({reason})"
+        raise FileNotFoundError(f"{problem}; {_cure(name, error)}") from error
+
+
+def _cure(name: str, error: Exception) -> str:
+    """Advice for an error of the Hub."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    log_in = "log in: `hf auth login`, or set HF_TOKEN"
+    if isinstance(error, GatedRepoError):
+        return f"accept its terms at https://huggingface.co/{name}, then {log_in}"
+    if isinstance(error, RepositoryNotFoundError):
+        return f"check the name; if the repository is private, {log_in}"
+    return "give a directory, or check name, revision and network"
+
+
+def refuse_adapter(directory: Path) -> None:
+    """Raise ValueError if a directory that lacks a model's files is a LoRA adapter."""
+    if not has_any(directory, ADAPTER):
+        return
+    content = read_json(directory / ADAPTER)
+    base = None
+    if isinstance(content, dict):
+        base = content.get("base_model_name_or_path")
+    loaded = f"PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), {str(directory)!r})"
+    cure = f"merge it into its base with peft: {loaded}.merge_and_unload().save_pretrained('merged')"
+    raise ValueError(f"{directory} is a LoRA adapter ({ADAPTER}) of {base}, not a whole model; {cure}")
