@@ -332,6 +332,31 @@ def warn_of_padding(input_ids: Tensor, attention_mask: Tensor | None, config: An
         warnings.warn(f"a row is padded with pad_token_id {pad}, which is read as text; {cure}", stacklevel=1)
 
 
+# ----------------------------------------------------------------------------------------------------- images
+
+
+def check_pixel_values(pixel_values: Tensor, channels: int) -> None:
+    """Raise ValueError unless these are pixels (N, channels, height, width) of at least one image."""
+    expect_tensor("pixel_values", pixel_values)
+    if not pixel_values.is_floating_point():
+        raise ValueError(f"pixel_values of {pixel_values.dtype} are not supported; supported: see `preprocess`")
+    if pixel_values.ndim != 4 or pixel_values.shape[1] != channels:
+        found = tuple(pixel_values.shape)
+        raise ValueError(f"pixel_values must be (images, {channels}, height, width); found {found}")
+    if len(pixel_values) == 0:
+        raise ValueError("pixel_values hold no image; leave them out")
+
+
+def check_image_sizes(sizes: Any, count: int) -> None:
+    """Raise ValueError unless these are a (height, width) in whole pixels for each image."""
+    valid = isinstance(sizes, Sequence) and len(sizes) == count
+    for pair in sizes if valid else ():
+        valid = valid and isinstance(pair, Sequence) and len(pair) == 2
+        valid = valid and all(int(edge) == edge for edge in pair)
+    if not valid:
+        raise ValueError(f"image_sizes must be a (height, width) for each of {count} images; found {sizes}")
+
+
 # ----------------------------------------------------------------------------------------------------- cache
 
 

@@ -1,18 +1,18 @@
-"""How Ministral 3 sees: picture -> pixels -> patches -> Pixtral encoder -> projector -> embeddings among the text's.
+"""The vision model of Ministral 3: image -> pixels -> patches -> Pixtral encoder -> projector -> embeddings.
 
-    a picture of 500 x 300 pixels                                      (height x width)
+    an image of 500 x 300 pixels                                       (height x width)
     -> scaled down if an edge is longer than 1540 pixels, then stretched to whole merged patches of 28 x 28 pixels:
-       504 x 308; RGB, normalised                                      pixel_values (3, 504, 308)
+       504 x 308; RGB, normalised (`images.py`)                        pixel_values (3, 504, 308)
     -> a convolution turns patches of 14 x 14 pixels into vectors      36 x 22 = 792 patches of 1024 numbers
-    -> a transformer in which every patch sees every patch of its own picture, with rotary positions in two
+    -> a transformer in which every patch sees every patch of its own image, with rotary positions in two
        dimensions (`PixtralRotaryEmbedding`)
     -> four neighbours are merged into one vector of 4096 numbers and projected to the size of the language model's
        embeddings                                                      18 x 11 = 198 vectors
     -> these replace the embeddings of the 198 [IMG] tokens in the prompt, row by row:
        11 x [IMG] [IMG_BREAK] 11 x [IMG] [IMG_BREAK] ... 11 x [IMG] [IMG_END]
 
-Pictures of a batch are encoded in one go, but do not see each other. Written as a mask over the patches of two
-pictures, of 3 and 4 patches, that is
+The images of a batch are encoded together, but do not see each other. As a mask over the patches of two images, of 3 and
+4 patches, that is
 
     # # # . . . .
     # # # . . . .
@@ -22,31 +22,20 @@ pictures, of 3 and 4 patches, that is
     . . . # # # #
     . . . # # # #
 
-No such mask is built here: attention runs picture by picture, so its cost grows with the sum of the squares and not
-with the square of the sum. Read `ministral.py` and `ministral3.py` first. Names follow Transformers
+No such mask is built here. Attention runs image by image, so its cost grows with the sum of the squares and not with the
+square of the sum. Read `ministral.py` and `ministral3.py` first. Names are those of Transformers
 (`Mistral3ForConditionalGeneration`). Sources: Pixtral https://arxiv.org/abs/2410.07073, Ministral 3
-https://arxiv.org/abs/2601.08584. Letters in the shape comments, beside those of `ministral.py`:
+https://arxiv.org/abs/2601.08584. Letters in the shape comments, in addition to those of `ministral.py`:
 
-    N  pictures                      P  patches of all pictures together          C  size of the encoder's vectors
+    N  images                      P  patches of all images together          C  size of the encoder's vectors
 """
 
 from __future__ import annotations
 
-import base64
-import io
-import math
-import os
-import threading
-import urllib.parse
-import urllib.request
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -54,9 +43,10 @@ from torch import Tensor, nn
 import checkpoint
 from checks import (
     check_common_fields,
+    check_image_sizes,
+    check_pixel_values,
     check_start,
     expect_labels,
-    expect_tensor,
     is_number,
     require,
     require_sizes,
@@ -86,10 +76,8 @@ from pretrained import (
     logits_and_loss,
 )
 
-if TYPE_CHECKING:
-    from PIL import Image
+ImageSizes = Sequence[Sequence[int]] | Tensor  # (height, width) in pixels of each image
 
-ImageSizes = Sequence[Sequence[int]] | Tensor  # (height, width) in pixels of each picture
 
 # ---------------------------------------------------------------------------------------------- configuration
 
@@ -122,26 +110,39 @@ class PixtralVisionConfig(PreTrainedConfig):
     source: ClassVar[str] = "vision_config"
 
     def __post_init__(self) -> None:
-        rope = dict(self.rope_parameters or {})
-        kind = rope.get("rope_type") or rope.get("type") or "default"
-        theta = rope.get("rope_theta", 10000.0 if self.rope_theta is None else self.rope_theta)
-        require(self, "rope_theta", self.rope_theta in (None, theta), f"None, or rope_parameters' own, {theta}")
-        require(self, "rope_parameters", kind in ("default", "axial"), "rope_type default, or axial, which is the same")
-        require(self, "rope_parameters", rope.keys() <= {"rope_type", "type", "rope_theta"}, "rope_type and rope_theta")
-        require(self, "rope_parameters", is_number(theta, float, 1.0), "a rope_theta not below 1")
-        self.rope_theta, self.rope_parameters = theta, {"rope_type": "default", "rope_theta": theta}
+        self._complete_rope_parameters()
         require_sizes(self, "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         require_sizes(self, "num_channels", "image_size", "patch_size")
         check_common_fields(self, ACTIVATIONS, ATTENTION)
-        heads, size = self.num_attention_heads, self.hidden_size // self.num_attention_heads
+        heads = self.num_attention_heads
+        size = self.hidden_size // heads
         whole = size * heads == self.hidden_size and size % 4 == 0
         require(self, "hidden_size", whole, f"a multiple of 4 for each of {heads} heads")
-        require(self, "head_dim", self.head_dim in (None, size), f"hidden_size / num_attention_heads = {size}")
+        equal = self.head_dim in (None, size)
+        require(self, "head_dim", equal, f"hidden_size / num_attention_heads = {size}")
         self.head_dim = size
+
+    def _complete_rope_parameters(self) -> None:
+        """Fill in `rope_theta` and `rope_parameters`, each from the other where it is not given, and check both."""
+        rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0}
+        if self.rope_theta is not None:
+            rope["rope_theta"] = self.rope_theta
+        given = dict(self.rope_parameters or {})
+        theta = given.get("rope_theta", rope["rope_theta"])
+        equal = self.rope_theta in (None, theta)
+        require(self, "rope_theta", equal, f"None, or rope_parameters' own, {theta}")
+        kind = given.get("rope_type") or given.get("type") or "default"
+        supported = kind in ("default", "axial")
+        require(self, "rope_parameters", supported, "rope_type default, or axial, which is the same")
+        known = given.keys() <= {"rope_type", "type", "rope_theta"}
+        require(self, "rope_parameters", known, "rope_type and rope_theta")
+        require(self, "rope_parameters", is_number(theta, float, 1.0), "a rope_theta not below 1")
+        self.rope_theta = theta
+        self.rope_parameters = rope | {"rope_theta": theta}
 
     @classmethod
     def from_dict(cls, d: dict[str, Any]) -> PixtralVisionConfig:
-        """See `PreTrainedConfig.from_dict`. Transformers writes a vocab_size here, for no reason."""
+        """See `PreTrainedConfig.from_dict`. Transformers writes a vocab_size here, which has no meaning."""
         return super().from_dict({k: v for k, v in d.items() if k != "vocab_size"})
 
     def to_dict(self) -> dict[str, Any]:
@@ -159,12 +160,12 @@ TEXT: dict[str, tuple[type[MinistralConfig], type[MinistralModel]]] = {
 
 @dataclass
 class Mistral3Config(PreTrainedConfig):
-    """A Ministral 3 with eyes: `vision_config`, `text_config` (each a configuration or the dictionary for one), and
-    what joins them. None takes the published 8B model's; a text part without `model_type` is a "ministral3".
+    """A vision model: `vision_config` and `text_config` (each a configuration or the dictionary for one), and the fields
+    of the projector. None is that of the published 8B model. A text part without `model_type` is a "ministral3".
     `attn_implementation` is that of both parts.
 
-    `tie_word_embeddings=None` takes the text part's word, and without one ties. The published files have none at the
-    top, where Transformers looks for it.
+    `tie_word_embeddings=None` is as the text part says, and true if it says nothing. The published files do not have the
+    field at the top, where Transformers looks for it.
 
     Raises:
         ValueError: a value is impossible; the message names the field, the value and what is allowed.
@@ -192,31 +193,48 @@ class Mistral3Config(PreTrainedConfig):
             vision = PixtralVisionConfig(patch_size=14, image_size=1540, hidden_act="silu")
         elif isinstance(vision, dict):
             vision = PixtralVisionConfig.from_dict(vision)
-        if isinstance(text, dict):
-            tied = text.get("tie_word_embeddings", True) if tied is None else tied
+        if text is None:
+            text = Ministral3Config()
+        elif isinstance(text, dict):
+            if tied is None:
+                tied = text.get("tie_word_embeddings", True)
             kind = text.get("model_type") or "ministral3"
             require(self, "text_config", kind in TEXT, f"model_type {', '.join(TEXT)}")
-            text = TEXT[kind][0].from_dict(text)
-        elif text is None:
-            text = Ministral3Config()
-        self.tie_word_embeddings = text.tie_word_embeddings if tied is None else tied
+            config_class, _ = TEXT[kind]
+            text = config_class.from_dict(text)
+        if tied is None:
+            tied = text.tie_word_embeddings
+        self.tie_word_embeddings = tied
         self.vision_config = replace(vision, attn_implementation=self.attn_implementation)
         self.text_config = replace(text, attn_implementation=self.attn_implementation)
+        self._check()
+
+    def _check(self) -> None:
+        """Check the fields of the projector."""
         self.feature_index()
         image = self.image_token_index
-        known = is_number(image, int, 0) and image < text.vocab_size
+        known = is_number(image, int, 0) and image < self.text_config.vocab_size
         require(self, "image_token_index", known, "an id of the vocabulary")
         require(self, "projector_hidden_act", self.projector_hidden_act in ACTIVATIONS, ", ".join(ACTIVATIONS))
-        biased = self.multimodal_projector_bias
-        require(self, "multimodal_projector_bias", isinstance(biased, bool), "true or false")
+        bias = self.multimodal_projector_bias
+        require(self, "multimodal_projector_bias", isinstance(bias, bool), "true or false")
         require_sizes(self, "spatial_merge_size")
         require(self, "tie_word_embeddings", isinstance(self.tie_word_embeddings, bool), "true or false")
 
     def feature_index(self, layer: int | list[int] | None = None) -> int:
-        """The index, from 0, of the encoder's hidden state that is projected: of `vision_feature_layer`, or of `layer`
-        if given, a number or a list of one, where -1 is the last (raises ValueError)."""
-        layer = self.vision_feature_layer if layer is None else layer
-        number: Any = layer[0] if isinstance(layer, list) and len(layer) == 1 else layer
+        """The index, from 0, of the encoder's hidden state that is projected.
+
+        Args:
+            layer: a number, or a list of one, where -1 is the last; None is `vision_feature_layer`.
+
+        Raises:
+            ValueError: no such hidden state.
+        """
+        if layer is None:
+            layer = self.vision_feature_layer
+        number: Any = layer
+        if isinstance(layer, list) and len(layer) == 1:
+            number = layer[0]
         last = self.vision_config.num_hidden_layers
         if not is_number(number, int, -last - 1) or number > last:
             allowed = f"one number from {-last - 1} to {last}"
@@ -241,213 +259,10 @@ class Mistral3Config(PreTrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """The content of a config.json that Transformers 5 loads."""
-        own = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "attn_implementation"}
+        names = [field.name for field in fields(self) if field.name != "attn_implementation"]
+        own = {name: getattr(self, name) for name in names}
         parts = {"vision_config": self.vision_config.to_dict(), "text_config": self.text_config.to_dict()}
         return {"model_type": self.model_type} | own | parts
-
-
-# ---------------------------------------------------------------------------------------------------- pictures
-
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of red, green and blue
-MAX_PIXELS, MAX_BYTES, TIMEOUT = 10**8, 50 * 10**6, 20  # of a picture, of its file, seconds for a download
-SHORTEST_BASE64 = 40  # characters: the smallest image files, GIFs, have 35 bytes
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # (others run other programs, or are rare)
-
-
-def load_image(source: str | Path | bytes | Image.Image) -> Image.Image:
-    """An image from a file, an address (http, https, `file:`, or `data:` with base64), base64 alone, or the
-    bytes of a file, upright if its EXIF data say how it was held. An image of Pillow's is returned as it is.
-
-    Raises:
-        FileNotFoundError: no such file, or the address cannot be reached.
-        ValueError: Pillow is missing; a source of another kind; no image in one of FORMATS, a damaged one, or
-            more than MAX_PIXELS pixels.
-    """
-    try:
-        from PIL import Image, ImageOps, UnidentifiedImageError
-    except ImportError as error:
-        raise ValueError("pictures need Pillow: pip install pillow") from error
-    if isinstance(source, Image.Image):
-        return source
-    if not isinstance(source, (str, bytes, os.PathLike)):
-        found = type(source).__name__
-        supported = "a path, an address, the bytes of a file, or an image of Pillow's"
-        raise ValueError(f"an image is given as {found}; supported: {supported}")
-    name = "the picture" if isinstance(source, bytes) else str(source)
-    name = name if len(name) <= 100 else name[:60] + "..."
-    data = source if isinstance(source, bytes) else _read(str(source), name)
-    too_large = f"{name} has more than {MAX_PIXELS // 10**6} million pixels; scale it down"
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's remarks on what it can still read
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-            small = image.width * image.height <= MAX_PIXELS
-            if small:
-                image.load()
-    except Image.DecompressionBombError as error:
-        raise ValueError(too_large) from error
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{name} is no picture; allowed: {', '.join(FORMATS)}") from error
-    except Exception as error:  # of many kinds, one for each format and defect
-        raise ValueError(f"{name} is damaged or no picture ({type(error).__name__}: {error})") from error
-    if not small:
-        raise ValueError(too_large)
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # EXIF data that cannot be read turn nothing
-        return image
-
-
-def _read(source: str, name: str) -> bytes:
-    if source[:5].lower() == "data:":
-        head, _, data = source.partition(",")
-        try:
-            if not head.lower().rstrip().endswith(";base64"):
-                raise ValueError("not base64")
-            return base64.b64decode("".join(urllib.parse.unquote(data).split()), validate=True)
-        except ValueError as error:
-            raise ValueError(f"{name} is no data:...;base64, address of a picture ({error})") from error
-    if source.lower().startswith(("http://", "https://")):
-        return _download(source, name)
-    try:
-        path = _local_path(source)
-        if path.exists() and not path.is_file():
-            raise OSError("not a file")
-        with path.open("rb") as file:
-            data_read = file.read(MAX_BYTES + 1)
-    except (OSError, ValueError, RuntimeError) as error:
-        decoded = _base64(source)
-        if decoded is not None:
-            return decoded
-        reason = getattr(error, "strerror", None) or error
-        raise FileNotFoundError(f"{name or 'an empty name'} cannot be read ({reason})") from error
-    return _limited(data_read, name)
-
-
-def _local_path(source: str) -> Path:
-    """The file that a name or a `file:` address means. mistral-common reads what follows file:// as it is;
-    others encode blanks and the like in it, as addresses have them."""
-    if source[:7].lower() != "file://":
-        return Path(source).expanduser()
-    rest = source[7:]
-    if os.path.isfile(rest):
-        return Path(rest)
-    rest = rest.removeprefix("localhost")
-    if not rest.startswith("/"):
-        raise ValueError("allowed: file:///absolute/path, on this machine")
-    return Path(urllib.request.url2pathname(rest))
-
-
-def _base64(source: str) -> bytes | None:
-    """What a text is in base64 if it can be that of an image, as mistral-common and Transformers take it."""
-    text = "".join(source.split())
-    if len(text) < SHORTEST_BASE64:
-        return None
-    try:
-        return base64.b64decode(text, validate=True)
-    except ValueError:
-        return None
-
-
-def _limited(data: bytes, name: str) -> bytes:
-    if len(data) > MAX_BYTES:
-        raise ValueError(f"{name} has more than {MAX_BYTES // 10**6} MB; scale it down")
-    return data
-
-
-def _download(address: str, name: str) -> bytes:
-    """What a web address holds. It runs in a thread, because a server can dribble for ever below any socket's time-out.
-    """
-    opener = urllib.request.OpenerDirector()
-    for handler in (
-        urllib.request.ProxyHandler, urllib.request.HTTPHandler, urllib.request.HTTPSHandler,
-        urllib.request.HTTPRedirectHandler, urllib.request.HTTPDefaultErrorHandler, urllib.request.HTTPErrorProcessor,
-    ):  # fmt: skip
-        opener.add_handler(handler())  # and none for files or FTP, to which a server might redirect
-    result: list[bytes | Exception] = []
-
-    def fetch() -> None:
-        try:
-            with opener.open(address, timeout=TIMEOUT) as response:
-                result.append(response.read(MAX_BYTES + 1))
-        except Exception as error:
-            result.append(error)
-
-    thread = threading.Thread(target=fetch, daemon=True)
-    thread.start()
-    thread.join(TIMEOUT)
-    answer = result[0] if result else TimeoutError(f"no answer within {TIMEOUT} s")
-    if isinstance(answer, Exception):
-        raise FileNotFoundError(f"{name} cannot be fetched ({answer or type(answer).__name__})") from answer
-    return _limited(answer, name)
-
-
-def mistral_size(height: int, width: int, longest_edge: int, multiple: int) -> tuple[int, int]:
-    """The (height, width) to which a picture is resized, by the rule of mistral-common: scaled down until no edge is
-    longer than `longest_edge`, rounded (halves to even) but not to nothing, then up to multiples of `multiple`."""
-    ratio = max(height / longest_edge, width / longest_edge)
-    if ratio > 1:
-        height, width = max(round(height / ratio), 1), max(round(width / ratio), 1)
-    return -(-height // multiple) * multiple, -(-width // multiple) * multiple
-
-
-def transformers_size(height: int, width: int, longest_edge: int, multiple: int) -> tuple[int, int]:
-    """The same by the rule of Transformers, which rounds down. Of pictures with random edges up to 6000 pixels 1.6 %
-    get another number of patches.
-
-    Raises:
-        ValueError: nothing is left of the shorter edge.
-    """
-    ratio = max(height / longest_edge, width / longest_edge)
-    if ratio > 1:
-        height, width = math.floor(height / ratio), math.floor(width / ratio)
-    if min(height, width) < 1:
-        raise ValueError(f"scaled to {longest_edge} pixels, the picture is {height} x {width}: no pixel is left")
-    return -(-height // multiple) * multiple, -(-width // multiple) * multiple
-
-
-def preprocess(
-    image: Image.Image, config: Mistral3Config, rule: Callable[[int, int, int, int], tuple[int, int]] = mistral_size
-) -> Tensor:
-    """A picture as the encoder wants it, float32 (3, height, width), both multiples of the merged patch. What is
-    transparent becomes white. Resampled by Pillow's bicubic filter, as in Transformers (mistral-common has OpenCV's).
-    16-bit grey is clipped to 8 bits, as there.
-
-    Args:
-        rule: `mistral_size` or `transformers_size`.
-    """
-    from PIL import Image
-
-    if "A" in image.getbands() or image.info.get("transparency") is not None:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    vision = config.vision_config
-    size = rule(image.height, image.width, vision.image_size, vision.patch_size * config.spatial_merge_size)
-    image = image.convert("RGB").resize(size[::-1], Image.Resampling.BICUBIC)
-    scaled = np.asarray(image, np.float32) / np.float32(255)
-    x = (scaled - np.array(MEAN, np.float32)) / np.array(STD, np.float32)
-    return torch.from_numpy(x).permute(2, 0, 1).contiguous()
-
-
-def batch_images(images: Sequence[Tensor]) -> tuple[Tensor, list[tuple[int, int]]]:
-    """Pictures (3, h, w) of any sizes -> pixel_values (N, 3, height, width), zeros to the right and below, and
-    image_sizes.
-
-    Raises:
-        ValueError: no picture.
-    """
-    if not images:
-        raise ValueError("no pictures to put into a batch; leave pixel_values out")
-    sizes = [(image.shape[1], image.shape[2]) for image in images]
-    height, width = (max(edges) for edges in zip(*sizes))
-    return torch.stack([F.pad(x, (0, width - x.shape[2], 0, height - x.shape[1])) for x in images]), sizes
-
-
-def image_tokens(size: tuple[int, int], config: Mistral3Config, break_id: int, end_id: int) -> list[int]:
-    """The ids that stand for a picture of (height, width) pixels in a prompt."""
-    merged = config.vision_config.patch_size * config.spatial_merge_size
-    row = [config.image_token_id] * (size[1] // merged) + [break_id]
-    return (row * (size[0] // merged))[:-1] + [end_id]
 
 
 # ----------------------------------------------------------------------------------------------------- encoder
@@ -456,7 +271,7 @@ def image_tokens(size: tuple[int, int], config: Mistral3Config, break_id: int, e
 @exportable
 @dataclass
 class BaseModelOutput:
-    """What `PixtralVisionModel` returns: `last_hidden_state` (1, P, C), the patches of all pictures in a row;
+    """The result of `PixtralVisionModel`: `last_hidden_state` (1, P, C), the patches of all images in a row, and
     `hidden_states`, if wanted, num_hidden_layers + 1 of these, the first one before the first layer."""
 
     last_hidden_state: Tensor
@@ -474,7 +289,8 @@ class PixtralRotaryEmbedding(nn.Module):
 
     def forward(self, x: Tensor, position_ids: Tensor) -> RopeTables:
         """position_ids (P, 2), rows and columns -> cosines and sines, each (1, P, D) in the dtype of x."""
-        dtype, D = at_least_float32(x.dtype), self.config.head_dim
+        dtype = at_least_float32(x.dtype)
+        D = self.config.head_dim
         exponents = torch.arange(0, D, 2, dtype=dtype, device="cpu") / D
         frequencies = (1.0 / self.config.rope_theta**exponents).to(x.device)  # (D/2,)
         row, column = position_ids[:, :, None].to(dtype).unbind(1)  # (P, 1) each
@@ -484,7 +300,7 @@ class PixtralRotaryEmbedding(nn.Module):
 
 
 class PixtralAttention(nn.Module):
-    """Every patch looks at every patch of its own picture. No biases."""
+    """Attention in which every patch sees every patch of its own image. No biases."""
 
     def __init__(self, config: PixtralVisionConfig) -> None:
         super().__init__()
@@ -495,23 +311,29 @@ class PixtralAttention(nn.Module):
         self.o_proj = Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x: Tensor, tables: RopeTables, patches: list[int]) -> Tensor:
-        """x (1, P, C), patches: how many each picture has -> (1, P, C)."""
-        heads = (1, x.shape[1], -1, self.config.head_dim)
-        q, k, v = (part(x).view(heads).transpose(1, 2) for part in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = apply_rotary_pos_emb(q, k, *tables)  # (1, H, P, D)
-        pictures = zip(*(part.split(patches, dim=2) for part in (q, k, v)))
-        out = torch.cat([self._attend(*picture) for picture in pictures], dim=2)
-        return self.o_proj(out.transpose(1, 2).reshape(x.shape))
+        """x (1, P, C), and how many patches each image has -> (1, P, C)."""
+        _, P, C = x.shape
+        D = self.config.head_dim
+        q = self.q_proj(x).view(1, P, -1, D).transpose(1, 2)  # (1, H, P, D)
+        k = self.k_proj(x).view(1, P, -1, D).transpose(1, 2)
+        v = self.v_proj(x).view(1, P, -1, D).transpose(1, 2)
+        q, k = apply_rotary_pos_emb(q, k, *tables)
+        images = zip(q.split(patches, dim=2), k.split(patches, dim=2), v.split(patches, dim=2))
+        out = torch.cat([self._attend(*image) for image in images], dim=2)  # (1, H, P, D)
+        return self.o_proj(out.transpose(1, 2).reshape(1, P, C))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        scaling, dropout = self.config.head_dim**-0.5, self.config.attention_dropout if self.training else 0.0
+        """The attention of one image."""
+        scaling = self.config.head_dim**-0.5
+        dropout = self.config.attention_dropout if self.training else 0.0
         if self.config.attn_implementation == "eager":
-            return eager_attention(q, k, v, None, scaling, dropout)[0]
+            out, _ = eager_attention(q, k, v, None, scaling, dropout)
+            return out
         return F.scaled_dot_product_attention(q, k, v, None, dropout, scale=scaling)
 
 
 class PixtralAttentionLayer(nn.Module):
-    """Attention, then MLP, each reading a normed copy of the residual stream and adding its result to it."""
+    """Attention, then MLP. Each reads a normed copy of the residual stream and adds its result to the stream."""
 
     def __init__(self, config: PixtralVisionConfig) -> None:
         super().__init__()
@@ -526,7 +348,7 @@ class PixtralAttentionLayer(nn.Module):
 
 
 class PixtralVisionModel(PreTrainedModel):
-    """The encoder: pictures in, one vector for each patch out. There is no norm after the last layer."""
+    """The encoder: images in, one vector for each patch out. There is no norm after the last layer."""
 
     config_class = PixtralVisionConfig
     base_model_prefix = "vision_encoder"
@@ -539,100 +361,111 @@ class PixtralVisionModel(PreTrainedModel):
         layers = nn.ModuleList(PixtralAttentionLayer(config) for _ in range(config.num_hidden_layers))
         self.transformer = nn.ModuleDict({"layers": layers})
         self.patch_positional_embedding = PixtralRotaryEmbedding(config)
-        init_weights(self, config.initializer_range)
+        self.init_weights()
 
     def own_name(self, stored: str) -> str | None:
-        """Its own files name tensors as it does."""
+        """The same name: files of an encoder alone have its names."""
         return stored
 
     def grids(self, pixel_values: Tensor, image_sizes: ImageSizes | None) -> list[tuple[int, int]]:
-        """Rows and columns of whole patches that each picture has.
+        """The rows and columns of whole patches of each image.
 
         Raises:
-            ValueError: pixel_values or image_sizes of a wrong shape, or a picture larger than its pixel_values or
+            ValueError: pixel_values or image_sizes of a wrong shape, or an image larger than its pixel_values or
                 smaller than a patch.
         """
-        channels, size = self.config.num_channels, self.config.patch_size
-        expect_tensor("pixel_values", pixel_values)
-        if not pixel_values.is_floating_point():
-            raise ValueError(f"pixel_values of {pixel_values.dtype} are not supported; supported: see `preprocess`")
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != channels:
-            found = tuple(pixel_values.shape)
-            raise ValueError(f"pixel_values must be (images, {channels}, height, width); found {found}")
+        size = self.config.patch_size
+        check_pixel_values(pixel_values, self.config.num_channels)
         N, _, height, width = pixel_values.shape
-        if N == 0:
-            raise ValueError("pixel_values hold no picture; leave them out")
-        sizes: Any = [(height, width)] * N if image_sizes is None else image_sizes
-        sizes = sizes.tolist() if isinstance(sizes, Tensor) else sizes
-        pairs = isinstance(sizes, Sequence) and all(isinstance(pair, Sequence) and len(pair) == 2 for pair in sizes)
-        if not pairs or len(sizes) != N or any(int(edge) != edge for pair in sizes for edge in pair):
-            raise ValueError(f"image_sizes must be a (height, width) for each of {N} pictures; found {sizes}")
+        sizes: Any = image_sizes
+        if image_sizes is None:
+            sizes = [(height, width)] * N
+        elif isinstance(image_sizes, Tensor):
+            sizes = image_sizes.tolist()
+        check_image_sizes(sizes, N)
         for h, w in sizes:
             if not (size <= h <= height and size <= w <= width):
-                raise ValueError(f"an image size of {h} x {w}; allowed: {size} x {size} to {height} x {width} pixels")
+                allowed = f"{size} x {size} to {height} x {width} pixels"
+                raise ValueError(f"an image size of {h} x {w}; allowed: {allowed}")
         return [(int(h) // size, int(w) // size) for h, w in sizes]
 
     def forward(
         self, pixel_values: Tensor, image_sizes: ImageSizes | None = None,
         output_hidden_states: bool | list[int] = False,
     ) -> BaseModelOutput:  # fmt: skip
-        """Encode pictures.
+        """Encode images.
 
         Args:
             pixel_values: (N, 3, height, width), see `preprocess`.
-            image_sizes: the (height, width) in pixels of each picture within that; None: all of it.
-            output_hidden_states: return all of them; or a list of the indices that are wanted (others are None).
+            image_sizes: the (height, width) in pixels of each image within that; None: all of it.
+            output_hidden_states: return all hidden states, or a list of the indices that are wanted (others are None).
 
         Raises:
             ValueError: see `grids`.
         """
         grids = self.grids(pixel_values, image_sizes)
-        x = self.patch_conv(pixel_values.to(self.patch_conv.weight))  # (N, C, rows, columns)
-        x = torch.cat([image[:, :h, :w].flatten(1).T for image, (h, w) in zip(x, grids)])[None]  # (1, P, C)
-        x = self.ln_pre(x)
-        positions = torch.cat([torch.cartesian_prod(torch.arange(h), torch.arange(w)) for h, w in grids])
-        tables = self.patch_positional_embedding(x, positions.to(x.device))
-        patches = [h * w for h, w in grids]
         layers: list[Any] = list(self.transformer["layers"])  # type: ignore[call-overload]
-        wanted = range(len(layers) + 1) if output_hidden_states is True else output_hidden_states or ()
-        hidden_states: list[Any] = [x if 0 in wanted else None]
+        wanted: Any = output_hidden_states
+        if output_hidden_states is True:
+            wanted = range(len(layers) + 1)
+        elif not output_hidden_states:
+            wanted = ()
+
+        x = self.patch_conv(pixel_values.to(self.patch_conv.weight))  # (N, C, rows, columns)
+        images = [image[:, :h, :w].flatten(1).T for image, (h, w) in zip(x, grids)]  # (h * w, C) each
+        x = self.ln_pre(torch.cat(images)[None])  # (1, P, C)
+        places = [torch.cartesian_prod(torch.arange(h), torch.arange(w)) for h, w in grids]
+        tables = self.patch_positional_embedding(x, torch.cat(places).to(x.device))
+        patches = [h * w for h, w in grids]
+
+        hidden_states: list[Any] = [None] * (len(layers) + 1)
+        if 0 in wanted:
+            hidden_states[0] = x
         for i, layer in enumerate(layers, start=1):
             x = self.run_layer(layer, x, tables, patches)
-            hidden_states.append(x if i in wanted else None)
-        return BaseModelOutput(x, tuple(hidden_states) if wanted else None)
+            if i in wanted:
+                hidden_states[i] = x
+        if not wanted:
+            return BaseModelOutput(x)
+        return BaseModelOutput(x, tuple(hidden_states))
 
 
 # --------------------------------------------------------------------------------------------------- projector
 
 
 class Mistral3PatchMerger(nn.Module):
-    """Makes one vector of spatial_merge_size x spatial_merge_size neighbours."""
+    """Merge spatial_merge_size x spatial_merge_size neighbours into one vector."""
 
     def __init__(self, config: Mistral3Config) -> None:
         super().__init__()
-        self.merge, size = config.spatial_merge_size, config.vision_config.hidden_size
+        self.merge = config.spatial_merge_size
+        size = config.vision_config.hidden_size
         self.merging_layer = Linear(size * self.merge**2, size)
 
     def forward(self, x: Tensor, grids: list[tuple[int, int]]) -> Tensor:
-        """x (P, C), the patches of all pictures -> (merged patches, C); a last odd row or column is left out.
+        """x (P, C), the patches of all images -> (merged patches, C). A last odd row or column is left out.
 
-        The numbers of the neighbours are interleaved, not appended: channel by channel, and of each channel the upper
-        left, upper right, lower left, lower right one."""
-        m, merged = self.merge, []
-        pictures = torch.split(x, [h * w for h, w in grids])
-        for image, (h, w) in zip(pictures, grids):
-            grid = image.view(h, w, -1)[: h // m * m, : w // m * m]
-            blocks = grid.reshape(h // m, m, w // m, m, -1).permute(0, 2, 4, 1, 3)  # (rows, columns, C, m, m)
-            merged.append(blocks.reshape((h // m) * (w // m), -1))
+        The numbers of the neighbours are interleaved and not appended: channel by channel, and for each channel the
+        upper left, upper right, lower left and lower right one.
+        """
+        m = self.merge
+        merged = []
+        images = x.split([h * w for h, w in grids])
+        for image, (h, w) in zip(images, grids):
+            rows, columns = h // m, w // m
+            grid = image.view(h, w, -1)[: rows * m, : columns * m]
+            blocks = grid.reshape(rows, m, columns, m, -1).permute(0, 2, 4, 1, 3)  # (rows, columns, C, m, m)
+            merged.append(blocks.reshape(rows * columns, -1))
         return self.merging_layer(torch.cat(merged))
 
 
 class Mistral3MultiModalProjector(nn.Module):
-    """From the encoder's vectors to embeddings of the language model: norm, merge, two linear layers."""
+    """Turn the encoder's vectors into embeddings of the language model: norm, merge, two linear layers."""
 
     def __init__(self, config: Mistral3Config) -> None:
         super().__init__()
-        vision, text, bias = config.vision_config, config.text_config, config.multimodal_projector_bias
+        vision, text = config.vision_config, config.text_config
+        bias = config.multimodal_projector_bias
         self.norm = RMSNorm(vision.hidden_size, text.rms_norm_eps)
         self.patch_merger = Mistral3PatchMerger(config)
         self.linear_1 = Linear(vision.hidden_size, text.hidden_size, bias)
@@ -641,7 +474,8 @@ class Mistral3MultiModalProjector(nn.Module):
 
     def forward(self, x: Tensor, grids: list[tuple[int, int]]) -> Tensor:
         """(P, C) -> (merged patches, E)."""
-        return self.linear_2(self.act(self.linear_1(self.patch_merger(self.norm(x), grids))))
+        x = self.patch_merger(self.norm(x), grids)
+        return self.linear_2(self.act(self.linear_1(x)))
 
 
 # ------------------------------------------------------------------------------------------------------ models
@@ -650,7 +484,7 @@ class Mistral3MultiModalProjector(nn.Module):
 @exportable
 @dataclass
 class Mistral3ModelOutputWithPast(BaseModelOutputWithPast):
-    """As `BaseModelOutputWithPast`, and `image_hidden_states` (number of [IMG] tokens, E), what took their places."""
+    """As `BaseModelOutputWithPast`, with `image_hidden_states` (number of [IMG] tokens, E), which replaced them."""
 
     image_hidden_states: Tensor | None = None
 
@@ -658,25 +492,30 @@ class Mistral3ModelOutputWithPast(BaseModelOutputWithPast):
 @exportable
 @dataclass
 class Mistral3CausalLMOutputWithPast(CausalLMOutputWithPast):
-    """As `CausalLMOutputWithPast`, and `image_hidden_states` (number of [IMG] tokens, E), what took their places."""
+    """As `CausalLMOutputWithPast`, with `image_hidden_states` (number of [IMG] tokens, E), which replaced them."""
 
     image_hidden_states: Tensor | None = None
 
 
 class Mistral3PreTrainedModel(PreTrainedModel):
-    """What the model with and without head share: their files."""
+    """The names in files, for the vision model with and without head."""
 
     config_class = Mistral3Config
 
     def own_name(self, stored: str) -> str | None:
-        """See `checkpoint.text_name` for the names that files have."""
+        """The name here of a stored tensor, see `checkpoint.text_name` and `PreTrainedModel.own_name`."""
         if stored.endswith("rotary_emb.inv_freq"):
             return None
         text = checkpoint.text_name(stored)
-        if text is not None and text.startswith("lm_head."):
+        if text is None:
+            name = stored.removeprefix("model.")
+        elif text.startswith("lm_head."):
             return text if hasattr(self, "lm_head") else None
-        name = stored.removeprefix("model.") if text is None else "language_model." + text
-        return name if self.base_model is self else "model." + name
+        else:
+            name = "language_model." + text
+        if self.base_model is self:
+            return name
+        return "model." + name
 
 
 class Mistral3Model(Mistral3PreTrainedModel):
@@ -686,22 +525,24 @@ class Mistral3Model(Mistral3PreTrainedModel):
         super().__init__(config)
         self.vision_tower = PixtralVisionModel(config.vision_config)
         self.multi_modal_projector = Mistral3MultiModalProjector(config)
-        self.language_model = TEXT[config.text_config.model_type][1](config.text_config)
+        _, model_class = TEXT[config.text_config.model_type]
+        self.language_model = model_class(config.text_config)
         init_weights(self.multi_modal_projector, config.text_config.initializer_range)
 
     def get_image_features(
         self, pixel_values: Tensor, image_sizes: ImageSizes | None = None, vision_feature_layer: int | None = None
     ) -> tuple[Tensor, ...]:
-        """Pictures -> for each its embeddings, (number of its [IMG] tokens, E).
+        """The embeddings of each image, (number of its [IMG] tokens, E).
 
         Args:
             pixel_values, image_sizes: see `PixtralVisionModel.forward`.
-            vision_feature_layer: which hidden state is projected; None takes the configuration's word.
+            vision_feature_layer: which hidden state is projected; None is the configuration's.
         """
         index = self.config.feature_index(vision_feature_layer)
-        grids, m = self.vision_tower.grids(pixel_values, image_sizes), self.config.spatial_merge_size
+        grids = self.vision_tower.grids(pixel_values, image_sizes)
+        m = self.config.spatial_merge_size
         if min(min(grid) for grid in grids) < m:
-            raise ValueError(f"pictures of {grids} patches; allowed: {m} x {m} or more, which are merged into one")
+            raise ValueError(f"images of {grids} patches; allowed: {m} x {m} or more, which are merged into one")
         hidden_states = self.vision_tower(pixel_values, image_sizes, [index]).hidden_states
         features = self.multi_modal_projector(hidden_states[index][0], grids)
         return features.split([(h // m) * (w // m) for h, w in grids])
@@ -710,24 +551,25 @@ class Mistral3Model(Mistral3PreTrainedModel):
         self, input_ids: Tensor | None, pixel_values: Tensor | None, image_sizes: ImageSizes | None = None,
         inputs_embeds: Tensor | None = None, vision_feature_layer: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """The embeddings (B, S, E) of a text with pictures in it, and those of the pictures alone. Pictures take the
-        [IMG] tokens in order, row after row of the batch. (In `inputs_embeds`, [IMG] is known by its embedding.)
+        """The embeddings (B, S, E) of a text with images in it, and those of the images alone. The images take the [IMG]
+        tokens in order, row after row of the batch. (In `inputs_embeds`, [IMG] is recognised by its embedding.)
 
         Raises:
-            ValueError: not as many [IMG] tokens as the pictures have embeddings; as `MinistralModel.forward`.
+            ValueError: not as many [IMG] tokens as the images have embeddings; as `MinistralModel.forward`.
         """
         embeds = self.language_model.embed(input_ids, inputs_embeds)
         if pixel_values is None:
             return embeds, None
+        image_id = self.config.image_token_id
         if input_ids is None:
-            image = torch.tensor(self.config.image_token_id, device=embeds.device)
-            places = (embeds == self.language_model.embed_tokens(image)).all(-1)
+            image = self.language_model.embed_tokens(torch.tensor(image_id, device=embeds.device))
+            places = (embeds == image).all(-1)  # (B, S)
         else:
-            places = input_ids == self.config.image_token_id
+            places = input_ids == image_id
         features = torch.cat(self.get_image_features(pixel_values, image_sizes, vision_feature_layer))
         if not torch.compiler.is_compiling() and places.sum() != len(features):
-            found = f"{int(places.sum())} [IMG] tokens (id {self.config.image_token_id})"
-            raise ValueError(f"{found} for pictures that have {len(features)} embeddings; the numbers must be equal")
+            found = f"{int(places.sum())} [IMG] tokens (id {image_id})"
+            raise ValueError(f"{found} for images that have {len(features)} embeddings; the numbers must be equal")
         features = features.to(embeds)
         return embeds.masked_scatter(places[:, :, None], features), features
 
@@ -740,9 +582,9 @@ class Mistral3Model(Mistral3PreTrainedModel):
         """The arguments of `MinistralModel.forward`, and:
 
         Args:
-            pixel_values, image_sizes: the pictures whose [IMG] tokens are in `input_ids`, see
-                `PixtralVisionModel.forward`. To cut a text in the middle of a picture, `embed` it first.
-            vision_feature_layer: which hidden state of the encoder is projected; None takes the configuration's word.
+            pixel_values, image_sizes: the images whose [IMG] tokens are in `input_ids`, see
+                `PixtralVisionModel.forward`. To cut a text in the middle of an image, `embed` it first.
+            vision_feature_layer: which hidden state of the encoder is projected; None is the configuration's.
 
         Raises:
             ValueError: see `embed`.
@@ -759,9 +601,9 @@ class Mistral3Model(Mistral3PreTrainedModel):
 
 
 class Mistral3ForConditionalGeneration(Mistral3PreTrainedModel):
-    """The whole: pictures and text in, logits over the vocabulary out."""
+    """The whole vision model: images and text in, logits over the vocabulary out."""
 
-    may_tie = MappingProxyType({"lm_head.weight": "model.language_model.embed_tokens.weight"})
+    may_tie: ClassVar[Any] = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
 
     def __init__(self, config: Mistral3Config) -> None:
         super().__init__(config)
