@@ -1,4 +1,4 @@
-"""What the commands of this project share: option parsing, exit codes, sizes in words."""
+"""Functions that the commands of this project share: option parsing, exit codes, sizes in words, a progress bar."""
 
 from __future__ import annotations
 
@@ -84,3 +84,20 @@ def format_bytes(count: float) -> str:
         if count < 1000:
             return f"{count:.1f} {unit}"
     return f"{count / 1000:.1f} TB"
+
+
+def progress_bar() -> Callable[[int, int], object]:
+    """A function for `on_prompt` that draws a bar on standard error for prompts that take longer than two seconds."""
+    from tqdm import tqdm  # imported late: a short prompt needs none
+
+    bar: Any = None
+
+    def show(read: int, total: int) -> None:
+        nonlocal bar
+        if bar is None:
+            bar = tqdm(total=total, desc="reading", unit=" tokens", delay=2, leave=False, file=sys.stderr)
+        bar.update(read - bar.n)
+        if read == total:
+            bar.close()
+
+    return show

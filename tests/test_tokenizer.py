@@ -16,7 +16,8 @@ from PIL import Image
 from tokenizers import AddedToken, Regex, decoders, pre_tokenizers
 
 import tokenizer as module
-from generate import BUNDLED, encode_messages
+from chat import encode_messages
+from generate import BUNDLED
 from tokenizer import SPLIT, VERSIONS, TextStream, Tokenizer, from_tekken, read_chat_template
 from training import corpus
 from training.vocabulary import learn
