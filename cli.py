@@ -38,7 +38,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print one line on standard error and exit with code 2."""
-        message = re.sub("^argument ([^:]+): (.* is impossible; )", r"\1 \2", message).removeprefix("argument ")
+        message = re.sub("^argument ([^:]+): (.* is impossible; )", r"\1 \2", message)
+        message = message.removeprefix("argument ")
         print(f"error: {message} (--help lists the options)", file=sys.stderr)
         sys.exit(2)
 
@@ -54,7 +55,9 @@ def setting_type(name: str) -> Callable[[str], Any]:
             with suppress(ValueError):
                 if valid(kind(text)):
                     return kind(text)
-        raise argparse.ArgumentTypeError(f"{text or repr(text)} is impossible; give {allowed.partition(', or')[0]}")
+        found = text or repr(text)
+        one_value = allowed.partition(", or")[0]
+        raise argparse.ArgumentTypeError(f"{found} is impossible; give {one_value}")
 
     return convert
 

@@ -62,8 +62,8 @@ def add_input_options(parser: Parser) -> None:
     add("--revision", metavar="NAME", help="branch, tag or commit of a Hub id")
     add("--raw", action="store_true", help="continue the plain text, no chat format")
     add("--chat", action="store_true", help="a conversation in the terminal; /help lists its commands")
-    add("--system", metavar="TEXT_OR_FILE", help="the system prompt; in a file, [THINK]...[/THINK] is thinking"
-        ", and {name}, {today}, {yesterday} are filled in")  # fmt: skip
+    add("--system", metavar="TEXT_OR_FILE", help="the system prompt; in a file, [THINK]...[/THINK] is"
+        " thinking, and {name}, {today}, {yesterday} are filled in")  # fmt: skip
     add("--messages", metavar="FILE.json", help="answer a conversation: a list of messages with role and"
         " content")  # fmt: skip
     add("--tools", metavar="FILE.json", help="tools the model may call; its calls are printed as JSON")
@@ -550,8 +550,8 @@ def print_format(options: argparse.Namespace, prompt: Prompt, reason: str, train
         name = f"chat format {prompt.conversation.tokenizer.version}"
     print(f"{name}: {reason}", file=sys.stderr)
     if prompt.chat and not trained:
-        found = "neither its name nor its files tell of training for chats"
-        print(f"warning: {reason} for {options.model}: {found}; expect answers that make no sense", file=sys.stderr)
+        warning = "neither its name nor its files tell of training for chats; expect answers that make no sense"
+        print(f"warning: {reason} for {options.model}: {warning}", file=sys.stderr)
 
 
 def load(options: argparse.Namespace, files: ModelFiles, device: torch.device) -> GenerativeModel:

@@ -1,9 +1,10 @@
-"""Generate text: the loop without a cache (`generate_naive`), how a token is drawn (`sample`), the loop (`generate`).
+"""Generate text: the loop without a cache (`generate_naive`), sampling (`sample`), and the loop (`generate`).
 
     python generate.py "To be, or not to be"
 
 runs the bundled model, a small Ministral 3 trained on Shakespeare; `--model` takes any directory or Hub id. The command
-line is in `command.py`, conversations are in `chat.py`.
+line is in `command.py`, conversations are in `chat.py`. `generate` uses `settings.py`, which checks the arguments, and
+`decoder.py`, the model with its cache.
 """
 
 from __future__ import annotations
@@ -46,9 +47,9 @@ MODELS: dict[str, type[GenerativeModel]] = {
 
 @torch.inference_mode()
 def generate_naive(model: GenerativeModel, input_ids: Tensor, max_new_tokens: int) -> Tensor:
-    """Continue `input_ids` (B, T) with the most likely tokens: the whole text is computed again for each of them.
+    """Continue each row of `input_ids` (B, T) with the most likely tokens. The whole text is computed again for each.
 
-    `generate` returns the same tokens. It adds a cache, sampling, rows that end early, images and the fast path.
+    `generate` returns the same tokens. It adds a cache, sampling, padding, rows that end, images and a fast path.
     """
     for _ in range(max_new_tokens):
         logits = model(input_ids, use_cache=False).logits[:, -1]  # (B, V), after the last token
@@ -209,8 +210,6 @@ class Rows:
             self.running[row] = not ended
 
 
-
-
 @torch.inference_mode()
 def generate(
     model: GenerativeModel,
@@ -319,7 +318,7 @@ def generate(
     visible = F.pad(padding_mask, (0, new_tokens), value=True).to(device)  # (B, T + new_tokens)
     rows = Rows(input_ids, visible, max_length, sampling, generators, ends, filler, stops, on_token)
 
-    # Prefill: read the prompt.
+    # Prefill: read the prompt into the cache.
     decoder = Decoder(forward, cache, visible)
     logits = decoder.prefill(unread, chunk_size, on_prompt)
     if new_tokens > 1 and (compile or (device.type == "cuda" and reserved == new_tokens)):
@@ -371,7 +370,8 @@ def expect_model(model: Any) -> None:
         raise ValueError(f"model must be a loaded model; found a name: give load_model({str(model)!r})")
     if not isinstance(getattr(model, "config", None), PreTrainedConfig) or not hasattr(model, "lm_head"):
         supported = "; ".join(sorted({cls.__name__ for cls in MODELS.values()}))
-        raise ValueError(f"model must be one that load_model returns ({supported}); found {type(model).__name__}")
+        found = type(model).__name__
+        raise ValueError(f"model must be one that load_model returns ({supported}); found {found}")
 
 
 def kv_cache_bytes(config: MinistralConfig, tokens: int, bytes_per_number: int) -> int:

@@ -135,7 +135,9 @@ def padding_id(stored: GenerationConfig, config: MinistralConfig, ends: Sequence
     return filler
 
 
-def choose_copies(given: int | None, stored: GenerationConfig, temperature: float, cache: KVCache | None) -> int:
+def choose_copies(
+    given: int | None, stored: GenerationConfig, temperature: float, cache: KVCache | None
+) -> int:
     """The number of continuations of each row.
 
     Raises:

@@ -157,9 +157,9 @@ def report_calls(message: Mapping[str, Any] | None) -> None:
 
 # ---------------------------------------------------------------------------------------------------- the terminal
 
-HELP = """/image FILE   show an image with the next message       /system TEXT_OR_FILE   change the system prompt
-/save FILE    write the messages, for --messages        /reset                 begin anew
-/exit         end, as Ctrl-D does                       Ctrl-C                 stop the answer
+HELP = """/image FILE   show an image with the next message    /system TEXT_OR_FILE   change the system prompt
+/save FILE    write the messages, for --messages     /reset                 begin anew
+/exit         end, as Ctrl-D does                    Ctrl-C                 stop the answer
 A message that begins with / needs a blank before it. While the result of a tool is asked for, all but
 /reset, /save and /exit is the result; Ctrl-C takes the call back."""
 
