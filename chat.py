@@ -32,9 +32,9 @@ def read_image(source: Any, config: Mistral3Config, tokenizer: Tokenizer) -> tup
     names = ("[IMG]", "[IMG_BREAK]", "[IMG_END]")
     image_id, break_id, end_id = (tokenizer.special_tokens.get(name) for name in names)
     if break_id is None or end_id is None or image_id != config.image_token_id:
-        found = ", ".join(f"{name} {tokenizer.special_tokens.get(name)}" for name in names)
+        present = ", ".join(f"{name} {tokenizer.special_tokens.get(name)}" for name in names)
         allowed = f"these three, [IMG] being {config.image_token_id}"
-        raise ValueError(f"the tokenizer has {found}; allowed: {allowed}")
+        raise ValueError(f"the tokenizer has {present}; allowed: {allowed}")
     _, height, width = pixels.shape
     return pixels, image_tokens((height, width), config, break_id, end_id)
 
@@ -78,8 +78,8 @@ class Conversation:
     def read_image(self, source: Any) -> tuple[Tensor, list[int]]:
         """See the function `read_image`."""
         if not isinstance(self.config, Mistral3Config):
-            found = f"an image, for a text model (model_type {self.config.model_type!r})"
-            raise ValueError(f"{found}; give a vision model (model_type 'mistral3')")
+            conflict = f"an image, for a text model (model_type {self.config.model_type!r})"
+            raise ValueError(f"{conflict}; give a vision model (model_type 'mistral3')")
         if not isinstance(source, str):
             return read_image(source, self.config, self.tokenizer)
         if source not in self.images:
@@ -197,7 +197,10 @@ def join_messages(prefix: Mapping[str, Any], answer: dict[str, Any]) -> dict[str
     """The message that begins with the message `prefix` and goes on with `answer`."""
     message = answer | {"content": join_content(content_with_thinking(prefix), answer["content"])}
     for key in ("tool_calls", "malformed_calls"):
-        calls = [*(prefix.get(key) or []), *answer.get(key, [])]
+        calls: list[Any] = []
+        for part in (prefix, answer):
+            if part.get(key):
+                calls += part[key]
         if calls:
             message[key] = calls
     return message
@@ -225,9 +228,11 @@ def join_content(prefix: Any, rest: Any) -> Any:
 
 def as_parts(content: Any) -> list[Any]:
     """The content of a message, a text or a list of parts or None, as a list of parts."""
-    if isinstance(content, str) and content:
+    if not content:
+        return []
+    if isinstance(content, str):
         return [{"type": "text", "text": content}]
-    return list(content or [])
+    return list(content)
 
 
 def awaits_user(messages: Sequence[Any]) -> bool:

@@ -55,9 +55,11 @@ def setting_type(name: str) -> Callable[[str], Any]:
             with suppress(ValueError):
                 if valid(kind(text)):
                     return kind(text)
-        found = text or repr(text)
+        value = text
+        if not text:
+            value = "''"
         one_value = allowed.partition(", or")[0]
-        raise argparse.ArgumentTypeError(f"{found} is impossible; give {one_value}")
+        raise argparse.ArgumentTypeError(f"{value} is impossible; give {one_value}")
 
     return convert
 

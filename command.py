@@ -1,6 +1,6 @@
 """The command line: `python generate.py PROMPT` runs `main`.
 
-Everything that can be wrong is found before the weights are loaded, and is one line on standard error.
+Wrong options and files are found before the weights are loaded. Each error is one line on standard error.
 """
 
 from __future__ import annotations
@@ -137,8 +137,9 @@ def read_file(path: str, option: str) -> bytes:
     try:
         return Path(path).expanduser().read_bytes()
     except OSError as error:
-        name = path or repr(path)
-        raise OSError(f"{option} {name}: {error.strerror}; give a file that can be read") from error
+        if not path:
+            path = "''"
+        raise OSError(f"{option} {path}: {error.strerror}; give a file that can be read") from error
 
 
 def read_list(path: str, option: str) -> list[Any]:
@@ -204,9 +205,9 @@ def read_model_files(options: argparse.Namespace) -> ModelFiles:
     stored = GenerationConfig.from_pretrained(directory)
     ends = ending_ids(None, stored, text_config)
     if options.image and not isinstance(config, Mistral3Config):
-        found = f"{options.model} is a text model (model_type {config.model_type!r})"
+        reason = f"{options.model} is a text model (model_type {config.model_type!r})"
         cure = "give a --model that is a vision model (model_type 'mistral3')"
-        raise ValueError(f"--image {options.image[0]}: {found}; {cure}")
+        raise ValueError(f"--image {options.image[0]}: {reason}; {cure}")
     return ModelFiles(directory, cls, config, tokenizer, stored, ends)
 
 
@@ -269,8 +270,8 @@ def plan_memory(
         line += f", {format_bytes(free)} free"
     print(line, file=sys.stderr)
     if free is not None and needed > free:
-        found = f"this takes {format_bytes(needed)}, {device} has {format_bytes(free)} free"
-        raise ValueError(f"{found}; choose a smaller model, fewer tokens, or a smaller --dtype")
+        sizes = f"this takes {format_bytes(needed)}, {device} has {format_bytes(free)} free"
+        raise ValueError(f"{sizes}; choose a smaller model, fewer tokens, or a smaller --dtype")
     return new
 
 
@@ -351,7 +352,7 @@ def first_messages(options: argparse.Namespace, directory: Path, prompt: str | N
 
 @dataclass
 class Prompt:
-    """The input of the model. `text` is what the user gave; `ids` and `images` are what the model reads."""
+    """The input: `text` is from the user; `ids` and `images` are for the model."""
 
     text: str | None
     chat: bool
@@ -387,7 +388,8 @@ def encode_first(
     ids = tokenizer.encode("")
     for _, image_ids in images:
         ids += image_ids
-    ids += tokenizer.encode(prompt or "", bos=False)
+    if prompt is not None:
+        ids += tokenizer.encode(prompt, bos=False)
     return ids, [pixels for pixels, _ in images]
 
 
@@ -518,7 +520,7 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"--show-thinking: plain text has no thinking; {cure}")
     conversation = start_conversation(options, files, text, chat)
 
-    # Choose the settings, and say what will run.
+    # Choose the settings, and print them.
     trained = chat and knows_chats(options.model, files.directory)[0]
     kind = "text"
     if trained:
@@ -550,7 +552,8 @@ def print_format(options: argparse.Namespace, prompt: Prompt, reason: str, train
         name = f"chat format {prompt.conversation.tokenizer.version}"
     print(f"{name}: {reason}", file=sys.stderr)
     if prompt.chat and not trained:
-        warning = "neither its name nor its files tell of training for chats; expect answers that make no sense"
+        warning = "neither its name nor its files tell of training for chats"
+        warning += "; expect answers that make no sense"
         print(f"warning: {reason} for {options.model}: {warning}", file=sys.stderr)
 
 
@@ -600,7 +603,7 @@ def generate_once(
             )
         else:
             if not options.json:
-                print(prompt.text or "", end="", flush=True)
+                print(prompt.text, end="", flush=True)
             pixel_values, image_sizes = batch_or_none(prompt.images)
             generate(model, torch.tensor([prompt.ids]), on_token=writer.on_token, on_prompt=progress_bar(),
                      pixel_values=pixel_values, image_sizes=image_sizes, **settings)  # fmt: skip

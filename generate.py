@@ -245,17 +245,17 @@ def generate(
         input_ids: (B, T). Shorter prompts are padded on the left.
         attention_mask: (B, T), 1 at text and 0 at padding; None: all is text. (Padding without a mask is read as text;
             a warning says so where `pad_token_id` shows it.)
-        max_new_tokens: how many tokens are added at most; by default 128, or what leads to the `max_length` of
-            generation_config.json. A row also ends when it fills the model's `max_position_embeddings`.
+        max_new_tokens: the number of tokens that are added at most; by default 128, or as many as the `max_length` of
+            generation_config.json allows. A row also ends when it fills the model's `max_position_embeddings`.
         do_sample, temperature, top_k, top_p, min_p, repetition_penalty: see `resolve_sampling` and `Sampling`. Greedy
             by default. (Transformers keeps the 50 most likely tokens where nothing says `top_k`; here that is off.)
         eos_token_id: the tokens that end a row; () means none.
-        seed: one number for all rows or one for each; every row draws from a generator of its own, so that it gets
-            what it gets alone. None: from the system's entropy.
-        num_return_sequences: how many continuations each row gets, one below the other; the n-th is what the row gets
+        seed: one number for all rows or one for each. Every row draws from a generator of its own, so that it gets
+            the same tokens as alone. None: from the system's entropy.
+        num_return_sequences: the number of continuations of each row, one below the other; the n-th is that of the row
             alone with seed + n, so they differ. More than one needs sampling.
-        stop_strings, tokenizer: a row also ends with the token that completes one of these texts. The tokenizer tells
-            what the tokens mean.
+        stop_strings, tokenizer: a row also ends with the token that completes one of these texts. The tokenizer
+            decodes the tokens.
         on_token: called as on_token(row, id) for every new token, the ending one included, as soon as it is known;
             if it returns True, that row ends.
         prefill_chunk_size: the prompt is read in chunks of this size, so that the memory beside weights and cache does
@@ -301,7 +301,7 @@ def generate(
         allowed = "with fast=True, 'sdpa', and a model in eval mode"
         raise ValueError(f"compile=True needs the fast path; allowed: {allowed}")
 
-    # Lay out the rows, and what the cache does not hold yet: ids, or embeddings where there are images.
+    # Lay out the rows, and the tokens that are not in the cache: ids, or embeddings where there are images.
     reserved = settings.reserved_tokens(stored, max_new_tokens, new_tokens)
     cache = past_key_values
     if cache is None:
@@ -370,8 +370,8 @@ def expect_model(model: Any) -> None:
         raise ValueError(f"model must be a loaded model; found a name: give load_model({str(model)!r})")
     if not isinstance(getattr(model, "config", None), PreTrainedConfig) or not hasattr(model, "lm_head"):
         supported = "; ".join(sorted({cls.__name__ for cls in MODELS.values()}))
-        found = type(model).__name__
-        raise ValueError(f"model must be one that load_model returns ({supported}); found {found}")
+        name = type(model).__name__
+        raise ValueError(f"model must be one that load_model returns ({supported}); found {name}")
 
 
 def kv_cache_bytes(config: MinistralConfig, tokens: int, bytes_per_number: int) -> int:
@@ -393,5 +393,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    gc.freeze()  # what is imported stays: going through it for garbage takes a twentieth of the start
+    gc.freeze()  # imported objects stay: searching them for garbage takes a twentieth of the start
     sys.exit(main())
