@@ -1,4 +1,4 @@
-"""What the commands of this project share: option parsing, exit codes, sizes in words."""
+"""Functions that the commands of this project share: option parsing, exit codes, sizes in words, a progress bar."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print one line on standard error and exit with code 2."""
-        message = re.sub("^argument ([^:]+): (.* is impossible; )", r"\1 \2", message).removeprefix("argument ")
+        message = re.sub("^argument ([^:]+): (.* is impossible; )", r"\1 \2", message)
+        message = message.removeprefix("argument ")
         print(f"error: {message} (--help lists the options)", file=sys.stderr)
         sys.exit(2)
 
@@ -54,7 +55,11 @@ def setting_type(name: str) -> Callable[[str], Any]:
             with suppress(ValueError):
                 if valid(kind(text)):
                     return kind(text)
-        raise argparse.ArgumentTypeError(f"{text or repr(text)} is impossible; give {allowed.partition(', or')[0]}")
+        value = text
+        if not text:
+            value = "''"
+        one_value = allowed.partition(", or")[0]
+        raise argparse.ArgumentTypeError(f"{value} is impossible; give {one_value}")
 
     return convert
 
@@ -84,3 +89,20 @@ def format_bytes(count: float) -> str:
         if count < 1000:
             return f"{count:.1f} {unit}"
     return f"{count / 1000:.1f} TB"
+
+
+def progress_bar() -> Callable[[int, int], object]:
+    """A function for `on_prompt` that draws a bar on standard error for prompts that take longer than two seconds."""
+    from tqdm import tqdm  # imported late: a short prompt needs none
+
+    bar: Any = None
+
+    def show(read: int, total: int) -> None:
+        nonlocal bar
+        if bar is None:
+            bar = tqdm(total=total, desc="reading", unit=" tokens", delay=2, leave=False, file=sys.stderr)
+        bar.update(read - bar.n)
+        if read == total:
+            bar.close()
+
+    return show

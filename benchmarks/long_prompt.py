@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from benchmarks import common
-from cli import Parser, exit_code, format_bytes
-from generate import generate, kv_cache_bytes, progress_bar
+from cli import Parser, exit_code, format_bytes, progress_bar
+from generate import generate, kv_cache_bytes
 from ministral import MinistralConfig, MinistralForCausalLM
 from ministral3 import Ministral3Config, Ministral3ForCausalLM
 

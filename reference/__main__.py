@@ -22,9 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from chat import read_image
 from checkpoint import DTYPES, find
 from cli import Parser, exit_code
-from generate import BUNDLED, GenerativeModel, load_model, read_picture
+from generate import BUNDLED, GenerativeModel, load_model
 from reference import golden
 from reference.compare import (
     LEAST,
@@ -106,11 +107,11 @@ def write_trace(options: argparse.Namespace) -> int:
         ids = [int(i) for i in options.ids.split(",")]
     else:
         tokenizer = Tokenizer.from_dir(directory)
-        pictures = [read_picture(source, model.config, tokenizer) for source in options.image]
-        ids = tokenizer.encode("") + [i for _, tokens in pictures for i in tokens]
+        images = [read_image(source, model.config, tokenizer) for source in options.image]
+        ids = tokenizer.encode("") + [i for _, tokens in images for i in tokens]
         ids += tokenizer.encode(options.prompt, bos=False)
-        if pictures:
-            pixels, sizes = batch_images([pixels for pixels, _ in pictures])
+        if images:
+            pixels, sizes = batch_images([pixels for pixels, _ in images])
             inputs = {"pixel_values": pixels, "image_sizes": torch.tensor(sizes)}
     inputs |= {"input_ids": torch.tensor([ids])}
     if options.positions is not None:

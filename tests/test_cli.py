@@ -13,19 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
+import command
 import generate
-from cli import format_bytes
-from generate import (
-    BUNDLED,
-    Writer,
-    available_memory,
-    kv_cache_bytes,
-    load_model,
-    main,
-    model_words,
-    progress_bar,
-)
+from cli import format_bytes, progress_bar
+from command import available_memory, model_words
+from generate import BUNDLED, kv_cache_bytes, load_model, main
 from ministral import KVCache, MinistralConfig
+from terminal import Writer
 from tokenizer import Tokenizer
 
 ROOT = Path(generate.__file__).parent
@@ -43,7 +37,7 @@ def run(capsys, *arguments):
 
 
 def test_text_is_streamed_and_then_one_line_of_figures(capsys, monkeypatch):
-    monkeypatch.setattr(generate, "wide_rows", lambda dtype, device: math.inf)
+    monkeypatch.setattr(command, "wide_rows", lambda dtype, device: math.inf)
     code, out, err = run(capsys, "To be, or not to be", "--max-new-tokens", 20, "--seed", 1)
     kind, plan, settings, figures = err.splitlines()
     assert kind.startswith("plain text: the model continues the prompt; neither its name nor its files tell of chats")
@@ -54,7 +48,7 @@ def test_text_is_streamed_and_then_one_line_of_figures(capsys, monkeypatch):
 
 
 def test_products_in_another_type_are_told(capsys, monkeypatch):
-    monkeypatch.setattr(generate, "wide_rows", lambda dtype, device: 8)
+    monkeypatch.setattr(command, "wide_rows", lambda dtype, device: 8)
     line = "8 tokens or more at once are computed in float32, faster here than bfloat16\n"
     assert line in run(capsys, "To be, or not to be, that is the question", "--max-new-tokens", 1)[2]
     assert line not in run(capsys, "To be", "--max-new-tokens", 1)[2]
@@ -198,7 +192,7 @@ def test_a_broken_model_is_one_line_and_exit_code_2(capsys, copy, damage, messag
 
 
 def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(capsys, monkeypatch):
-    monkeypatch.setattr(generate, "available_memory", lambda device: 5_000_000)
+    monkeypatch.setattr(command, "available_memory", lambda device: 5_000_000)
     code, out, err = run(capsys, "To be")
     assert code == 2 and "this takes " in err and "has 5.0 MB free" in err and out == ""
 
@@ -220,7 +214,7 @@ def test_what_is_planned_is_what_is_asked_for(capsys):
 def test_where_settings_come_from(capsys, copy, monkeypatch):
     """An option, then generation_config.json, then a default; the line on the screen names which."""
     asked = []
-    monkeypatch.setattr(generate, "generate", lambda *_, **settings: asked.append(settings))
+    monkeypatch.setattr(command, "generate", lambda *_, **settings: asked.append(settings))
     file = {"temperature": 0.6, "top_p": 0.9, "max_new_tokens": 7, "do_sample": True, "repetition_penalty": 1.2}
 
     def said(content, *arguments):

@@ -13,7 +13,7 @@ import transformers
 from hypothesis import given, settings, strategies as st
 
 import generate as generation
-from generate import BUNDLED, Sampling, filter_logits, generate, penalize_repetition, sample
+from generate import BUNDLED, Sampling, filter_logits, generate, generate_naive, penalize_repetition, sample
 from ministral import KVCache, MinistralConfig, MinistralForCausalLM
 from tests.cases import VOCAB, draw_case
 from tokenizer import StopText, TextStream, Tokenizer
@@ -34,14 +34,12 @@ def draw_prompts(rng, dtype=torch.float32, **fixed):
     return case
 
 
-@torch.no_grad()
 def naive(model, ids, new, ends=()):
-    """Greedy continuation of one text (T,) without cache, masks or chunks: the whole text again for every token."""
-    tokens = ids.tolist()
-    while len(tokens) < len(ids) + new:
-        tokens.append(int(model(torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax()))
-        if tokens[-1] in ends:
-            break
+    """The continuation of one text (T,) by `generate_naive`, up to the first of `ends`."""
+    tokens = generate_naive(model, ids[None], new)[0].tolist()
+    for place in range(len(ids), len(tokens)):
+        if tokens[place] in ends:
+            return tokens[: place + 1]
     return tokens
 
 
@@ -94,6 +92,17 @@ def test_greedy_equals_transformers_token_for_token(device, rng):
     case.ours.config.pad_token_id = 0
     ours = generate(case.ours, case.ids, mask, max_new_tokens=new, eos_token_id=ends, repetition_penalty=penalty)
     assert_same_tokens((case.ours, case.theirs), case.truth(), case.ids, case.real, (ours, theirs), penalty)
+
+
+@given(rngs)
+def test_the_loop_equals_the_loop_without_a_cache(rng):
+    """Greedy, any dtype, past the window, the prompt cut into any chunks."""
+    case = draw_case(rng)
+    new, text = rng.randint(1, 25), torch.ones_like(case.ids)
+    settings = dict(max_new_tokens=new, eos_token_id=(), prefill_chunk_size=rng.randint(1, 50))
+    found = generate(case.ours, case.ids, text, **settings, fast=False)
+    expected = generate_naive(case.ours, case.ids, new)
+    assert_same_tokens((case.ours, case.ours), case.truth(), case.ids, text.bool(), (found, expected))
 
 
 @given(rngs)

@@ -17,9 +17,14 @@ import torch
 from hypothesis import given, strategies as st
 from PIL import Image
 
+import chat
+import command
 import generate
+import terminal
+from chat import Conversation
 from checkpoint import GenerationConfig
-from generate import BUNDLED, Conversation, choose_format, choose_sampling, parse_arguments
+from command import choose_format, choose_sampling, parse_arguments
+from generate import BUNDLED
 from ministral import KVCache, MinistralConfig, MinistralForCausalLM
 from tests.cases import draw_case, draw_chunks
 from tests.test_cli import COMMAND, run
@@ -118,7 +123,7 @@ def test_a_kept_cache_changes_no_answer(tokenizer, rng, kind):
                 kept.answer(model, on_token=lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         fresh = Conversation(tokenizer, model.config, copy.deepcopy(kept.messages))
         settings = dict(max_new_tokens=rng.randint(1, 8), eos_token_id=())
-        expected, held = fresh.answer(model, **settings), list(kept._held)
+        expected, held = fresh.answer(model, **settings), list(kept._cached_ids)
         ids, _ = kept.encode()
         read.clear()
         assert kept.answer(model, **settings) == expected
@@ -131,8 +136,8 @@ def test_a_kept_cache_changes_no_answer(tokenizer, rng, kind):
 def test_a_picture_is_loaded_and_encoded_once(tokenizer, tmp_path, monkeypatch):
     Image.new("RGB", (20, 20), "red").save(tmp_path / "a.png")
     model, loaded, encoded = tiny("eyes", random.Random(0)), [], []
-    load, forward = generate.load_image, PixtralVisionModel.forward
-    monkeypatch.setattr(generate, "load_image", lambda source: loaded.append(source) or load(source))
+    load, forward = chat.load_image, PixtralVisionModel.forward
+    monkeypatch.setattr(chat, "load_image", lambda source: loaded.append(source) or load(source))
     monkeypatch.setattr(PixtralVisionModel, "forward", lambda self, pixels, *rest: encoded.append(len(pixels)) or
                         forward(self, pixels, *rest))  # fmt: skip
     talk = Conversation(tokenizer, model.config, [])
@@ -158,7 +163,7 @@ def scripted(monkeypatch, *answers):
                 break
         return torch.tensor([input_ids[0].tolist() + ids])
 
-    monkeypatch.setattr(generate, "generate", fake)
+    monkeypatch.setattr(chat, "generate", fake)
     return seen
 
 
@@ -458,7 +463,7 @@ def test_a_chat_with_a_model_that_never_learned_one(capsys, monkeypatch, option)
     """It is warned of, and short by default."""
     monkeypatch.setattr("builtins.input", lambda *_: (_ for _ in ()).throw(EOFError))
     seen = []
-    monkeypatch.setattr(generate, "generate", lambda model, ids, **settings: seen.append(settings) or ids)
+    monkeypatch.setattr(chat, "generate", lambda model, ids, **settings: seen.append(settings) or ids)
     code, _, err = run(capsys, "Who are you?", *option)
     assert code == 0 and err.count("warning: ") == 1
     warning = f"warning: {option[0]} for {BUNDLED}: neither its name nor its files tell of training for chats; expect"
@@ -467,13 +472,13 @@ def test_a_chat_with_a_model_that_never_learned_one(capsys, monkeypatch, option)
 
 def test_fewer_tokens_where_memory_is_short(capsys, instruct, monkeypatch):
     """What nobody asked for shrinks until it fits, but not to a few words; what was asked for is refused."""
-    monkeypatch.setattr(generate, "available_memory", lambda device: 8_700_000)
+    monkeypatch.setattr(command, "available_memory", lambda device: 8_700_000)
     scripted(monkeypatch, [2])
     code, _, err = run(capsys, "x", "--model", instruct)
     assert code == 0 and "of cache for 514 tokens" in err
     code, _, err = run(capsys, "x", "--model", instruct, "--max-new-tokens", 1000)
     assert code == 2 and "this takes" in err
-    monkeypatch.setattr(generate, "available_memory", lambda device: 8_000_000)  # for about 80 tokens
+    monkeypatch.setattr(command, "available_memory", lambda device: 8_000_000)  # for about 80 tokens
     code, _, err = run(capsys, "x", "--model", instruct)
     assert code == 2 and "this takes" in err
 
@@ -593,7 +598,7 @@ def talk_here(tokenizer, monkeypatch, *lines):
     """A conversation with a model that has eyes, after these lines of input."""
     talk = Conversation(tokenizer, tiny("eyes", random.Random(0)).config, [])
     typed(monkeypatch, *lines)
-    assert generate.converse(talk, None, parse_arguments(["--chat"]), {}) == 0
+    assert terminal.converse(talk, None, parse_arguments(["--chat"]), {}) == 0
     return talk
 
 
@@ -603,14 +608,14 @@ def test_the_file_of_a_picture_may_change(tokenizer, seeing, monkeypatch, tmp_pa
     seen = scripted(monkeypatch, hello, hello)
     talk = talk_here(tokenizer, monkeypatch, f"/image {file}", "What?",
                      lambda: shutil.copy(seeing / "white.png", file), f"/image {file}", "And now?")  # fmt: skip
-    white = generate.read_picture(seeing / "white.png", talk.config, tokenizer)[0]
+    white = chat.read_image(seeing / "white.png", talk.config, tokenizer)[0]
     assert seen[1][-1].equal(white) and not seen[0][0].equal(white)
 
 
 def test_reset_lets_go_of_the_pictures(tokenizer, seeing, monkeypatch):
     red = str(seeing / "red.png")
-    assert talk_here(tokenizer, monkeypatch, f"/image {red}").pictures.keys() == {red}
-    assert not talk_here(tokenizer, monkeypatch, f"/image {red}", "/reset").pictures
+    assert talk_here(tokenizer, monkeypatch, f"/image {red}").images.keys() == {red}
+    assert not talk_here(tokenizer, monkeypatch, f"/image {red}", "/reset").images
 
 
 def test_a_picture_outlives_ctrl_c(tokenizer, seeing, monkeypatch):
@@ -631,10 +636,10 @@ def test_a_second_ctrl_c_breaks_off(tokenizer, monkeypatch):
         signal.raise_signal(signal.SIGINT)
         raise AssertionError("still running")
 
-    monkeypatch.setattr(generate, "generate", busy)
+    monkeypatch.setattr(chat, "generate", busy)
     talk = Conversation(tokenizer, tiny("full", random.Random(0)).config, [{"role": "user", "content": "Speak!"}])
     with pytest.raises(KeyboardInterrupt):
-        generate.reply(talk, None, parse_arguments(["--chat"]), {})
+        terminal.reply(talk, None, parse_arguments(["--chat"]), {})
     assert ended == [True] and signal.getsignal(signal.SIGINT) is before
 
 

@@ -15,7 +15,8 @@ from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 from PIL import Image
 from tokenizers import AddedToken, Regex, decoders, pre_tokenizers
 
-from generate import BUNDLED, encode_messages
+from chat import encode_messages
+from generate import BUNDLED
 from tokenizer import SPLIT, VERSIONS, TextStream, Tokenizer, bpe, from_tekken, read_chat_template
 from training import corpus
 from training.vocabulary import learn

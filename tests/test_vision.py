@@ -29,7 +29,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import checkpoint
 import vision
-from generate import BUNDLED, encode_messages, generate, load_model
+from chat import encode_messages
+from generate import BUNDLED, generate, load_model
 from ministral import KVCache
 from tests.cases import draw_chunks, draw_config
 from tests.errors import Errors, number_of_cases
@@ -819,7 +820,7 @@ def test_the_command_without_pillow(seeing, tmp_path):
 def test_the_command_without_eyes(seeing):
     done = command("x", "--image", str(seeing / "a.png"))
     assert done.returncode == 2 and done.stdout == ""
-    message = f"{BUNDLED} is a text model (model_type 'ministral3'); give a --model that sees images"
+    message = f"{BUNDLED} is a text model (model_type 'ministral3'); give a --model that is a vision model"
     assert done.stderr == f"error: --image {seeing / 'a.png'}: {message} (model_type 'mistral3')\n"
     done = command("x", "--model", str(seeing), "--image", str(seeing / "none.png"))
     assert done.returncode == 2 and "none.png cannot be read" in done.stderr and done.stderr.count("\n") == 1

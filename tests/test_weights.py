@@ -12,7 +12,8 @@ import torch
 import transformers
 
 import checkpoint
-from generate import choose_device, generate, load_model
+from command import choose_device
+from generate import generate, load_model
 from tests.test_parity import assert_same
 from tokenizer import Tokenizer
 

@@ -1,0 +1,105 @@
+"""A model with the cache of its text, for `generate`: `prefill` reads the prompt, `step` one more token of each row.
+
+How new tokens are computed is chosen once for a text: by `model(...)`, by the same model in the form of `fast.py`, or,
+for single tokens, by a recorded step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from checks import expect_tensor
+from fast import Captured, Flat, flat
+from ministral import KVCache
+from vision import ImageSizes, Mistral3ForConditionalGeneration
+
+Forward = Callable[[Tensor, Tensor, KVCache, Tensor | None], Tensor]
+Progress = Callable[[int, int], object]
+
+
+def choose_forward(model: Any, fast: bool) -> Forward:
+    """The function that reads S new tokens: forward(x, position_ids, cache, mask) -> logits (B, V) after the last one.
+
+    x is ids (B, S) or embeddings (B, S, E). The function is `model(...)`, or the fast path if `fast` is True and
+    `fast.py` has this model."""
+
+    def forward(x: Tensor, position_ids: Tensor, cache: KVCache, mask: Tensor | None) -> Tensor:
+        inputs = {"input_ids": x}
+        if x.ndim == 3:
+            inputs = {"inputs_embeds": x}
+        arguments = {"attention_mask": mask, "position_ids": position_ids, "past_key_values": cache}
+        outputs = model(**inputs, **arguments, use_cache=True, logits_to_keep=1)
+        logits: Tensor = outputs.logits[:, -1]
+        return logits
+
+    fast_forward = None
+    if fast:
+        fast_forward = flat(model)
+    if fast_forward is None:
+        return forward
+    return fast_forward
+
+
+def embed_images(
+    model: Any, input_ids: Tensor, pixel_values: Tensor, image_sizes: ImageSizes | None
+) -> Tensor:
+    """Embeddings (B, S, E) of ids (B, S) and of the images whose [IMG] tokens are among them.
+
+    Raises:
+        ValueError: a text model, or as `Mistral3Model.embed`.
+    """
+    expect_tensor("pixel_values", pixel_values)
+    if not isinstance(model, Mistral3ForConditionalGeneration):
+        name = type(model).__name__
+        raise ValueError(f"pixel_values for a {name}, a text model; allowed: a mistral3 model")
+    embeds, _ = model.model.embed(input_ids, pixel_values.to(model.device), image_sizes)
+    return embeds
+
+
+class Decoder:
+    """The state of a model that reads B rows.
+
+    Args:
+        forward: see `choose_forward`.
+        cache: the cache, which may hold the first tokens of every row.
+        visible: bool (B, slots), False at padding; there is a slot for every token of the prompt and every new one.
+    """
+
+    def __init__(self, forward: Forward, cache: KVCache, visible: Tensor) -> None:
+        self.forward = forward
+        self.cache = cache
+        self.slots = visible.shape[1]
+        # Positions skip padding, so a padded row is rotated, and its queries are scaled, as if it were alone.
+        self.first_positions = visible.sum(dim=1, keepdim=True) - self.slots  # (B, 1), negative with padding
+        self.mask = None if visible.all() else visible
+        self.step: Callable[[Tensor], Tensor] = self.read
+
+    def prefill(self, x: Tensor, chunk_size: int, on_prompt: Progress | None = None) -> Tensor:
+        """Read the prompt, ids (B, S) or embeddings (B, S, E), in chunks. Returns the logits (B, V) after it."""
+        length = self.cache.get_seq_length() + x.shape[1]
+        for chunk in torch.split(x, chunk_size, dim=1):
+            logits = self.read(chunk)
+            if on_prompt is not None:
+                on_prompt(self.cache.get_seq_length(), length)
+        return logits
+
+    def read(self, x: Tensor) -> Tensor:
+        """Read S new tokens, ids (B, S) or embeddings (B, S, E). Returns the logits (B, V) after the last of them.
+        `step` is this function for ids (B, 1), or its recorded form."""
+        start = self.cache.get_seq_length()
+        end = start + x.shape[1]
+        positions = (self.first_positions + torch.arange(start, end, device=x.device)).clamp(min=0)
+        mask = self.mask
+        if mask is not None:
+            mask = mask[:, :end]
+        return self.forward(x, positions, self.cache, mask)
+
+    def record(self, compile: bool) -> None:
+        """Replace `step` by a recorded step of fixed shapes, which only the fast path has. The cache must be filled."""
+        if isinstance(self.forward, Flat):
+            first = self.first_positions
+            self.step = Captured(self.forward, self.cache, self.slots, first, self.mask, compile)
