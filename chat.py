@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from generate import GenerativeModel, generate
+from images import batch_images, image_tokens, load_image, preprocess
 from ministral import KVCache
 from tokenizer import Tokenizer, content_with_thinking
-from vision import ImageSizes, Mistral3Config, batch_images, image_tokens, load_image, preprocess
+from vision import ImageSizes, Mistral3Config
 
 # ------------------------------------------------------------------------------------------------------ images
 

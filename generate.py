@@ -261,7 +261,7 @@ def generate(
             if it returns True, that row ends.
         prefill_chunk_size: the prompt is read in chunks of this size, so that the memory beside weights and cache does
             not grow with it; None is 512 on a CPU and 4096 elsewhere. A chunk may end within an image.
-        pixel_values, image_sizes: the images whose [IMG] tokens are in the prompts, see `vision.batch_images`.
+        pixel_values, image_sizes: the images whose [IMG] tokens are in the prompts, see `images.batch_images`.
         past_key_values: the cache of an earlier call that holds the first tokens of every row; only the others are
             read, and the images are those among them. It holds all but the last token in the end.
         on_prompt: called as on_prompt(read, T) after each chunk of the prompt.

@@ -217,8 +217,8 @@ def round_up(length: int, multiple: int) -> int:
 def mistral_size(height: int, width: int, longest_edge: int, multiple: int) -> tuple[int, int]:
     """The (height, width) to which an image is resized, by the rule of mistral-common.
 
-    It is scaled down until no edge is longer than `longest_edge`, rounded (halves to even, and at least 1), then rounded
-    up to multiples of `multiple`.
+    It is scaled down until no edge is longer than `longest_edge`, rounded (halves to even, and at least 1), then
+    rounded up to multiples of `multiple`.
     """
     ratio = max(height / longest_edge, width / longest_edge)
     if ratio > 1:
@@ -239,7 +239,8 @@ def transformers_size(height: int, width: int, longest_edge: int, multiple: int)
         height = math.floor(height / ratio)
         width = math.floor(width / ratio)
     if min(height, width) < 1:
-        raise ValueError(f"scaled to {longest_edge} pixels, the image is {height} x {width}: no pixel is left")
+        found = f"the image is {height} x {width}"
+        raise ValueError(f"scaled to {longest_edge} pixels, {found}: no pixel is left")
     return round_up(height, multiple), round_up(width, multiple)
 
 

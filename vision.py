@@ -11,8 +11,8 @@
     -> these replace the embeddings of the 198 [IMG] tokens in the prompt, row by row:
        11 x [IMG] [IMG_BREAK] 11 x [IMG] [IMG_BREAK] ... 11 x [IMG] [IMG_END]
 
-The images of a batch are encoded together, but do not see each other. As a mask over the patches of two images, of 3 and
-4 patches, that is
+The images of a batch are encoded together, but do not see each other. As a mask over the patches of two images, of 3
+and 4 patches, that is
 
     # # # . . . .
     # # # . . . .
@@ -22,8 +22,8 @@ The images of a batch are encoded together, but do not see each other. As a mask
     . . . # # # #
     . . . # # # #
 
-No such mask is built here. Attention runs image by image, so its cost grows with the sum of the squares and not with the
-square of the sum. Read `ministral.py` and `ministral3.py` first. Names are those of Transformers
+No such mask is built here. Attention runs image by image, so its cost grows with the sum of the squares and not with
+the square of the sum. Read `ministral.py` and `ministral3.py` first. Names are those of Transformers
 (`Mistral3ForConditionalGeneration`). Sources: Pixtral https://arxiv.org/abs/2410.07073, Ministral 3
 https://arxiv.org/abs/2601.08584. Letters in the shape comments, in addition to those of `ministral.py`:
 
@@ -160,12 +160,12 @@ TEXT: dict[str, tuple[type[MinistralConfig], type[MinistralModel]]] = {
 
 @dataclass
 class Mistral3Config(PreTrainedConfig):
-    """A vision model: `vision_config` and `text_config` (each a configuration or the dictionary for one), and the fields
-    of the projector. None is that of the published 8B model. A text part without `model_type` is a "ministral3".
+    """A vision model: `vision_config` and `text_config` (each a configuration or the dictionary for one), and the
+    fields of the projector. None is that of the published 8B model. A text part without `model_type` is a "ministral3".
     `attn_implementation` is that of both parts.
 
-    `tie_word_embeddings=None` is as the text part says, and true if it says nothing. The published files do not have the
-    field at the top, where Transformers looks for it.
+    `tie_word_embeddings=None` is as the text part says, and true if it says nothing. The published files do not have
+    the field at the top, where Transformers looks for it.
 
     Raises:
         ValueError: a value is impossible; the message names the field, the value and what is allowed.
@@ -175,7 +175,7 @@ class Mistral3Config(PreTrainedConfig):
     text_config: MinistralConfig = None  # type: ignore[assignment]
     image_token_index: int = 10
     projector_hidden_act: str = "gelu"
-    vision_feature_layer: int | list[int] = -1  # which of the num_hidden_layers + 1 hidden states is projected
+    vision_feature_layer: int | list[int] = -1  # which of num_hidden_layers + 1 hidden states is projected
     multimodal_projector_bias: bool = False
     spatial_merge_size: int = 2
     tie_word_embeddings: bool = None  # type: ignore[assignment]
@@ -215,7 +215,8 @@ class Mistral3Config(PreTrainedConfig):
         image = self.image_token_index
         known = is_number(image, int, 0) and image < self.text_config.vocab_size
         require(self, "image_token_index", known, "an id of the vocabulary")
-        require(self, "projector_hidden_act", self.projector_hidden_act in ACTIVATIONS, ", ".join(ACTIVATIONS))
+        known = self.projector_hidden_act in ACTIVATIONS
+        require(self, "projector_hidden_act", known, ", ".join(ACTIVATIONS))
         bias = self.multimodal_projector_bias
         require(self, "multimodal_projector_bias", isinstance(bias, bool), "true or false")
         require_sizes(self, "spatial_merge_size")
@@ -254,7 +255,9 @@ class Mistral3Config(PreTrainedConfig):
     def from_dict(cls, d: dict[str, Any]) -> Mistral3Config:
         """See `PreTrainedConfig.from_dict`. `image_token_id` is another name of `image_token_index`."""
         if "image_token_id" in d:
-            d = {"image_token_index": d["image_token_id"]} | {k: v for k, v in d.items() if k != "image_token_id"}
+            d = dict(d)
+            other = d.pop("image_token_id")
+            d.setdefault("image_token_index", other)
         return super().from_dict(d)
 
     def to_dict(self) -> dict[str, Any]:
@@ -318,7 +321,7 @@ class PixtralAttention(nn.Module):
         k = self.k_proj(x).view(1, P, -1, D).transpose(1, 2)
         v = self.v_proj(x).view(1, P, -1, D).transpose(1, 2)
         q, k = apply_rotary_pos_emb(q, k, *tables)
-        images = zip(q.split(patches, dim=2), k.split(patches, dim=2), v.split(patches, dim=2))
+        images = zip(*(torch.split(part, patches, dim=2) for part in (q, k, v)))
         out = torch.cat([self._attend(*image) for image in images], dim=2)  # (1, H, P, D)
         return self.o_proj(out.transpose(1, 2).reshape(1, P, C))
 
@@ -450,7 +453,7 @@ class Mistral3PatchMerger(nn.Module):
         """
         m = self.merge
         merged = []
-        images = x.split([h * w for h, w in grids])
+        images = torch.split(x, [h * w for h, w in grids])
         for image, (h, w) in zip(images, grids):
             rows, columns = h // m, w // m
             grid = image.view(h, w, -1)[: rows * m, : columns * m]
@@ -530,8 +533,9 @@ class Mistral3Model(Mistral3PreTrainedModel):
         init_weights(self.multi_modal_projector, config.text_config.initializer_range)
 
     def get_image_features(
-        self, pixel_values: Tensor, image_sizes: ImageSizes | None = None, vision_feature_layer: int | None = None
-    ) -> tuple[Tensor, ...]:
+        self, pixel_values: Tensor, image_sizes: ImageSizes | None = None,
+        vision_feature_layer: int | None = None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         """The embeddings of each image, (number of its [IMG] tokens, E).
 
         Args:
@@ -542,7 +546,8 @@ class Mistral3Model(Mistral3PreTrainedModel):
         grids = self.vision_tower.grids(pixel_values, image_sizes)
         m = self.config.spatial_merge_size
         if min(min(grid) for grid in grids) < m:
-            raise ValueError(f"images of {grids} patches; allowed: {m} x {m} or more, which are merged into one")
+            allowed = f"{m} x {m} or more, which are merged into one"
+            raise ValueError(f"images of {grids} patches; allowed: {allowed}")
         hidden_states = self.vision_tower(pixel_values, image_sizes, [index]).hidden_states
         features = self.multi_modal_projector(hidden_states[index][0], grids)
         return features.split([(h // m) * (w // m) for h, w in grids])
@@ -551,8 +556,8 @@ class Mistral3Model(Mistral3PreTrainedModel):
         self, input_ids: Tensor | None, pixel_values: Tensor | None, image_sizes: ImageSizes | None = None,
         inputs_embeds: Tensor | None = None, vision_feature_layer: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """The embeddings (B, S, E) of a text with images in it, and those of the images alone. The images take the [IMG]
-        tokens in order, row after row of the batch. (In `inputs_embeds`, [IMG] is recognised by its embedding.)
+        """The embeddings (B, S, E) of a text with images in it, and those of the images alone. The images take the
+        [IMG] tokens in order, row after row of the batch. (In `inputs_embeds`, [IMG] is recognised by its embedding.)
 
         Raises:
             ValueError: not as many [IMG] tokens as the images have embeddings; as `MinistralModel.forward`.
@@ -569,15 +574,17 @@ class Mistral3Model(Mistral3PreTrainedModel):
         features = torch.cat(self.get_image_features(pixel_values, image_sizes, vision_feature_layer))
         if not torch.compiler.is_compiling() and places.sum() != len(features):
             found = f"{int(places.sum())} [IMG] tokens (id {image_id})"
-            raise ValueError(f"{found} for images that have {len(features)} embeddings; the numbers must be equal")
+            expected = f"images that have {len(features)} embeddings"
+            raise ValueError(f"{found} for {expected}; the numbers must be equal")
         features = features.to(embeds)
         return embeds.masked_scatter(places[:, :, None], features), features
 
     def forward(
-        self, input_ids: Tensor | None = None, pixel_values: Tensor | None = None, attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None, past_key_values: KVCache | None = None,
-        inputs_embeds: Tensor | None = None, vision_feature_layer: int | None = None, use_cache: bool | None = None,
-        image_sizes: ImageSizes | None = None, **kwargs: Any,
+        self, input_ids: Tensor | None = None, pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
+        past_key_values: KVCache | None = None,
+        inputs_embeds: Tensor | None = None, vision_feature_layer: int | None = None,
+        use_cache: bool | None = None, image_sizes: ImageSizes | None = None, **kwargs: Any,
     ) -> Mistral3ModelOutputWithPast:  # fmt: skip
         """The arguments of `MinistralModel.forward`, and:
 
@@ -589,7 +596,9 @@ class Mistral3Model(Mistral3PreTrainedModel):
         Raises:
             ValueError: see `embed`.
         """
-        embeds, features = self.embed(input_ids, pixel_values, image_sizes, inputs_embeds, vision_feature_layer)
+        embeds, features = self.embed(
+            input_ids, pixel_values, image_sizes, inputs_embeds, vision_feature_layer
+        )
         if past_key_values is None:
             check_start(input_ids, attention_mask, None, self.config.text_config, 0, 0)
         out = self.language_model(
@@ -612,8 +621,9 @@ class Mistral3ForConditionalGeneration(Mistral3PreTrainedModel):
         self.init_head()
 
     def forward(
-        self, input_ids: Tensor | None = None, pixel_values: Tensor | None = None, attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None, past_key_values: KVCache | None = None,
+        self, input_ids: Tensor | None = None, pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
+        past_key_values: KVCache | None = None,
         inputs_embeds: Tensor | None = None, labels: Tensor | None = None, use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0, image_sizes: ImageSizes | None = None,
         vision_feature_layer: int | None = None, **kwargs: Any,

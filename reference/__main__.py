@@ -26,6 +26,7 @@ from chat import read_image
 from checkpoint import DTYPES, find
 from cli import Parser, exit_code
 from generate import BUNDLED, GenerativeModel, load_model
+from images import batch_images
 from reference import golden
 from reference.compare import (
     LEAST,
@@ -42,7 +43,6 @@ from reference.explain import explain
 from reference.mutants import MUTANTS
 from reference.trace import LAYER, load, record, save
 from tokenizer import Tokenizer
-from vision import batch_images
 
 SMALL = 10**7  # parameters up to which known mistakes are tried even where nothing diverges
 INPUTS = {"input_ids", "attention_mask", "position_ids", "pixel_values", "image_sizes"}

@@ -31,12 +31,13 @@ from torch import Tensor
 
 import checkpoint
 from generate import load_model
+from images import image_tokens
 from ministral import MinistralConfig, MinistralForCausalLM
 from ministral3 import Ministral3Config, Ministral3ForCausalLM
 from pretrained import PreTrainedModel
 from reference.compare import compare
 from reference.trace import LAYER, POINTS, dimensions, load, record, save
-from vision import Mistral3Config, Mistral3ForConditionalGeneration, PixtralVisionConfig, image_tokens
+from vision import Mistral3Config, Mistral3ForConditionalGeneration, PixtralVisionConfig
 
 HERE = Path(__file__).resolve().parent / "golden"
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -28,9 +28,10 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import checkpoint
-import vision
+import images
 from chat import encode_messages
 from generate import BUNDLED, generate, load_model
+from images import batch_images, image_tokens, load_image, mistral_size, preprocess, transformers_size
 from ministral import KVCache
 from tests.cases import draw_chunks, draw_config
 from tests.errors import Errors, number_of_cases
@@ -45,12 +46,6 @@ from vision import (
     Mistral3Model,
     PixtralVisionConfig,
     PixtralVisionModel,
-    batch_images,
-    image_tokens,
-    load_image,
-    mistral_size,
-    preprocess,
-    transformers_size,
 )
 
 try:
@@ -511,12 +506,12 @@ def test_pictures_from_the_web(server, monkeypatch):
             load_image(address + wrong)
     with pytest.raises(FileNotFoundError, match="cannot be fetched"):
         load_image("http://localhost:abc/x")
-    monkeypatch.setattr(vision, "TIMEOUT", 0.5)
+    monkeypatch.setattr(images, "TIMEOUT", 0.5)
     ANSWERED.clear()
     with pytest.raises(FileNotFoundError, match=r"no answer within 0\.5 s"):
         load_image(f"{address}/slow")  # ends, although the answer does not
     ANSWERED.set()
-    monkeypatch.setattr(vision, "MAX_BYTES", 10)
+    monkeypatch.setattr(images, "MAX_BYTES", 10)
     for source in (f"{address}/a.png", directory / "a.png"):
         with pytest.raises(ValueError, match="has more than 0 MB"):
             load_image(source)

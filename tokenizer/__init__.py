@@ -157,7 +157,7 @@ class Tokenizer(TextTokenizer):
                 answers. Every other key is refused, unless it is one of `MAY_BE_EMPTY` and has no value (None, False,
                 no text).
             tools: {"type": "function", "function": {"name", "description", "parameters": JSON schema}}.
-            encode_image: gives the ids that stand for a source (see `generate.encode_messages`).
+            encode_image: gives the ids that stand for a source (see `chat.encode_messages`).
 
         Raises:
             ValueError: an unknown role, part, type or key; a part in the wrong place; an empty assistant message (in V3

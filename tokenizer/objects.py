@@ -161,7 +161,7 @@ def _thinking(part: Mapping[str, Any]) -> tuple[str, bool]:
 
 
 def _image_source(part: Mapping[str, Any]) -> Any:
-    """The source in a part of type image, as `vision.load_image` takes it."""
+    """The source in a part of type image, as `images.load_image` takes it."""
     given = [key for key in IMAGE_SOURCES if not _is_empty(part.get(key))]
     if len(given) != 1:
         described = "no source"
