@@ -1,6 +1,6 @@
-"""Peak memory of encoding pictures with the published encoder (403 million parameters, random here, bfloat16):
+"""Peak memory of encoding images with the published encoder (403 million parameters, random here, bfloat16):
 
-    python -m benchmarks.vision_memory [--edge 1540] [--pictures 1] [--attn sdpa]
+    python -m benchmarks.vision_memory [--edge 1540] [--images 1] [--attn sdpa]
 
 prints the resident memory before and its peak during the call, and what one mask over all patches would take.
 """
@@ -27,18 +27,18 @@ def peak() -> float:
 def main() -> None:
     """Measure once."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--edge", type=int, default=1540, help="pixels, default: 1540, the largest picture")
-    parser.add_argument("--pictures", type=int, default=1)
+    parser.add_argument("--edge", type=int, default=1540, help="pixels, default: 1540, the largest image")
+    parser.add_argument("--images", type=int, default=1)
     parser.add_argument("--attn", choices=("sdpa", "eager"), default="sdpa")
     options = parser.parse_args()
     config = Mistral3Config(attn_implementation=options.attn).vision_config
     torch.set_default_dtype(torch.bfloat16)
     model = PixtralVisionModel(config).eval()
-    pixels = torch.zeros(options.pictures, 3, options.edge, options.edge)
+    pixels = torch.zeros(options.images, 3, options.edge, options.edge)
     before, start = peak(), time.perf_counter()
     out = model(pixels).last_hidden_state
     patches, seconds = out.shape[1], time.perf_counter() - start
-    print(f"{options.pictures} x {options.edge} x {options.edge} pixels, {patches} patches, {options.attn}, bfloat16:")
+    print(f"{options.images} x {options.edge} x {options.edge} pixels, {patches} patches, {options.attn}, bfloat16:")
     print(f"{before:.2f} GB before, {peak() - before:.2f} GB more at the peak, {seconds:.0f} s")
     print(f"one mask over all patches would take {patches**2 * 2 / 1e9:.2f} GB")
 

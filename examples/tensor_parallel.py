@@ -37,7 +37,7 @@ def shard(model: Any, mesh: DeviceMesh) -> Any:
     """Cut a causal language model in place; every process then holds its part.
 
     Raises:
-        ValueError: heads that cannot be shared out evenly, or a model with eyes.
+        ValueError: heads that cannot be shared out evenly, or a vision model.
     """
     config, processes = model.config, mesh.size()
     if not hasattr(model.model, "layers"):

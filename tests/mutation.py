@@ -18,7 +18,7 @@ from reference.mutants import MUTANTS
 
 PARITY = ["tests/test_parity.py", "-k", "cpu and identical"]
 # Where parity cannot see it, as in the whole of a text without padding, another test must.
-VISION, GENERATE = (["tests/test_vision.py", "-k", "cpu and (equal or identical or picture)"],
+VISION, GENERATE = (["tests/test_vision.py", "-k", "cpu and (equal or identical or image)"],
                     ["tests/test_generate.py", "-k", "alone or greedy"])  # fmt: skip
 TESTS = {
     "merger_patch_by_patch": VISION,

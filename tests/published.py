@@ -93,7 +93,7 @@ def quantize(directory: Path, scale_dtype: torch.dtype = torch.float32, grid: tu
 
 
 def hub_names(directory: Path) -> None:
-    """Rename the tensors of a model with eyes as the published files do: language_model.model.layers, lm_head below."""
+    """Rename the tensors of a vision model as the published files do: language_model.model.layers, lm_head below."""
     tensors = {}
     for name, tensor in load_file(directory / "model.safetensors").items():
         name = re.sub(r"^language_model\.", "language_model.model.", name.removeprefix("model."))

@@ -46,7 +46,7 @@ def one_thread():
 def draw_model(rng, mistake):
     """A bfloat16 model of a kind that can make a mistake, its float64 copy, and an input."""
     if MUTANTS[mistake].name in ("merger_patch_by_patch", "vision_axes_swapped"):
-        case = draw_seeing_case(rng, dtype=torch.bfloat16, pictures=rng.randint(1, 2))
+        case = draw_seeing_case(rng, dtype=torch.bfloat16, images=rng.randint(1, 2))
         model, inputs = case.ours, {name: v for name, v in case.arguments().items() if v is not None}
     else:
         family = {"yarn": "ministral3", "quer": "ministral3", "wind": "ministral"}.get(mistake[:4])

@@ -140,7 +140,7 @@ def block(w, name, x, heads, kv_heads, angles, allowed, eps, factor=1.0, scale=N
 
 
 def see(w, p, pixels):
-    """The embeddings of one picture (3, height, width), by Mistral's formulas."""
+    """The embeddings of one image (3, height, width), by Mistral's formulas."""
     size, heads, m = p["patch_size"], p["num_attention_heads"], p["spatial_merge_size"]
     x = F.conv2d(pixels[None], w["vision_encoder.patch_conv.weight"], stride=size)[0]
     C, rows, columns = x.shape
@@ -200,7 +200,7 @@ def test_mistrals_files_mean_what_mistrals_formulas_say(tmp_path_factory, rng, k
 
 @torch.no_grad()
 def test_biases_of_the_projector(tmp_path):
-    """Mistral's `adapter_bias`: a picture is seen the same in both layouts, and not as without them."""
+    """Mistral's `adapter_bias`: an image is seen the same in both layouts, and not as without them."""
     drawn = (draw_model(random.Random(seed), "mistral3", torch.float32) for seed in itertools.count())
     model = next(m for m in drawn if m.config.multimodal_projector_bias)
     model.save_pretrained(tmp_path / "hf")
@@ -210,15 +210,15 @@ def test_biases_of_the_projector(tmp_path):
     ids = draw_ids(random.Random(0))[:1]
     ids[0, 3:9] = 10
     pixels = torch.randn(1, 3, 12, 18, generator=torch.Generator().manual_seed(0))
-    pictures = dict(pixel_values=pixels, image_sizes=[(12, 18)])
-    expected = copy.deepcopy(model)(ids, **pictures).logits
+    images = dict(pixel_values=pixels, image_sizes=[(12, 18)])
+    expected = copy.deepcopy(model)(ids, **images).logits
     for name in ("hf", "mistral", "again"):
         other = load_model(tmp_path / name, attn_implementation=model.config.attn_implementation)
         assert other.config.multimodal_projector_bias
-        assert_same(copy.deepcopy(other)(ids, **pictures).logits, expected)
+        assert_same(copy.deepcopy(other)(ids, **images).logits, expected)
         for layer in (other.model.multi_modal_projector.linear_1, other.model.multi_modal_projector.linear_2):
             layer.bias.zero_()
-            assert not other(ids, **pictures).logits.equal(expected)
+            assert not other(ids, **images).logits.equal(expected)
 
 
 @given(rngs)

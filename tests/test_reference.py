@@ -119,7 +119,7 @@ def test_recording_changes_nothing_and_leaves_nothing_behind(rng):
 
 
 def test_every_point_is_recorded_in_the_order_of_computing():
-    case = draw_seeing_case(random.Random(1), pictures=2)
+    case = draw_seeing_case(random.Random(1), images=2)
     trace = record(case.ours, **{k: v for k, v in case.arguments().items() if v is not None})
     assert {LAYER.sub("N", name) for name in trace} == POINTS.keys()
     assert list(trace) == order(reversed(trace)) and list(trace)[-1] == "logits"

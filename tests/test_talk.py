@@ -46,7 +46,7 @@ def tokenizer():
     return Tokenizer(from_tekken(tekken), "v13")
 
 
-def draw_picture(rng):
+def draw_image(rng):
     return Image.new("RGB", (rng.choice([8, 20]), 12), rng.choice(["red", "navy", "white"]))
 
 
@@ -110,14 +110,14 @@ def test_a_kept_cache_changes_no_answer(tokenizer, rng, kind):
     for turn in range(4):
         content = [{"type": "text", "text": rng.choice(["To be?", "Speak, speak.", "No.", "[INST]"])}]
         if "eyes" in kind and rng.random() < 0.5:
-            content.insert(0, {"type": "image", "image": draw_picture(rng)})
+            content.insert(0, {"type": "image", "image": draw_image(rng)})
         kept.messages.append({"role": "user", "content": content})
-        edit = rng.choice(["", "", "text", "picture", "fail"]) if turn else ""
+        edit = rng.choice(["", "", "text", "image", "fail"]) if turn else ""
         if edit == "text":
             kept.messages[0] = {"role": "user", "content": "Begin anew!"}
         for part in [part for m in kept.messages[:-1] if m["role"] == "user" and isinstance(m["content"], list)
-                     for part in m["content"] if part["type"] == "image" and edit == "picture"][:1]:  # fmt: skip
-            part["image"] = draw_picture(rng)  # of the same size as the old one, or another
+                     for part in m["content"] if part["type"] == "image" and edit == "image"][:1]:  # fmt: skip
+            part["image"] = draw_image(rng)  # of the same size as the old one, or another
         if edit == "fail":  # broken off in the middle
             with pytest.raises(KeyboardInterrupt):
                 kept.answer(model, on_token=lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -133,7 +133,7 @@ def test_a_kept_cache_changes_no_answer(tokenizer, rng, kind):
             assert prompt == len(ids) - len(held)
 
 
-def test_a_picture_is_loaded_and_encoded_once(tokenizer, tmp_path, monkeypatch):
+def test_a_image_is_loaded_and_encoded_once(tokenizer, tmp_path, monkeypatch):
     Image.new("RGB", (20, 20), "red").save(tmp_path / "a.png")
     model, loaded, encoded = tiny("eyes", random.Random(0)), [], []
     load, forward = chat.load_image, PixtralVisionModel.forward
@@ -150,7 +150,7 @@ def test_a_picture_is_loaded_and_encoded_once(tokenizer, tmp_path, monkeypatch):
 
 def scripted(monkeypatch, *answers):
     """Let the model say these ids, one list for each answer; KeyboardInterrupt stands for Ctrl-C twice. Returns a list
-    that gets the pictures that it sees, for each answer."""
+    that gets the images that it sees, for each answer."""
     said, seen = iter(answers), []
 
     def fake(model, input_ids, on_token=None, pixel_values=None, **_):
@@ -559,7 +559,7 @@ def typed(monkeypatch, *lines):
 
 @pytest.fixture(scope="module")
 def seeing(instruct, tmp_path_factory):
-    """A tiny model with eyes and two pictures of one size."""
+    """A tiny model with eyes and two images of one size."""
     path = tmp_path_factory.mktemp("models") / "Seeing-Instruct"
     model = tiny("eyes", random.Random(3))
     model.config.text_config.vocab_size = 2048
@@ -573,8 +573,8 @@ def seeing(instruct, tmp_path_factory):
     return path
 
 
-def test_pictures_in_the_terminal(seeing, monkeypatch, capsys, tmp_path):
-    """Sent with the next message and not with later ones; kept when a turn fails; another picture of the same size
+def test_images_in_the_terminal(seeing, monkeypatch, capsys, tmp_path):
+    """Sent with the next message and not with later ones; kept when a turn fails; another image of the same size
     gives another answer."""
     saved, red, white = tmp_path / "a.json", seeing / "red.png", seeing / "white.png"
     arguments = ["--chat", "--model", seeing, "--max-new-tokens", 8, "--temperature", 0]
@@ -602,7 +602,7 @@ def talk_here(tokenizer, monkeypatch, *lines):
     return talk
 
 
-def test_the_file_of_a_picture_may_change(tokenizer, seeing, monkeypatch, tmp_path):
+def test_the_file_of_a_image_may_change(tokenizer, seeing, monkeypatch, tmp_path):
     """/image reads what is there now."""
     file, hello = shutil.copy(seeing / "red.png", tmp_path / "a.png"), tokenizer.encode("Hello.", bos=False)
     seen = scripted(monkeypatch, hello, hello)
@@ -612,17 +612,17 @@ def test_the_file_of_a_picture_may_change(tokenizer, seeing, monkeypatch, tmp_pa
     assert seen[1][-1].equal(white) and not seen[0][0].equal(white)
 
 
-def test_reset_lets_go_of_the_pictures(tokenizer, seeing, monkeypatch):
+def test_reset_lets_go_of_the_images(tokenizer, seeing, monkeypatch):
     red = str(seeing / "red.png")
     assert talk_here(tokenizer, monkeypatch, f"/image {red}").images.keys() == {red}
     assert not talk_here(tokenizer, monkeypatch, f"/image {red}", "/reset").images
 
 
-def test_a_picture_outlives_ctrl_c(tokenizer, seeing, monkeypatch):
+def test_a_image_outlives_ctrl_c(tokenizer, seeing, monkeypatch):
     """It goes with the next question, as when a turn fails."""
     seen = scripted(monkeypatch, KeyboardInterrupt, tokenizer.encode("Red.", bos=False))
     talk = talk_here(tokenizer, monkeypatch, f"/image {seeing / 'red.png'}", "What?", "Well?")
-    assert [len(pictures) for pictures in seen] == [1, 1]
+    assert [len(images) for images in seen] == [1, 1]
     assert [part["type"] for part in talk.messages[0]["content"]] == ["image", "text"] and len(talk.messages) == 2
 
 

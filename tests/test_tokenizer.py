@@ -116,12 +116,12 @@ def test_known_ids(published):
         ([(876, 1300), (480, 640)], "difference between these two images", [6592, 2396, 2576, 2295, 8061]),
     ],
 )
-def test_known_ids_around_pictures(published, sizes, question, asked):
+def test_known_ids_around_images(published, sizes, question, asked):
     """Those of Transformers' processor test for Mistral3, here within [INST] and [/INST]."""
     config = Mistral3Config(PixtralVisionConfig(patch_size=6, image_size=30), spatial_merge_size=2)
-    pictures = [{"type": "image", "image": Image.new("RGB", (width, height))} for height, width in sizes]
+    images = [{"type": "image", "image": Image.new("RGB", (width, height))} for height, width in sizes]
     begin, end = ({"type": "text", "text": text} for text in ("USER: ", f"\nWhat's the {question}? ASSISTANT:"))
-    ids, pixels, _ = encode_messages([{"role": "user", "content": [begin, *pictures, end]}], published, config)
+    ids, pixels, _ = encode_messages([{"role": "user", "content": [begin, *images, end]}], published, config)
     seen = [10, 10, 10, 12, 10, 10, 10, 13] * len(sizes)
     rest = [1010, 7493, 1681, 1278, *asked, 1063, 1349, 4290, 16002, 41150, 1058]
     assert ids[0].tolist() == [1, 3, 21510, 1058, 1032, *seen, *rest, 4]

@@ -1,4 +1,4 @@
-"""Pictures: the encoder and the whole model equal Transformers', sizes and tokens equal mistral-common's."""
+"""Images: the encoder and the whole model equal Transformers', sizes and tokens equal mistral-common's."""
 
 import base64
 import dataclasses
@@ -50,7 +50,7 @@ from vision import (
 
 try:
     from transformers.models.pixtral import image_processing_pil_pixtral as their_images
-except ImportError:  # versions that process pictures with torchvision only
+except ImportError:  # versions that process images with torchvision only
     their_images = None
 
 rngs = st.randoms(use_true_random=False)
@@ -62,7 +62,7 @@ ANSWERED = threading.Event()  # ends the slow answer of the server below
 
 @dataclasses.dataclass
 class Case:
-    """Our model, Transformers' with equal weights, and a batch of texts with pictures."""
+    """Our model, Transformers' with equal weights, and a batch of texts with images."""
 
     ours: Mistral3ForConditionalGeneration
     theirs: object
@@ -73,8 +73,8 @@ class Case:
 
     def arguments(self, **more):
         """For either side's forward."""
-        pictures = {} if self.pixels is None else {"pixel_values": self.pixels, "image_sizes": self.sizes}
-        return {"input_ids": self.ids, "attention_mask": self.mask} | pictures | more
+        images = {} if self.pixels is None else {"pixel_values": self.pixels, "image_sizes": self.sizes}
+        return {"input_ids": self.ids, "attention_mask": self.mask} | images | more
 
     def truth(self):
         """Our model with the same weights in float64, eager."""
@@ -83,12 +83,12 @@ class Case:
         return model.double().to(self.ids.device).eval()
 
 
-def draw_case(rng, device="cpu", dtype=None, pictures=None, **fixed):
-    """A tiny model in which everything differs that can, one to three texts, and the given number of pictures (default
+def draw_case(rng, device="cpu", dtype=None, images=None, **fixed):
+    """A tiny model in which everything differs that can, one to three texts, and the given number of images (default
     0 to 3) spread over them: portrait, landscape, no multiples of the patch, other sizes in one batch."""
     attn = fixed.pop("attn_implementation", rng.choice(["eager", "sdpa"]))
     heads, layers = rng.choice([1, 2, 3]), rng.randint(1, 3)
-    eyes = PixtralVisionConfig(
+    vision = PixtralVisionConfig(
         hidden_size=heads * rng.choice([4, 8, 16]), intermediate_size=24, num_hidden_layers=layers,
         num_attention_heads=heads, image_size=200, patch_size=rng.choice([2, 3, 4]),
         hidden_act=rng.choice(["silu", "gelu"]), rope_theta=rng.choice([100.0, 1e4]),
@@ -96,7 +96,7 @@ def draw_case(rng, device="cpu", dtype=None, pictures=None, **fixed):
     # Layer 0 is left out: Transformers fails on it, because it passes the number on as "output hidden states?".
     layer = rng.choice([-1, -1, *(i for i in range(-layers - 1, layers + 1) if i)])
     config = Mistral3Config(
-        eyes, draw_config(rng, family="ministral3"), image_token_index=rng.choice([10, 49]),
+        vision, draw_config(rng, family="ministral3"), image_token_index=rng.choice([10, 49]),
         projector_hidden_act=rng.choice(["gelu", "silu"]), vision_feature_layer=rng.choice([layer, [layer]]),
         multimodal_projector_bias=rng.random() < 0.3, spatial_merge_size=rng.choice([1, 2, 3]),
         tie_word_embeddings=rng.random() < 0.5, attn_implementation=attn,
@@ -114,7 +114,7 @@ def draw_case(rng, device="cpu", dtype=None, pictures=None, **fixed):
     ours = Mistral3ForConditionalGeneration(config).to(dtype)
     ours.load_state_dict(theirs.state_dict())
 
-    N, merged = rng.randint(0, 3) if pictures is None else pictures, config.vision_config.patch_size
+    N, merged = rng.randint(0, 3) if images is None else images, config.vision_config.patch_size
     merged *= config.spatial_merge_size
     sizes = [(rng.randint(merged, 4 * merged), rng.randint(merged, 5 * merged)) for _ in range(N)]
     if N and sum((h // merged) * (w // merged) for h, w in sizes) == 1:
@@ -152,9 +152,9 @@ def image_embeddings(out):
 
 @torch.no_grad()
 @given(rngs)
-def test_one_picture_is_bit_identical(device, rng):
+def test_one_image_is_bit_identical(device, rng):
     """Every hidden state of the encoder, the embeddings, every hidden state of the language model, logits and loss."""
-    case = draw_case(rng, device, pictures=rng.choice([0, 1, 1, 1]))
+    case = draw_case(rng, device, images=rng.choice([0, 1, 1, 1]))
     if device == "cuda" and case.ours.config.attn_implementation == "sdpa":
         return
     real, labels = real_of(case), case.ids.masked_fill(~real_of(case), -100)
@@ -184,13 +184,13 @@ def test_one_picture_is_bit_identical(device, rng):
 @torch.no_grad()
 @pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_several_pictures_are_no_further_from_float64(device, dtype, attn_implementation, capsys):
+def test_several_images_are_no_further_from_float64(device, dtype, attn_implementation, capsys):
     """Transformers attends over one long masked sequence, ours image by image: other sums, so other last bits. The
     errors of the embeddings against float64 are compared by the criterion of tests/errors.py."""
     errors = Errors()
     for seed in range(number_of_cases(120)):
         rng = random.Random(seed)
-        case = draw_case(rng, device, dtype, pictures=2 + seed % 2, attn_implementation=attn_implementation)
+        case = draw_case(rng, device, dtype, images=2 + seed % 2, attn_implementation=attn_implementation)
         exact = torch.cat(case.truth().model.get_image_features(case.pixels.double(), case.sizes))
         ours, theirs = (image_embeddings(model(**case.arguments())) for model in (case.ours, case.theirs))
         errors.add(ours, theirs, exact)
@@ -202,7 +202,7 @@ def test_several_pictures_are_no_further_from_float64(device, dtype, attn_implem
 @torch.no_grad()
 def test_the_hidden_state_before_the_first_layer():
     """vision_feature_layer 0, on which Transformers fails."""
-    case = draw_case(random.Random(5), dtype=torch.float32, pictures=1)
+    case = draw_case(random.Random(5), dtype=torch.float32, images=1)
     states = case.ours.model.vision_tower(case.pixels, case.sizes, output_hidden_states=True).hidden_states
     grids = case.ours.model.vision_tower.grids(case.pixels, case.sizes)
     expected = case.ours.model.multi_modal_projector(states[0][0], grids)
@@ -213,10 +213,10 @@ def test_the_hidden_state_before_the_first_layer():
 
 @torch.no_grad()
 @given(rngs)
-def test_pictures_do_not_see_each_other(device, rng):
+def test_images_do_not_see_each_other(device, rng):
     """In float64: in one batch, cut out of their padding, and one by one, they get the same embeddings, to 1e-12; and
     nearly those of Transformers, which draws the mask of our docstring."""
-    case = draw_case(rng, device, torch.float32, pictures=rng.randint(2, 3))
+    case = draw_case(rng, device, torch.float32, images=rng.randint(2, 3))
     model = case.truth().model
     model.vision_tower.config.attn_implementation = rng.choice(["eager", "sdpa"])
     together = model.get_image_features(case.pixels.double(), case.sizes)
@@ -231,7 +231,7 @@ def test_pictures_do_not_see_each_other(device, rng):
 @given(rngs)
 def test_the_gradient_of_every_parameter_is_bit_identical(rng):
     """One image, float32, CPU. Gradient checkpointing has no cache, and gives the gradients of a run without one."""
-    case = draw_case(rng, dtype=torch.float32, pictures=1)
+    case = draw_case(rng, dtype=torch.float32, images=1)
     labels = {"labels": case.ids.masked_fill(~real_of(case), -100)}
     found = []
     runs = ((case.theirs, {}, False), (case.ours, {}, False),
@@ -256,13 +256,13 @@ def test_the_gradient_of_every_parameter_is_bit_identical(rng):
 
 @torch.no_grad()
 @given(rngs)
-def test_decoding_after_pictures_and_cuts_through_them(device, rng):
-    """In float64: any cut into chunks, single tokens after pictures, only some rows with pictures: as in one shot."""
+def test_decoding_after_images_and_cuts_through_them(device, rng):
+    """In float64: any cut into chunks, single tokens after images, only some rows with images: as in one shot."""
     case = draw_case(rng, device, torch.float32)
     model, pixels = case.truth(), None if case.pixels is None else case.pixels.double()
     model.config.text_config.attn_implementation = rng.choice(["eager", "sdpa"])
-    pictures = {} if pixels is None else {"pixel_values": pixels, "image_sizes": case.sizes}
-    whole = model(case.ids, attention_mask=case.mask, **pictures, use_cache=False).logits
+    images = {} if pixels is None else {"pixel_values": pixels, "image_sizes": case.sizes}
+    whole = model(case.ids, attention_mask=case.mask, **images, use_cache=False).logits
     embeds, _ = model.model.embed(case.ids, pixels, case.sizes)
     cache, start, logits = KVCache(model.config.text_config), 0, []
     for length in draw_chunks(rng, case.ids.shape[1]):
@@ -278,12 +278,12 @@ def test_decoding_after_pictures_and_cuts_through_them(device, rng):
 @torch.no_grad()
 @given(rngs)
 def test_greedy_continuations_are_transformers(rng):
-    case = draw_case(rng, dtype=torch.float32, pictures=1, attn_implementation="eager")
+    case = draw_case(rng, dtype=torch.float32, images=1, attn_implementation="eager")
     row = next(i for i, ids in enumerate(case.ids) if (ids == case.ours.config.image_token_id).any())
     ids = case.ids[row][real_of(case)[row]][None]
-    pictures = {"pixel_values": case.pixels, "image_sizes": case.sizes}
-    pictures["prefill_chunk_size"] = rng.choice([1, 3, 512])
-    ours = generate(case.ours, ids, max_new_tokens=8, eos_token_id=(), **pictures)
+    images = {"pixel_values": case.pixels, "image_sizes": case.sizes}
+    images["prefill_chunk_size"] = rng.choice([1, 3, 512])
+    ours = generate(case.ours, ids, max_new_tokens=8, eos_token_id=(), **images)
     theirs = case.theirs.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, eos_token_id=None,
         pixel_values=case.pixels, image_sizes=torch.tensor(case.sizes), pad_token_id=0,
@@ -293,14 +293,14 @@ def test_greedy_continuations_are_transformers(rng):
     assert_same_tokens((case.ours, case.theirs), case.truth(), ids, real, (ours, theirs), **images)
 
 
-# ---------------------------------------------------------------------------------------------------- pictures
+# ---------------------------------------------------------------------------------------------------- images
 
 sides = st.one_of(st.integers(1, 6000), st.integers(1, 60))
 PUBLISHED = Mistral3Config()
 
 
 class Sized:
-    """A picture that has only a size."""
+    """An image that has only a size."""
 
     def __init__(self, height, width):
         self.size, self.width, self.height = (width, height), width, height
@@ -333,7 +333,7 @@ def test_tokens_are_mistral_commons_own(monkeypatch):
 
 
 def test_the_four_tokens_of_transformers_own_test():
-    """A picture that is not square, with patches of 128 pixels."""
+    """An image that is not square, with patches of 128 pixels."""
     config = Mistral3Config(PixtralVisionConfig(patch_size=128), spatial_merge_size=2)
     for rule in (mistral_size, transformers_size):
         size = tuple(preprocess(Image.new("RGB", (316, 500)), config, rule).shape[1:])
@@ -369,7 +369,7 @@ def test_the_two_rules_differ():
     assert mistral_size(5383, 2, 1540, 28) == (1540, 28)
 
 
-def draw_picture(rng, modes=("RGB", "L", "RGBA", "P", "LA", "1", "CMYK")):
+def draw_image(rng, modes=("RGB", "L", "RGBA", "P", "LA", "1", "CMYK")):
     width, height = rng.randint(1, 90), rng.randint(1, 90)
     pixels = np.random.default_rng(rng.randrange(2**32)).integers(0, 256, (height, width, 4), dtype=np.uint8)
     return Image.fromarray(pixels, "RGBA").convert(rng.choice(modes))
@@ -378,16 +378,16 @@ def draw_picture(rng, modes=("RGB", "L", "RGBA", "P", "LA", "1", "CMYK")):
 @needs_their_images
 @given(rngs)
 def test_pixels_are_transformers(rng):
-    """Several pictures in one batch, all modes: bit-identical values and sizes."""
+    """Several images in one batch, all modes: bit-identical values and sizes."""
     patch, merge, edge = rng.choice([4, 14]), rng.choice([1, 2]), rng.choice([32, 56, 1540])
     config = Mistral3Config(PixtralVisionConfig(patch_size=patch, image_size=edge), spatial_merge_size=merge)
-    pictures = [draw_picture(rng) for _ in range(rng.randint(1, 3))]
+    images = [draw_image(rng) for _ in range(rng.randint(1, 3))]
     processor = their_images.PixtralImageProcessorPil(size={"longest_edge": edge}, patch_size=patch * merge)
     try:
-        ours, sizes = batch_images([preprocess(picture, config, transformers_size) for picture in pictures])
+        ours, sizes = batch_images([preprocess(image, config, transformers_size) for image in images])
     except ValueError:  # Transformers has no grid for these
         return
-    theirs = processor(pictures, patch_size={"height": patch * merge, "width": patch * merge}, return_tensors="pt")
+    theirs = processor(images, patch_size={"height": patch * merge, "width": patch * merge}, return_tensors="pt")
     assert sizes == [tuple(size) for size in theirs["image_sizes"].tolist()]
     assert ours.dtype == theirs["pixel_values"].dtype and torch.equal(ours, theirs["pixel_values"])
 
@@ -403,36 +403,36 @@ def test_what_is_transparent_becomes_white():
 # --------------------------------------------------------------------------------------------------- bad input
 
 
-def png(picture):
+def png(image):
     data = io.BytesIO()
-    picture.save(data, "PNG")
+    image.save(data, "PNG")
     return data.getvalue()
 
 
-def test_where_pictures_come_from(tmp_path, monkeypatch):
-    picture = draw_picture(random.Random(0), ["RGB"])
-    (tmp_path / "a.png").write_bytes(png(picture))
-    uri = "data:image/png;base64," + base64.b64encode(png(picture)).decode()
+def test_where_images_come_from(tmp_path, monkeypatch):
+    image = draw_image(random.Random(0), ["RGB"])
+    (tmp_path / "a.png").write_bytes(png(image))
+    uri = "data:image/png;base64," + base64.b64encode(png(image)).decode()
     wrapped = uri.replace("data:image/png;", "DATA:image/png;charset=utf-8;")[:-9] + "\n " + uri[-9:-1] + "%3D"
     assert uri.endswith("=") or uri[-1].isalnum()
-    sources = [tmp_path / "a.png", str(tmp_path / "a.png"), png(picture), uri, picture]
+    sources = [tmp_path / "a.png", str(tmp_path / "a.png"), png(image), uri, image]
     for source in (*sources, *([wrapped] if uri.endswith("=") else [])):
-        assert load_image(source).tobytes() == picture.tobytes()
-    (tmp_path / "a b%.png").write_bytes(png(picture))
-    (tmp_path / "c%20d.png").write_bytes(png(picture))
+        assert load_image(source).tobytes() == image.tobytes()
+    (tmp_path / "a b%.png").write_bytes(png(image))
+    (tmp_path / "c%20d.png").write_bytes(png(image))
     addresses = [(tmp_path / name).as_uri() for name in ("a.png", "a b%.png", "c%20d.png")]
     addresses += [f"file://{tmp_path / name}" for name in ("a.png", "a b%.png", "c%20d.png")]
     addresses += [f"FILE://localhost{tmp_path}/a.png", f"file://localhost{tmp_path}/a%20b%25.png"]
-    plain = base64.b64encode(png(picture)).decode()
-    lines = base64.encodebytes(png(picture)).decode()
+    plain = base64.b64encode(png(image)).decode()
+    lines = base64.encodebytes(png(image)).decode()
     for source in (*addresses, plain, lines, f"data:image;base64,{plain}"):
-        assert load_image(source).tobytes() == picture.tobytes(), source
+        assert load_image(source).tobytes() == image.tobytes(), source
     turned = Image.new("RGB", (20, 10), "red")
     exif = turned.getexif()
     exif[0x0112] = 6  # held sideways
     turned.save(tmp_path / "b.jpg", exif=exif)
     assert load_image(tmp_path / "b.jpg").size == (10, 20)
-    # Some EXIF data cannot be written again after turning: the picture is good for all that.
+    # Some EXIF data cannot be written again after turning: the image is good for all that.
     monkeypatch.setattr(ImageOps, "exif_transpose", lambda _: struct.pack("H", -1))
     assert load_image(tmp_path / "b.jpg").size == (20, 10)
 
@@ -440,9 +440,9 @@ def test_where_pictures_come_from(tmp_path, monkeypatch):
 @pytest.mark.parametrize("key", ["image", "url", "path", "base64", "image_url", "image_url url"])
 def test_images_in_messages_are_those_of_transformers_and_mistral_common(tmp_path, key):
     """From every form of a part the same pixels."""
-    picture = draw_picture(random.Random(0), ["RGB"])
-    (tmp_path / "a b.png").write_bytes(png(picture))
-    plain, name = base64.b64encode(png(picture)).decode(), str(tmp_path / "a b.png")
+    image = draw_image(random.Random(0), ["RGB"])
+    (tmp_path / "a b.png").write_bytes(png(image))
+    plain, name = base64.b64encode(png(image)).decode(), str(tmp_path / "a b.png")
     sources = [plain] if key == "base64" else [name, (tmp_path / "a b.png").as_uri(), plain]
     tokenizer, seen = Tokenizer.from_dir(BUNDLED, "v7"), []
 
@@ -456,12 +456,12 @@ def test_images_in_messages_are_those_of_transformers_and_mistral_common(tmp_pat
             part = {"type": "image_url", "image_url": {"url": source} if "url " in key else source}
         seen.clear()
         tokenizer.encode_chat([{"role": "user", "content": [part]}], None, see)
-        assert load_image(seen[0]).tobytes() == picture.tobytes()
+        assert load_image(seen[0]).tobytes() == image.tobytes()
         if not source.startswith("file:"):
-            assert transformers.image_utils.load_image(source).tobytes() == picture.tobytes()
+            assert transformers.image_utils.load_image(source).tobytes() == image.tobytes()
         if source.startswith("data:") or (source == plain and key == "image"):
             chunk = ImageChunk(image=source) if source == plain else ImageURLChunk(image_url=source)
-            assert mistral_image.image_from_chunk(chunk).tobytes() == picture.tobytes()
+            assert mistral_image.image_from_chunk(chunk).tobytes() == image.tobytes()
     chunk = ImageURLChunk(image_url=f"file://{name}")
     assert mistral_image.image_from_chunk(chunk).tobytes() == load_image(f"file://{name}").tobytes()
 
@@ -494,11 +494,11 @@ def server(tmp_path):
         running.shutdown()
 
 
-def test_pictures_from_the_web(server, monkeypatch):
+def test_images_from_the_web(server, monkeypatch):
     address, directory = server
-    picture = draw_picture(random.Random(1), ["RGB"])
-    (directory / "a.png").write_bytes(png(picture))
-    assert load_image(f"{address}/a.png").tobytes() == picture.tobytes()
+    image = draw_image(random.Random(1), ["RGB"])
+    (directory / "a.png").write_bytes(png(image))
+    assert load_image(f"{address}/a.png").tobytes() == image.tobytes()
     with pytest.raises(FileNotFoundError, match=r"cannot be fetched .*404"):
         load_image(f"{address}/b.png")
     for wrong in ("/garbage", "/redirect"):
@@ -528,11 +528,11 @@ def bomb(edge):
 
 
 BAD_FILES = [
-    (b"", "is no picture; allowed: PNG, JPEG"),
-    (b"GIF89a", r"is damaged or no picture \(|is no picture; allowed"),
-    (b"not a picture", "is no picture; allowed: PNG, JPEG"),
-    (png(draw_picture(random.Random(3), ["RGB"]))[:-400], r"is damaged or no picture \(OSError"),
-    (b"P6\n3 \xc30\n255\n", r"is damaged or no picture \(ValueError"),
+    (b"", "is no image; supported: PNG, JPEG"),
+    (b"GIF89a", r"is damaged or no image \(|is no image; supported"),
+    (b"not an image", "is no image; supported: PNG, JPEG"),
+    (png(draw_image(random.Random(3), ["RGB"]))[:-400], r"is damaged or no image \(OSError"),
+    (b"P6\n3 \xc30\n255\n", r"is damaged or no image \(ValueError"),
     (bomb(12_000), "has more than 100 million pixels; scale it down"),  # above our limit, below Pillow's
     (bomb(60_000), "has more than 100 million pixels; scale it down"),
 ]
@@ -540,7 +540,7 @@ BAD_NAMES = ["empty", "header", "text", "truncated", "number", "large", "bomb"]
 
 
 @pytest.mark.parametrize("data, message", BAD_FILES, ids=BAD_NAMES)
-def test_bad_pictures(tmp_path, data, message):
+def test_bad_images(tmp_path, data, message):
     (tmp_path / "bad.png").write_bytes(data)
     for source in (tmp_path / "bad.png", data):
         with pytest.raises(ValueError, match=message):
@@ -557,12 +557,12 @@ def test_bad_sources(tmp_path):
     for wrong in (*names, "A" * 36):
         with pytest.raises(FileNotFoundError, match="cannot be read"):
             load_image(wrong)
-    with pytest.raises(ValueError, match="is no picture; allowed"):
+    with pytest.raises(ValueError, match="is no image; supported"):
         load_image("A" * 400)  # base64 of no image
     for wrong in (5, None, [1], {"url": "a"}, torch.zeros(3, 4, 4), np.zeros((4, 4, 3))):
         with pytest.raises(ValueError, match=f"given as {type(wrong).__name__}; supported: a path"):
             load_image(wrong)
-    with pytest.raises(ValueError, match="no pictures to put into a batch"):
+    with pytest.raises(ValueError, match="no images to put into a batch"):
         batch_images([])
     for uri in ("data:image/png;base64,!!!", "data:image/png,abc", "data:"):
         with pytest.raises(ValueError, match="is no data:"):
@@ -571,20 +571,20 @@ def test_bad_sources(tmp_path):
 
 @torch.no_grad()
 def test_counts_that_do_not_agree():
-    case = draw_case(random.Random(1), dtype=torch.float32, pictures=1)
+    case = draw_case(random.Random(1), dtype=torch.float32, images=1)
     count = int((case.ids == case.ours.config.image_token_id).sum())
     fewer = case.ids.clone()
     fewer[fewer == case.ours.config.image_token_id] = 5
-    with pytest.raises(ValueError, match=rf"^0 \[IMG\] tokens \(id \d+\) for pictures that have {count} embeddings"):
+    with pytest.raises(ValueError, match=rf"^0 \[IMG\] tokens \(id \d+\) for images that have {count} embeddings"):
         case.ours(**case.arguments(input_ids=fewer))
     for wrong, message in (
         ({"pixel_values": case.pixels[0]}, "pixel_values must be (images, 3, height, width); found (3, "),
-        ({"image_sizes": case.sizes * 2}, "image_sizes must be a (height, width) for each of 1 pictures; found"),
+        ({"image_sizes": case.sizes * 2}, "image_sizes must be a (height, width) for each of 1 images; found"),
         ({"image_sizes": [(1000, 4)]}, "an image size of 1000 x 4; allowed:"),
         ({"image_sizes": [(0, 8)]}, "an image size of 0 x 8; allowed:"),
         ({"image_sizes": [(8.5, 8)]}, "image_sizes must be a (height, width)"),
         ({"image_sizes": [8]}, "image_sizes must be a (height, width)"),
-        ({"pixel_values": case.pixels[:0]}, "pixel_values hold no picture"),
+        ({"pixel_values": case.pixels[:0]}, "pixel_values hold no image"),
         ({"vision_feature_layer": 99}, "vision_feature_layer=99 is impossible; allowed: one number from -"),
         ({"vision_feature_layer": [-1, -2]}, "vision_feature_layer=[-1, -2] is impossible"),
         ({"logits_to_keep": -1}, "logits_to_keep=-1 is impossible"),
@@ -604,15 +604,15 @@ def test_counts_that_do_not_agree():
 
 @torch.no_grad()
 def test_pixels_are_cast_to_the_weights():
-    case = draw_case(random.Random(0), dtype=torch.bfloat16, pictures=1)
+    case = draw_case(random.Random(0), dtype=torch.bfloat16, images=1)
     for dtype in (torch.float32, torch.float64):
         cast = case.arguments(pixel_values=case.pixels.to(dtype))
         assert_same(case.ours(**cast).logits, case.ours(**case.arguments()).logits)
 
 
 @torch.no_grad()
-def test_pictures_among_given_embeddings():
-    case = draw_case(random.Random(1), dtype=torch.float32, pictures=1)
+def test_images_among_given_embeddings():
+    case = draw_case(random.Random(1), dtype=torch.float32, images=1)
     embeds = case.ours.model.language_model.embed_tokens(case.ids)
     given_embeds = case.ours(**case.arguments(input_ids=None, inputs_embeds=embeds)).logits
     assert_same(given_embeds, case.ours(**case.arguments()).logits)
@@ -651,7 +651,7 @@ def test_impossible_configurations(change, message):
 @torch.no_grad()
 @given(rngs)
 def test_directories_go_both_ways(tmp_path_factory, rng):
-    case = draw_case(rng, pictures=1)
+    case = draw_case(rng, images=1)
     ours, theirs = (tmp_path_factory.mktemp(side) for side in ("ours", "theirs"))
     attn = case.ours.config.attn_implementation
     case.ours.save_pretrained(ours)
@@ -669,8 +669,8 @@ def test_directories_go_both_ways(tmp_path_factory, rng):
     backbone = Mistral3Model.from_pretrained(theirs)
     assert_same_weights(backbone, case.ours.model)
     for source in (case.ours, case.theirs):  # the encoder alone
-        source.model.vision_tower.save_pretrained(theirs / "eyes")
-        assert_same_weights(PixtralVisionModel.from_pretrained(theirs / "eyes"), case.ours.model.vision_tower)
+        source.model.vision_tower.save_pretrained(theirs / "tower")
+        assert_same_weights(PixtralVisionModel.from_pretrained(theirs / "tower"), case.ours.model.vision_tower)
 
 
 def test_the_names_of_the_published_files(tmp_path):
@@ -722,8 +722,8 @@ class Largest(TorchDispatchMode):
 
 
 @torch.no_grad()
-def test_no_tensor_is_quadratic_in_the_pictures():
-    """Eight pictures of 256 patches: nothing as large as 2048 x 2048, and on the fused path nothing as large as
+def test_no_tensor_is_quadratic_in_the_images():
+    """Eight images of 256 patches: nothing as large as 2048 x 2048, and on the fused path nothing as large as
     256 x 256 for all heads."""
     config = PixtralVisionConfig(16, 16, 2, 2, image_size=64, patch_size=4)
     for attn, limit in (("eager", 2 * 256 * 256), ("sdpa", 8 * 3 * 64 * 64)):
@@ -738,16 +738,16 @@ def test_no_tensor_is_quadratic_in_the_pictures():
 
 @pytest.fixture(scope="module")
 def seeing(tmp_path_factory):
-    """A directory with a tiny model that has eyes and the bundled tokenizer, and a picture."""
+    """A directory with a tiny vision model and the bundled tokenizer, and an image."""
     path = tmp_path_factory.mktemp("seeing")
     text = {"model_type": "ministral3", "vocab_size": 2048, "hidden_size": 32, "intermediate_size": 32,
             "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
             "max_position_embeddings": 512}  # fmt: skip
-    eyes = PixtralVisionConfig(16, 16, 2, 2, image_size=64, patch_size=4)
+    vision = PixtralVisionConfig(16, 16, 2, 2, image_size=64, patch_size=4)
     torch.manual_seed(0)
-    Mistral3ForConditionalGeneration(Mistral3Config(eyes, text)).save_pretrained(path)
+    Mistral3ForConditionalGeneration(Mistral3Config(vision, text)).save_pretrained(path)
     shutil.copy(BUNDLED / "tekken.json", path)
-    draw_picture(random.Random(0), ["RGB"]).save(path / "a.png")
+    draw_image(random.Random(0), ["RGB"]).save(path / "a.png")
     return path
 
 
@@ -775,17 +775,17 @@ def test_the_command_sees(seeing):
     assert out[0, ids.shape[1] :].tolist() == result["ids"]
 
 
-def test_messages_with_pictures(seeing):
+def test_messages_with_images(seeing):
     """A conversation with a file and a data: URI gives what the parts give one by one, and generates."""
     config, tokenizer = Mistral3Config.from_dict(checkpoint.read_config(seeing)), Tokenizer.from_dir(seeing)
     uri = "data:image/png;base64," + base64.b64encode((seeing / "a.png").read_bytes()).decode()
     parts = [{"type": "image", "image": str(seeing / "a.png")}, {"type": "text", "text": "and"},
              {"type": "image_url", "image_url": {"url": uri}}]  # fmt: skip
     ids, pixels, sizes = encode_messages([{"role": "user", "content": parts}], tokenizer, config)
-    picture = preprocess(load_image(seeing / "a.png"), config)
-    tokens = image_tokens(tuple(picture.shape[1:]), config, BREAK, END)
+    image = preprocess(load_image(seeing / "a.png"), config)
+    tokens = image_tokens(tuple(image.shape[1:]), config, BREAK, END)
     assert ids[0].tolist() == [1, 3, *tokens, *tokenizer.encode("and", bos=False), *tokens, 4]
-    assert pixels.equal(torch.stack([picture, picture])) and sizes == [tuple(picture.shape[1:])] * 2
+    assert pixels.equal(torch.stack([image, image])) and sizes == [tuple(image.shape[1:])] * 2
     out = generate(load_model(seeing), ids, max_new_tokens=3, pixel_values=pixels, image_sizes=sizes)
     assert out.shape[1] > ids.shape[1]
     text = [{"role": "user", "content": "and"}]
@@ -795,7 +795,7 @@ def test_messages_with_pictures(seeing):
 
 
 @pytest.mark.parametrize("data, message", BAD_FILES, ids=BAD_NAMES)
-def test_the_command_refuses_bad_pictures(seeing, tmp_path, data, message):
+def test_the_command_refuses_bad_images(seeing, tmp_path, data, message):
     (tmp_path / "bad.png").write_bytes(data)
     done = command("x", "--model", str(seeing), "--image", str(tmp_path / "bad.png"))
     assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
@@ -809,10 +809,10 @@ def test_the_command_without_pillow(seeing, tmp_path):
         [sys.executable, "-c", program, str(tmp_path), "x", "--model", str(seeing), "--image", str(seeing / "a.png")],
         cwd=ROOT, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: pictures need Pillow: pip install pillow\n")
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: images need Pillow: pip install pillow\n")
 
 
-def test_the_command_without_eyes(seeing):
+def test_the_command_with_a_text_model(seeing):
     done = command("x", "--image", str(seeing / "a.png"))
     assert done.returncode == 2 and done.stdout == ""
     message = f"{BUNDLED} is a text model (model_type 'ministral3'); give a --model that is a vision model"

@@ -68,8 +68,8 @@ def test_known_continuation_of_a_long_text(old):
 def test_the_model_equals_transformers(request):
     """Logits of a short text, from the same files, in bfloat16 on the CPU: 0 bits of difference."""
     directory = given(request, "--weights")
-    eyes = "vision_config" in checkpoint.read_config(directory)
-    auto = transformers.AutoModelForImageTextToText if eyes else transformers.AutoModelForCausalLM
+    vision = "vision_config" in checkpoint.read_config(directory)
+    auto = transformers.AutoModelForImageTextToText if vision else transformers.AutoModelForCausalLM
     ids = torch.tensor([Tokenizer.from_dir(directory).encode("The quick brown fox jumps over the lazy dog.")])
     logits = load_model(directory, torch.bfloat16)(ids).logits
     assert_same(logits, auto.from_pretrained(directory, dtype=torch.bfloat16)(ids).logits)
