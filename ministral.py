@@ -121,8 +121,7 @@ class MinistralConfig(PreTrainedConfig):
 class RMSNorm(nn.Module):
     """Scale each vector to root mean square 1, then by a learned weight: x / sqrt(mean(x^2) + eps) * weight.
 
-    The result is rounded to the input's dtype *before* the weight multiplies it. `F.rms_norm` rounds after the
-    product, which is different in bfloat16. (..., E) -> (..., E).
+    The result is rounded to the input's dtype *before* the weight multiplies it; `F.rms_norm` rounds after that.
     """
 
     def __init__(self, hidden_size: int, eps: float) -> None:
@@ -140,9 +139,8 @@ class RMSNorm(nn.Module):
 class RotaryEmbedding(FrequencyCache):
     """Compute the cosines and sines by which queries and keys are rotated.
 
-    Pair i of a head turns by the angle position * theta^(-2i/D). The frequencies are not a buffer of the module. They
-    are computed in float32 (or float64) and keep that dtype when the model is cast to bfloat16: rounding them would
-    move the angles of far positions by whole turns.
+    Pair i of a head turns by the angle position * theta^(-2i/D). The frequencies stay float32 (or float64) when the
+    model is cast to bfloat16: rounding them would move the angles of far positions by whole turns.
     """
 
     def __init__(self, config: MinistralConfig) -> None:
@@ -216,11 +214,8 @@ def make_attention_mask(
 
 
 def same_text(position_ids: Tensor) -> Tensor | None:
-    """Which tokens belong to one text, in packed training sequences.
-
-    Positions (B or 1, S) that do not advance by one start a new text. Returns bool (B or 1, S, S), True where query and
-    key belong to the same text, or None if there is only one text.
-    """
+    """Which tokens belong to one text: positions (B or 1, S) that do not advance by one start a new text. Returns bool
+    (B or 1, S, S), True where query and key belong to the same text, or None if there is only one text."""
     jumps = position_ids.diff(dim=1) != 1
     if not torch.compiler.is_compiling() and not jumps.any():
         return None
@@ -259,10 +254,10 @@ class LayerCache:
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store new keys and values (B, G, S, D); return all that the new queries need, (B, G, K, D)."""
-        start = self.length
-        self.length = end = start + k.shape[2]
+        start, end = self.length, self.length + k.shape[2]
         keys, values = self.reserve(k, v, end)
         keys[:, :, start:end], values[:, :, start:end] = k, v
+        self.length = end
         if start == 0:
             # The memory layout of Transformers' cache: it decides which kernel runs, and so the last bit.
             return k.contiguous(), v.contiguous()
@@ -329,9 +324,8 @@ class KVCache:
     """Keys and values of the tokens seen so far: an argument of `forward`, never state of the model.
 
     Full layers keep every position, sliding layers the last W (`SlidingLayerCache`). All rows of a batch advance
-    together. Padding takes slots like any token and is hidden by `attention_mask`. Memory is reserved when it is
-    needed and doubles each time; room for `expected` positions is made at first. Tensors are written in place, so
-    gradients do not flow through several calls.
+    together. Padding takes slots like any token and is hidden by `attention_mask`. Room for `expected` positions is
+    made at first. Tensors are written in place, so gradients do not flow through several calls.
     """
 
     def __init__(self, config: Any, expected: int = 64) -> None:
@@ -349,21 +343,15 @@ class KVCache:
         return self.layers[0].length
 
     def crop(self, max_length: int) -> None:
-        """Forget all tokens but the first `max_length`, so that another text can follow them.
-
-        Raises:
-            ValueError: the cache holds fewer, or a sliding layer has overwritten keys that the next query would need.
-        """
+        """Forget all tokens but the first `max_length`. Raises ValueError if the cache has fewer, or if a sliding layer
+        has overwritten keys that the next query would need."""
         checks.check_crop(max_length, self.layers)
         for layer in self.layers:
             layer.length = max_length
 
     def key_positions(self, config: MinistralConfig, new: int, device: torch.device) -> dict[str, Tensor]:
-        """For each kind of layer, the (K,) positions of the keys that its updates with `new` tokens will return.
-
-        Raises:
-            ValueError: the cache was made for other layers.
-        """
+        """For each kind of layer, the (K,) positions of the keys that its updates with `new` tokens will return. Raises
+        ValueError if the cache was made for other layers."""
         checks.check_same_windows(self.layers, KVCache(config).layers)
         kinds = dict(zip(config.layer_types, self.layers))
         return {kind: layer.key_positions(new, device) for kind, layer in kinds.items()}
@@ -376,11 +364,9 @@ class KVCache:
 
 # --------------------------------------------------------------------------------------------------- attention
 def repeat_kv(x: Tensor, groups: int) -> Tensor:
-    """Give every query head its key/value head: (B, G, K, D) -> (B, H, K, D); neighbours share one.
-
-    This is written with `expand`, because for one key/value head the result is a view, which takes another matmul
-    kernel than a copy: with `repeat_interleave` the float32 result is off by 5e-5 from Transformers'.
-    """
+    """Give every query head its key/value head: (B, G, K, D) -> (B, H, K, D); neighbours share one. With
+    `repeat_interleave` in place of `expand` the float32 result is off by 5e-5 from Transformers': for one key/value
+    head this is a view, which takes another matmul kernel than a copy."""
     if groups == 1:
         return x
     B, G, K, D = x.shape
@@ -511,14 +497,14 @@ class MinistralModel(PreTrainedModel):
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None, past_key_values: KVCache | None = None,
         inputs_embeds: Tensor | None = None, use_cache: bool | None = None,
-        cache_position: Tensor | None = None, output_hidden_states: bool = False, output_attentions: bool = False,
+        cache_position: Tensor | None = None, output_hidden_states: bool = False,
+        output_attentions: bool = False,
     ) -> BaseModelOutputWithPast:  # fmt: skip
         """Run S new tokens through all layers.
 
         Args:
             input_ids: (B, S) token ids; or give `inputs_embeds` (B, S, E) instead.
-            attention_mask: (B, past + S), 1 at text and 0 at padding. None: all is text, and padding is read as text,
-                too (a warning says so if `pad_token_id` shows it).
+            attention_mask: (B, past + S), 1 at text and 0 at padding. None: all is text (padding, too).
             position_ids: (B or 1, S) rotary positions. None: past, past + 1, ... (padding is counted; `generate` passes
                 positions that skip it). Masks do not depend on them, with one exception, which is Transformers':
                 without mask and without cache, each jump in a row starts a new text that cannot see the texts before
@@ -529,9 +515,7 @@ class MinistralModel(PreTrainedModel):
             cache_position: (S,) if given, must be past, past + 1, ...: a cache has no gaps.
             output_hidden_states, output_attentions: also return the output and the probabilities of each layer.
 
-        Raises:
-            ValueError: both or neither of ids and embeddings, a wrong shape, dtype or device, an id outside the
-                vocabulary, or `output_attentions` with sdpa, which keeps no probabilities.
+        Raises: ValueError for a wrong input, and for `output_attentions` with sdpa, which keeps no probabilities.
         """
         x = self.embed(input_ids, inputs_embeds)
         B, S, _ = x.shape
@@ -621,11 +605,9 @@ class MinistralForCausalLM(PreTrainedModel):
 
         Args:
             labels: (B, S) ids to be predicted, -100 where none counts. They give `loss`.
-            logits_to_keep: compute logits only for the last n positions (0: all), or for the positions in a 1-D
-                tensor of indices.
+            logits_to_keep: compute logits only for the last n positions (0: all), or for a 1-D tensor of indices.
 
-        Raises:
-            ValueError: as `MinistralModel.forward`, or labels that do not match the logits.
+        Raises: as `MinistralModel.forward`; ValueError for labels that do not match the logits.
         """
         checks.expect_labels(labels, input_ids, inputs_embeds, logits_to_keep)
         out = self.model(
