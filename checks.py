@@ -70,7 +70,8 @@ def is_fraction(value: Any) -> bool:
 def check_common_fields(config: Any, activations: Collection[str], implementations: Collection[str]) -> None:
     """Check the fields that text and vision have in common."""
     require(config, "hidden_act", config.hidden_act in activations, ", ".join(activations))
-    require(config, "initializer_range", is_number(config.initializer_range, float, 0), "a number not below 0")
+    valid = is_number(config.initializer_range, float, 0)
+    require(config, "initializer_range", valid, "a number not below 0")
     require(config, "attention_dropout", is_fraction(config.attention_dropout), "a number from 0 to below 1")
     known = config.attn_implementation in implementations
     require(config, "attn_implementation", known, ", ".join(implementations))
@@ -142,7 +143,8 @@ def check_rope_parameters(config: Any, older_name: object) -> None:
     rope, theta, kind = config.rope_parameters, config.rope_theta, config.rope_parameters["rope_type"]
     require(config, "rope_theta", is_number(theta, float, 1.0) and theta > 1, "a number above 1")
     require(config, "rope_parameters", older_name in (None, kind), "'type' and 'rope_type' that agree")
-    require(config, "rope_parameters", kind in config.rope_types, f"rope_type {' or '.join(config.rope_types)}")
+    supported = " or ".join(config.rope_types)
+    require(config, "rope_parameters", kind in config.rope_types, f"rope_type {supported}")
     whole = rope.get("partial_rotary_factor", 1.0) == 1.0
     require(config, "rope_parameters", whole, "no partial_rotary_factor: every pair of a head is rotated")
     known = rope.keys() <= config.rope_keys.keys()
@@ -165,7 +167,8 @@ def expect_kind(name: str, value: object, kind: type | tuple[type, ...], said: s
 def expect_tensor(name: str, value: object) -> None:
     """Raise ValueError unless the value is a tensor."""
     if not isinstance(value, Tensor):
-        raise ValueError(f"{name} must be a tensor, as torch.tensor([[1, 2, 3]]) is; found {type(value).__name__}")
+        found = type(value).__name__
+        raise ValueError(f"{name} must be a tensor, as torch.tensor([[1, 2, 3]]) is; found {found}")
 
 
 def expect(name: str, tensor: Tensor, *shapes: tuple[int, ...]) -> None:
@@ -199,7 +202,8 @@ def as_device(device: Any, device_map: Any = None) -> torch.device:
         torch.empty(1, device=found)
     except Exception as error:  # of many kinds, one for each device
         reason = str(error).strip().partition("\n")[0]
-        supported = "one device of this machine, such as 'cpu', 'cuda' or 'cuda:0' (a type is given as dtype=)"
+        supported = "one device of this machine, such as 'cpu', 'cuda' or 'cuda:0'"
+        supported += " (a type is given as dtype=)"
         raise ValueError(f"device={wanted!r} is not supported ({reason}); supported: {supported}") from error
     return found
 
@@ -211,7 +215,8 @@ def expect_ids(input_ids: Tensor, vocab_size: int) -> None:
     """Raise ValueError unless these are token ids (B, S) of the vocabulary."""
     expect_tensor("input_ids", input_ids)
     if input_ids.ndim != 2 or input_ids.numel() == 0 or input_ids.dtype not in (torch.int64, torch.int32):
-        wanted = "(batch, tokens) of whole numbers (torch.int64 or torch.int32), not empty: at least one token"
+        wanted = "(batch, tokens) of whole numbers (torch.int64 or torch.int32)"
+        wanted += ", not empty: at least one token"
         raise ValueError(f"input_ids must be {wanted}; found {tuple(input_ids.shape)} of {input_ids.dtype}")
     last = vocab_size - 1
     if may_read(input_ids) and not 0 <= input_ids.min() <= input_ids.max() <= last:
@@ -229,7 +234,8 @@ def expect_embeds(inputs_embeds: Tensor, weight: Tensor) -> None:
     converted = torch.is_autocast_enabled(weight.device.type)  # every product converts its inputs
     if inputs_embeds.dtype != weight.dtype and not converted:
         cure = f"inputs_embeds.to({weight.dtype})"
-        raise ValueError(f"inputs_embeds of {inputs_embeds.dtype}, weights of {weight.dtype}; convert one: {cure}")
+        dtypes = f"inputs_embeds of {inputs_embeds.dtype}, weights of {weight.dtype}"
+        raise ValueError(f"{dtypes}; convert one: {cure}")
 
 
 def check_inputs(input_ids: Tensor | None, inputs_embeds: Tensor | None, weight: Tensor) -> None:
@@ -267,10 +273,13 @@ def check_cache(past_key_values: Any, cache_class: type, use_cache: bool | None,
     """Raise ValueError unless this is a cache or None, and there is none with gradient checkpointing."""
     expect_kind("past_key_values", past_key_values, cache_class, "a KVCache of ministral.py")
     if recomputes and (use_cache or past_key_values is not None):
-        raise ValueError("gradient_checkpointing runs each layer twice, which a cache does not allow; leave it out")
+        reason = "which a cache does not allow"
+        raise ValueError(f"gradient_checkpointing runs each layer twice, {reason}; leave it out")
 
 
-def visible_padding_mask(attention_mask: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor | None:
+def visible_padding_mask(
+    attention_mask: Tensor | None, batch: int, length: int, device: torch.device
+) -> Tensor | None:
     """`as_padding_mask` on the device, or None if there is no mask, or none that hides a token."""
     if attention_mask is None:
         return None
@@ -290,14 +299,15 @@ def as_padding_mask(attention_mask: Tensor, batch: int, length: int) -> Tensor:
     expect_tensor("attention_mask", attention_mask)
     if attention_mask.ndim == 4:
         packed = "packed texts need no mask, see position_ids"
-        raise ValueError(f"attention_mask of 4 dimensions is not supported; supported: {supported} ({packed})")
+        found = "attention_mask of 4 dimensions"
+        raise ValueError(f"{found} is not supported; supported: {supported} ({packed})")
     expect("attention_mask", attention_mask, (batch, length))
     if attention_mask.is_floating_point() and not torch.compiler.is_compiling():
         ones = attention_mask == 1
         additive = not (ones | (attention_mask == 0)).all() or not ones.any()
         if additive:  # 0 at text, -inf at padding: zeros alone would be read as nothing but padding
-            found = f"{attention_mask.min():g} to {attention_mask.max():g}"
-            raise ValueError(f"attention_mask of numbers from {found} is not supported; supported: {supported}")
+            found = f"attention_mask of numbers from {attention_mask.min():g} to {attention_mask.max():g}"
+            raise ValueError(f"{found} is not supported; supported: {supported}")
     return attention_mask.bool()
 
 
@@ -316,20 +326,28 @@ def as_positions(position_ids: Tensor | None, positions: Tensor, batch: int) -> 
     return position_ids.to(positions.device)
 
 
-def warn_of_padding(input_ids: Tensor, attention_mask: Tensor | None, config: Any, ends: bool = False) -> None:
-    """Warn where a row of a prompt begins with padding and no mask says so; with `ends`, where it ends with it, too.
+def warn_of_padding(
+    input_ids: Tensor, attention_mask: Tensor | None, config: Any, ends: bool = False
+) -> None:
+    """Warn if a row of a prompt begins with padding and no mask says so.
 
-    Padding after a text changes nothing before it, so only what goes on after the last token asks for `ends`. A
-    pad_token_id that begins or ends texts as well says nothing."""
-    pad, eos = config.pad_token_id, config.eos_token_id
-    ending = eos if isinstance(eos, list) else [eos]
+    Padding after a text changes nothing before it. It matters only to code that continues after the last token: with
+    `ends`, a row that ends with padding is warned of, too. A pad_token_id that begins or ends texts does not count.
+    """
+    pad = config.pad_token_id
+    ending: Any = config.eos_token_id
+    if not isinstance(ending, list):
+        ending = [ending]
     if attention_mask is not None or pad is None or pad == config.bos_token_id or pad in ending:
         return
-    edges = input_ids[:, [0, -1]] if ends else input_ids[:, :1]
+    edges = input_ids[:, :1]
+    if ends:
+        edges = input_ids[:, [0, -1]]
     if (edges == pad).any():
         cure = "give attention_mask, 1 at text and 0 at padding"
+        found = f"a row is padded with pad_token_id {pad}, which is read as text"
         # One text from one line, so that Python shows it once.
-        warnings.warn(f"a row is padded with pad_token_id {pad}, which is read as text; {cure}", stacklevel=1)
+        warnings.warn(f"{found}; {cure}", stacklevel=1)
 
 
 # ----------------------------------------------------------------------------------------------------- images
@@ -339,7 +357,8 @@ def check_pixel_values(pixel_values: Tensor, channels: int) -> None:
     """Raise ValueError unless these are pixels (N, channels, height, width) of at least one image."""
     expect_tensor("pixel_values", pixel_values)
     if not pixel_values.is_floating_point():
-        raise ValueError(f"pixel_values of {pixel_values.dtype} are not supported; supported: see `preprocess`")
+        dtype = pixel_values.dtype
+        raise ValueError(f"pixel_values of {dtype} are not supported; supported: see `preprocess`")
     if pixel_values.ndim != 4 or pixel_values.shape[1] != channels:
         found = tuple(pixel_values.shape)
         raise ValueError(f"pixel_values must be (images, {channels}, height, width); found {found}")
@@ -365,7 +384,8 @@ def check_fit(stored: Tensor | None, new: Tensor) -> None:
     if stored is None:
         return
     if stored.shape[0] != new.shape[0]:
-        raise ValueError(f"the cache holds a batch of {stored.shape[0]}, the input is a batch of {new.shape[0]}")
+        batch = new.shape[0]
+        raise ValueError(f"the cache holds a batch of {stored.shape[0]}, the input is a batch of {batch}")
     if stored.dtype != new.dtype or stored.device != new.device or stored.shape[1] != new.shape[1]:
         sizes = [f"{x.shape[1]} heads of {x.dtype} on {x.device}" for x in (stored, new)]
         cure = "give each model its own cache"
@@ -377,7 +397,8 @@ def check_crop(max_length: int, layers: Sequence[Any]) -> None:
     for layer in layers:
         length, window = layer.length, layer.window
         if not is_number(max_length, int, 0) or max_length > length:
-            raise ValueError(f"max_length={max_length!r} is impossible; allowed: 0 to {length}, the tokens held")
+            allowed = f"0 to {length}, the tokens in the cache"
+            raise ValueError(f"max_length={max_length!r} is impossible; allowed: {allowed}")
         if window is not None and max_length < length and length > window:
             cure = "a window that is full cannot be cropped"
             raise ValueError(f"keys before the last {window} have been overwritten; {cure}")
@@ -402,8 +423,9 @@ def expect_classes(labels: Tensor, count: int) -> None:
 
 
 def expect_labels(
-    labels: Tensor | None, input_ids: Tensor | None, inputs_embeds: Tensor | None, logits_to_keep: int | Tensor
-) -> None:
+    labels: Tensor | None, input_ids: Tensor | None, inputs_embeds: Tensor | None,
+    logits_to_keep: int | Tensor,
+) -> None:  # fmt: skip
     """Raise ValueError unless labels belong to the text, (B, S) ids or (B, S, E) embeddings, and all logits are kept
     for them."""
     text = inputs_embeds if input_ids is None else input_ids
