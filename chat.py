@@ -18,7 +18,8 @@ from generate import GenerativeModel, generate
 from images import batch_images, image_tokens, load_image, preprocess
 from ministral import KVCache
 from tokenizer import Tokenizer, content_with_thinking
-from vision import ImageSizes, Mistral3Config
+from vision import ImageSizes
+from vision_config import Mistral3Config
 
 # ------------------------------------------------------------------------------------------------------ images
 

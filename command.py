@@ -30,7 +30,7 @@ from generate import BUNDLED, GenerativeModel, Sampling, generate, kv_cache_byte
 from settings import as_list, check_length, choose_length, ending_ids
 from terminal import Writer, converse, cut_message, measure, report_calls, system_prompt
 from tokenizer import Tokenizer, read_chat_template
-from vision import Mistral3Config
+from vision_config import Mistral3Config
 
 # --------------------------------------------------------------------------------------------------- the options
 

@@ -14,7 +14,8 @@ import time
 
 import torch
 
-from vision import Mistral3Config, PixtralVisionModel
+from vision import PixtralVisionModel
+from vision_config import Mistral3Config
 
 
 def peak() -> float:

@@ -37,7 +37,8 @@ from ministral3 import Ministral3Config, Ministral3ForCausalLM
 from pretrained import PreTrainedModel
 from reference.compare import compare
 from reference.trace import LAYER, POINTS, dimensions, load, record, save
-from vision import Mistral3Config, Mistral3ForConditionalGeneration, PixtralVisionConfig
+from vision import Mistral3ForConditionalGeneration
+from vision_config import Mistral3Config, PixtralVisionConfig
 
 HERE = Path(__file__).resolve().parent / "golden"
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -31,7 +31,8 @@ import ministral
 import vision
 from ministral import MinistralDecoderLayer, RMSNorm
 from pretrained import ACTIVATIONS, PreTrainedModel
-from vision import Mistral3Config, PixtralAttentionLayer
+from vision import PixtralAttentionLayer
+from vision_config import Mistral3Config
 
 FORMAT = "1"
 
