@@ -74,7 +74,7 @@ class Decoder:
         self.cache = cache
         self.slots = visible.shape[1]
         # Positions skip padding, so a padded row is rotated, and its queries are scaled, as if it were alone.
-        self.first_positions = visible.sum(dim=1, keepdim=True) - self.slots  # (B, 1), negative with padding
+        self.first_positions = visible.sum(dim=1, keepdim=True) - self.slots  # (B, 1) of slot 0: minus the padding
         self.mask = None if visible.all() else visible
         self.step: Callable[[Tensor], Tensor] = self.read
 

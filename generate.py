@@ -48,9 +48,11 @@ MODELS: dict[str, type[GenerativeModel]] = {
 
 @torch.inference_mode()
 def generate_naive(model: GenerativeModel, input_ids: Tensor, max_new_tokens: int) -> Tensor:
-    """Continue each row of `input_ids` (B, T) with the most likely tokens. The whole text is computed again for each.
+    """Continue each row of `input_ids` (B, T) with the most likely tokens. The whole text is computed again for each
+    token.
 
-    `generate` returns the same tokens. It adds a cache, sampling, padding, rows that end, images and a fast path.
+    Greedy `generate` without end tokens returns the same, but for ties within rounding. It adds a cache, sampling,
+    padding, rows that end, images and a fast path.
     """
     for _ in range(max_new_tokens):
         logits = model(input_ids, use_cache=False).logits[:, -1]  # (B, V), after the last token
@@ -73,7 +75,8 @@ class Sampling:
         min_p: keep tokens at least min_p times as likely as the most likely one.
         repetition_penalty: above 1, tokens already in the text become less likely (https://arxiv.org/abs/1909.05858).
 
-    Filters apply in this order, after the temperature, as in Transformers. None is off; so are top_k=0 and top_p=1.
+    top_k, top_p and min_p apply in this order, after repetition_penalty and temperature, as in Transformers. A filter
+    that is None is off; so are top_k=0 and top_p=1.
 
     Raises:
         ValueError: a value outside its range.
@@ -94,7 +97,7 @@ def resolve_sampling(stored: GenerationConfig, do_sample: bool | None = None, **
     """The `Sampling` of a call of `generate`: its arguments, or, where they are None, those of generation_config.json.
 
     As in Transformers it is greedy unless `do_sample` is on, in the call or in the file, with a temperature of 1 unless
-    that is given. Beyond Transformers, a temperature in the call decides alone: 0 is greedy, others draw.
+    that is given. Beyond Transformers, where the call has a temperature and no do_sample: 0 is greedy, others draw.
 
     Raises:
         ValueError: a value outside its range, or do_sample=True with a temperature of 0.
@@ -134,17 +137,18 @@ def penalize_repetition(logits: Tensor, ids: Tensor, penalty: float) -> Tensor:
 
 def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
     """Logits (..., V) at a temperature above 0, with those of excluded tokens at -inf."""
-    # Subtracting the maximum first changes no probability and keeps tiny temperatures from overflowing; one that
-    # float32 would round to 0 is raised to what is greedy anyway.
+    # Subtracting the maximum first changes no probability and keeps tiny temperatures from overflowing. A temperature
+    # that float32 could round to 0 is raised to 1e-30, which is greedy in effect.
     logits = (logits - logits.amax(-1, keepdim=True)) / max(sampling.temperature, 1e-30)
     if sampling.top_k:
         kth = logits.topk(min(sampling.top_k, logits.shape[-1])).values[..., -1:]
         logits = logits.masked_fill(logits < kth, -math.inf)
     if sampling.top_p is not None and sampling.top_p < 1:
         ascending, order = logits.sort(dim=-1)
-        dropped = ascending.softmax(-1).cumsum(-1) <= 1 - sampling.top_p
+        dropped = ascending.softmax(-1).cumsum(-1) <= 1 - sampling.top_p  # the least likely, 1 - p together
         dropped[..., -1] = False  # the most likely token always stays
-        logits = logits.masked_fill(dropped.scatter(-1, order, dropped), -math.inf)
+        dropped = dropped.scatter(-1, order, dropped)  # in the order of ids
+        logits = logits.masked_fill(dropped, -math.inf)
     if sampling.min_p is not None:
         probs = logits.softmax(-1)
         logits = logits.masked_fill(probs < sampling.min_p * probs.amax(-1, keepdim=True), -math.inf)
@@ -152,7 +156,7 @@ def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> Tensor:
-    """Draw one token from each row of logits: (..., V) -> (...). The result depends on the arguments alone."""
+    """Draw one token from each row of logits: (..., V) -> (...). Without a generator, PyTorch's global one draws."""
     logits = logits.to(at_least_float32(logits.dtype))
     if sampling.temperature == 0:
         return logits.argmax(-1)
@@ -170,7 +174,7 @@ class Rows:
 
     tokens: Tensor  # ids (B, T), later (B, T + n)
     visible: Tensor  # bool (B, T + new tokens), False at padding
-    max_length: int  # tokens of a row at most, without padding
+    max_positions: int  # tokens of a row at most, without padding
     sampling: Sampling
     generators: list[torch.Generator]  # one for each row
     ends: list[int]  # ids that end a row
@@ -181,20 +185,22 @@ class Rows:
     def __post_init__(self) -> None:
         B, total = self.visible.shape
         padding = total - self.visible.sum(dim=1)
-        self.limits = (padding + self.max_length).clamp(max=total).tolist()  # of each row, padding included
+        # The length at which each row is full, padding included.
+        self.limits = (padding + self.max_positions).clamp(max=total).tolist()
         self.running = [True] * B
 
     def draw(self, logits: Tensor) -> Tensor:
         """New ids (B, 1) from the logits (B, V): each row draws from its own generator."""
         ids = torch.full((len(logits), 1), self.filler, dtype=self.tokens.dtype, device=self.tokens.device)
         penalty = self.sampling.repetition_penalty
-        for row, scores in enumerate(logits):
+        for row, row_logits in enumerate(logits):
             if not self.running[row]:
                 continue
             if penalty != 1:
                 text = self.tokens[row][self.visible[row, : self.tokens.shape[1]]]
-                scores = penalize_repetition(scores.to(at_least_float32(scores.dtype)), text, penalty)
-            ids[row] = sample(scores, self.sampling, self.generators[row])
+                row_logits = row_logits.to(at_least_float32(row_logits.dtype))
+                row_logits = penalize_repetition(row_logits, text, penalty)
+            ids[row] = sample(row_logits, self.sampling, self.generators[row])
         return ids
 
     def append(self, ids: Tensor) -> None:
@@ -252,23 +258,23 @@ def generate(
             by default. (Transformers keeps the 50 most likely tokens where nothing says `top_k`; here that is off.)
         eos_token_id: the tokens that end a row; () means none.
         seed: one number for all rows or one for each. Every row draws from a generator of its own, so that it gets
-            the same tokens as alone. None: from the system's entropy.
-        num_return_sequences: the number of continuations of each row, one below the other; the n-th is that of the row
-            alone with seed + n, so they differ. More than one needs sampling.
+            the same tokens as alone, up to rounding. None: from the system's entropy.
+        num_return_sequences: the number of continuations of each row, one below the other; the n-th (from 0) is that of
+            the row alone with seed + n, so they differ. More than one needs sampling.
         stop_strings, tokenizer: a row also ends with the token that completes one of these texts. The tokenizer
             decodes the tokens.
         on_token: called as on_token(row, id) for every new token, the ending one included, as soon as it is known;
             if it returns True, that row ends.
-        prefill_chunk_size: the prompt is read in chunks of this size, so that the memory beside weights and cache does
-            not grow with it; None is 512 on a CPU and 4096 elsewhere. A chunk may end within an image.
+        prefill_chunk_size: the prompt is read (prefill) in chunks of this size, so that the memory beside weights and
+            cache does not grow with it; None is 512 on a CPU and 4096 elsewhere. A chunk may end within an image.
         pixel_values, image_sizes: the images whose [IMG] tokens are in the prompts, see `images.batch_images`.
         past_key_values: the cache of an earlier call that holds the first tokens of every row; only the others are
-            read, and the images are those among them. It holds all but the last token in the end.
+            read, and the images are those among them. Afterwards it holds all tokens but the last.
         on_prompt: called as on_prompt(read, T) after each chunk of the prompt.
-        fast: run `fast.py`'s form of the model where it computes the same function, which rounds in another order;
-            False: `model(...)` itself.
+        fast: use the form of the model in `fast.py` if there is one. It computes the same function, but rounds in
+            another order. False: call `model(...)`.
         compile: let `torch.compile` fuse a decode step of fixed shapes, for long texts: it takes up to a minute in each
-            call. (On CUDA such a step is recorded and replayed in any case.)
+            call. (On CUDA the fast path records and replays such a step without it, if all slots are reserved.)
 
     Returns:
         (B * num_return_sequences, T + n): prompts and continuations; a row that ended early is filled up with
@@ -286,13 +292,14 @@ def generate(
         stored, do_sample, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
         repetition_penalty=repetition_penalty,
     )  # fmt: skip
-    padding_mask = settings.check_prompt(input_ids, attention_mask, past_key_values, config, device)  # (B, T)
+    # (B, T), True at text.
+    padding_mask = settings.check_prompt(input_ids, attention_mask, past_key_values, config, device)
     chunk_size = settings.choose_chunk_size(prefill_chunk_size, device)
     B, T = input_ids.shape
     lengths = padding_mask.sum(dim=1)
     settings.check_length(int(lengths.max()), config)
-    max_length = config.max_position_embeddings
-    new_tokens = min(settings.choose_length(stored, max_new_tokens, T), max_length - int(lengths.min()))
+    max_positions = config.max_position_embeddings  # the shortest row has most room; longer ones end first
+    new_tokens = min(settings.choose_length(stored, max_new_tokens, T), max_positions - int(lengths.min()))
     ends = settings.ending_ids(eos_token_id, stored, config)
     filler = settings.padding_id(stored, config, ends)
     copies = settings.choose_copies(num_return_sequences, stored, sampling.temperature, past_key_values)
@@ -303,6 +310,7 @@ def generate(
         raise ValueError(f"compile=True needs the fast path; allowed: {allowed}")
 
     # Lay out the rows, and the tokens that are not in the cache: ids, or embeddings where there are images.
+    # Memory is reserved for all new tokens if the caller or the files give their number, else for 128.
     reserved = settings.reserved_tokens(stored, max_new_tokens, new_tokens)
     cache = past_key_values
     if cache is None:
@@ -316,10 +324,10 @@ def generate(
         padding_mask = padding_mask.repeat_interleave(copies, dim=0)
         unread = unread.repeat_interleave(copies, dim=0)
     stops = settings.make_stop_texts(stop_strings, stored, tokenizer, input_ids, padding_mask)
-    visible = F.pad(padding_mask, (0, new_tokens), value=True).to(device)  # (B, T + new_tokens)
-    rows = Rows(input_ids, visible, max_length, sampling, generators, ends, filler, stops, on_token)
+    visible = F.pad(padding_mask, (0, new_tokens), value=True).to(device)  # (B * copies, T + new_tokens)
+    rows = Rows(input_ids, visible, max_positions, sampling, generators, ends, filler, stops, on_token)
 
-    # Prefill: read the prompt into the cache.
+    # Prefill: read the prompt into the cache. Then, where it pays, record the step that follows.
     decoder = Decoder(forward, cache, visible)
     logits = decoder.prefill(unread, chunk_size, on_prompt)
     if new_tokens > 1 and (compile or (device.type == "cuda" and reserved == new_tokens)):
@@ -329,7 +337,7 @@ def generate(
     for _ in range(new_tokens):
         ids = rows.draw(logits)
         rows.append(ids)
-        if not any(rows.running):
+        if not any(rows.running):  # at the latest in the last round, when every row is full
             break
         logits = decoder.step(ids)
     return rows.tokens

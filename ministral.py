@@ -1,16 +1,17 @@
 """Ministral (Ministral-8B-Instruct-2410) in plain PyTorch: the whole text model in one file.
 
-A decoder-only transformer with grouped-query attention, rotary positions, RMSNorm and a gated MLP. A "full_attention"
-layer sees every earlier token, a "sliding_attention" layer only the last `sliding_window` tokens. The file has the
-order of the computation. `pretrained.py` loads and saves models, `checks.py` refuses wrong arguments.
+A decoder-only transformer with grouped-query attention, rotary positions, RMSNorm and a gated MLP. In a
+"full_attention" layer a token sees all tokens up to itself, in a "sliding_attention" layer only the last
+W = `sliding_window` of them. The parts come first; `MinistralModel.forward`, near the end, calls them in order.
+`pretrained.py` loads and saves models, `checks.py` refuses wrong arguments.
 
 Sources: RoPE https://arxiv.org/abs/2104.09864, GQA https://arxiv.org/abs/2305.13245, RMSNorm
 https://arxiv.org/abs/1910.07467, SwiGLU https://arxiv.org/abs/2002.05202, sliding windows and the rolling cache
-https://arxiv.org/abs/2310.06825. Names are those of Transformers. Letters in the shape comments:
+https://arxiv.org/abs/2310.06825. Names are those of Hugging Face's Transformers. Letters in the shape comments:
 
     B  sequences in the batch            H  query heads
     S  new tokens in this call           G  key/value heads (H is a multiple of G)
-    K  keys that a query may look at     D  size of one head
+    K  keys given to attention           D  size of one head
     E  hidden_size                       V  vocab_size
 
 The order of operations and the places where a number is rounded to the weights' dtype are part of the specification:
@@ -44,8 +45,8 @@ from pretrained import (
     logits_and_loss,
 )
 
-Mask = Tensor | None
-RopeTables = tuple[Tensor, ...]
+Mask = Tensor | None  # bool, True where a query may look at a key; None: see `MinistralModel._mask`
+RopeTables = tuple[Tensor, ...]  # cosines and sines of rotary positions; Ministral 3 adds a scale for queries
 Attended = tuple[Tensor, Tensor | None]  # the result of attention, and its probabilities if it keeps them
 
 
@@ -55,11 +56,11 @@ class MinistralConfig(PreTrainedConfig):
     """The sizes and settings of a Ministral. Fields and defaults are those of Transformers' `MinistralConfig`.
 
     `layer_types=None` makes every layer a sliding one if `sliding_window` is set, and a full one if not. The published
-    8B model mixes the two: `published_layer_types(36)` is its pattern. (Its config.json on the Hub does not have the
-    pattern, which makes no difference up to 32768 tokens.) `head_dim=None` is `hidden_size // num_attention_heads`.
-    `rope_theta=x` is short for `rope_parameters={"rope_type": "default", "rope_theta": x}`; after construction both
-    are set. `attn_implementation` is "sdpa" (PyTorch's fused attention) or "eager" (the formula step by step). The five
-    fields before it belong to `heads.py`: of num_labels, id2label and label2id one is enough, none means two labels.
+    8B model mixes the two: `published_layer_types(36)`. (Its config.json on the Hub lacks the pattern, so all layers
+    slide when it is loaded. Up to 32768 tokens, its window, the result is the same.) `head_dim=None` is
+    `hidden_size // num_attention_heads`. `rope_theta=x` is short for `rope_parameters={"rope_type": "default",
+    "rope_theta": x}`; after construction both are set. `attn_implementation` is "sdpa" (PyTorch's fused attention) or
+    "eager" (the formula step by step). The fields from `num_labels` to `classifier_dropout` belong to `heads.py`.
 
     Raises:
         ValueError: a value is impossible; the message has the field, the value and what is allowed.
@@ -71,7 +72,7 @@ class MinistralConfig(PreTrainedConfig):
     num_hidden_layers: int = 32
     num_attention_heads: int = 32
     num_key_value_heads: int = 8
-    head_dim: int = None  # type: ignore[assignment]  # None here and below is replaced on construction
+    head_dim: int = None  # type: ignore[assignment]  # None in a field marked so is replaced on construction
     hidden_act: str = "silu"
     max_position_embeddings: int = 131072
     initializer_range: float = 0.02
@@ -90,11 +91,11 @@ class MinistralConfig(PreTrainedConfig):
     id2label: dict[int, str] = None  # type: ignore[assignment]
     label2id: dict[str, int] = None  # type: ignore[assignment]
     problem_type: str | None = None
-    classifier_dropout: float | None = None  # None is 0.1
+    classifier_dropout: float | None = None  # None means 0.1
     attn_implementation: str = "sdpa"
 
     model_type: ClassVar[str] = "ministral"
-    reads_text_config: ClassVar[bool] = True
+    reads_text_config: ClassVar[bool] = True  # also loads the text part of a vision model's files
 
     def __post_init__(self) -> None:
         if self.num_key_value_heads is None:
@@ -137,10 +138,10 @@ class RMSNorm(nn.Module):
 
 # -------------------------------------------------------------------------------------------- rotary positions
 class RotaryEmbedding(FrequencyCache):
-    """Compute the cosines and sines by which queries and keys are rotated.
+    """Compute the cosines and sines that rotate queries and keys, so that a score depends on their distance.
 
-    Pair i of a head turns by the angle position * theta^(-2i/D). The frequencies stay float32 (or float64) when the
-    model is cast to bfloat16: rounding them would move the angles of far positions by whole turns.
+    The D numbers of a head are D/2 pairs (`rotate_half`). Pair i turns by position * theta^(-2i/D) radians. Frequencies
+    stay float32 (float64) in a bfloat16 model: rounding them would move the angles of far positions by whole turns.
     """
 
     def __init__(self, config: MinistralConfig) -> None:
@@ -148,33 +149,33 @@ class RotaryEmbedding(FrequencyCache):
         self.config = config
 
     def inverse_frequencies(self, dtype: torch.dtype) -> Tensor:
-        """The angle per position of each of the D/2 pairs, in radians, on the CPU."""
+        """The angle per position (`inv_freq` in Transformers) of each of the D/2 pairs, in radians, on the CPU."""
         exponents = torch.arange(0, self.config.head_dim, 2, dtype=dtype, device="cpu") / self.config.head_dim
         return 1.0 / (self.config.rope_theta**exponents)
 
     def attention_factor(self) -> float:
-        """A factor on cosine and sine, and so, squared, on every attention score."""
+        """A factor on cosine and sine, so its square is on every score. It is 1 here; `ministral3.py` overrides it."""
         return 1.0
 
     def forward(self, x: Tensor, position_ids: Tensor) -> RopeTables:
         """position_ids (B or 1, S) -> cosines and sines, each (B or 1, 1, S, D) in the dtype of x."""
         dtype = at_least_float32(x.dtype)
         frequencies = self.frequencies(dtype, x.device)
-        angles = position_ids[:, None, :, None].to(dtype) * frequencies  # (B, 1, S, D/2)
-        angles = torch.cat((angles, angles), dim=-1)  # (B, 1, S, D): both halves hold the same angles
+        angles = position_ids[:, None, :, None].to(dtype) * frequencies  # (B or 1, 1, S, D/2)
+        angles = torch.cat((angles, angles), dim=-1)  # (B or 1, 1, S, D): both halves hold the same angles
         factor = self.attention_factor()
         return (angles.cos() * factor).to(x.dtype), (angles.sin() * factor).to(x.dtype)
 
 
 def rotate_half(x: Tensor) -> Tensor:
     """(a, b) -> (-b, a) for the two halves of a head. This is the *half-split* layout of Transformers: pair i is
-    (x[i], x[i + D/2]). Mistral's own files pair neighbours, (x[2i], x[2i+1]), so their rows have to be permuted."""
+    (x[i], x[i + D/2]). Mistral's own files pair neighbours, (x[2i], x[2i+1]): loading permutes their q and k rows."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((-b, a), dim=-1)
 
 
 def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotate every pair of q (B, H, S, D) and k (B, G, S, D) by the angle of its position."""
+    """Rotate every pair of q (B, H, S, D) and k (B, G, S, D) by its angle, given as cos and sin (B or 1, 1, S, D)."""
     return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
 
 
@@ -185,13 +186,13 @@ def make_attention_mask(
     """Which query may look at which key: bool (B or 1, 1, S, K), True where it may.
 
     Everything is decided by absolute positions in the sequence (padding is counted), and never by indices into a
-    tensor. So the same line serves a whole prompt, a chunk in the middle of it, and a ring buffer in any order: a key
-    is visible if `key <= query` and, in a sliding layer, `query - key < sliding_window`. These are W keys, the
+    tensor. So one rule serves a whole prompt, a chunk in the middle of it, and the ring of `SlidingLayerCache`: a key
+    is visible if `key <= query` and, in a sliding layer, `query - key < sliding_window`. These are at most W keys, the
     query's own included. (FlashAttention's `window_size=(W, 0)` is W + 1 keys.) Seven positions, W = 3:
 
         full_attention               sliding_attention            sliding, a chunk of two queries
         query 0  # . . . . . .       query 0  # . . . . . .       after five cached tokens, of which
-              1  # # . . . . .             1  # # . . . . .       the ring still has two:
+              1  # # . . . . .             1  # # . . . . .       attention gets the last W - 1:
               2  # # # . . . .             2  # # # . . . .
               3  # # # # . . .             3  . # # # . . .            key 3 4 5 6
               4  # # # # # . .             4  . . # # # . .       query 5  # # # .
@@ -202,7 +203,7 @@ def make_attention_mask(
         query_positions: (S,) positions of the new tokens.
         key_positions: (K,) positions of the keys.
         sliding_window: W, or None for full attention.
-        visible: bool, broadcastable to (B, S, K): False hides a key (padding, or another packed text).
+        visible: bool, broadcastable to (B, S, K): False hides a key (padding, or another text, see `same_text`).
     """
     distance = query_positions[:, None] - key_positions[None, :]  # (S, K)
     mask = distance >= 0
@@ -214,8 +215,8 @@ def make_attention_mask(
 
 
 def same_text(position_ids: Tensor) -> Tensor | None:
-    """Which tokens belong to one text: positions (B or 1, S) that do not advance by one start a new text. Returns bool
-    (B or 1, S, S), True where query and key belong to the same text, or None if there is only one text."""
+    """Which tokens belong to one text, if several are packed into a row: a position (B or 1, S) that is not the one
+    before plus 1 starts a new text. Returns bool (B or 1, S, S), True within a text, or None if there is only one."""
     jumps = position_ids.diff(dim=1) != 1
     if not torch.compiler.is_compiling() and not jumps.any():
         return None
@@ -225,7 +226,7 @@ def same_text(position_ids: Tensor) -> Tensor | None:
 
 # ------------------------------------------------------------------------------------------------------- cache
 class LayerCache:
-    """Keys and values of one layer, each (B, G, capacity, D). Position p is in slot p."""
+    """Keys and values of one layer, each (B, G, capacity, D): one slot for each position. Position p is in slot p."""
 
     window: int | None = None  # how many positions are kept; None: all
 
@@ -237,9 +238,10 @@ class LayerCache:
         self.values: Any = None
 
     def reserve(self, k: Tensor, v: Tensor, slots: int) -> tuple[Tensor, Tensor]:
-        """Make room for `slots` positions. The capacity at least doubles, so appending stays cheap."""
+        """Make room for `slots` positions and return both tensors. Each growth at least doubles the capacity (up to the
+        window), so appending stays cheap."""
         checks.check_fit(self.keys, k)
-        checks.check_fit(self.values, v)  # under autocast, keys and values differ in dtype
+        checks.check_fit(self.values, v)  # on its own: under autocast its dtype is not that of the keys
         if slots > self.capacity:
             self.capacity = max(slots, 2 * self.capacity, self.expected)
             if self.window is not None:
@@ -259,13 +261,13 @@ class LayerCache:
         keys[:, :, start:end], values[:, :, start:end] = k, v
         self.length = end
         if start == 0:
-            # The memory layout of Transformers' cache: it decides which kernel runs, and so the last bit.
+            # The same numbers in the layout of Transformers' cache: it decides which kernel runs, and so the last bit.
             return k.contiguous(), v.contiguous()
         return keys[:, :, :end], values[:, :, :end]
 
 
 def enlarge(old: Tensor | None, new: Tensor, size: int) -> Tensor:
-    """A tensor like `new` with `size` slots, of which the first have the content of `old`."""
+    """A tensor like `new` with `size` slots, the first of which hold `old`."""
     B, G, _, D = new.shape
     larger = new.new_empty(B, G, size, D)
     if old is not None:
@@ -285,7 +287,7 @@ class SlidingLayerCache(LayerCache):
         6            4 5 6 3      (slot order)      4 5 6 3      6 has overwritten 2
         7            4 5 6 7                        4 5 6 7      7 has overwritten 3
         8            8 5 6 7                        8 5 6 7      8 has overwritten 4
-        9 10 11      6 7 8 9 10 11  (W-1 old, S)    8 9 10 11    the oldest query, 9, still sees 6 7 8 9
+        9 10 11      6 7 8 9 10 11  (W-1 old, S)    8 9 10 11    the first query, 9, still sees 6 7 8 9
     """
 
     def __init__(self, window: int, expected: int = 64) -> None:
@@ -294,7 +296,7 @@ class SlidingLayerCache(LayerCache):
 
     def key_positions(self, new: int, device: torch.device | None = None) -> Tensor:
         end = self.length + new
-        if new == 1 and end > self.window:  # the slots in their order, which hold the last W positions
+        if new == 1 and end > self.window:  # in slot order: slot s has the newest p < end with p % W == s
             slots = torch.arange(self.window, device=device)
             return end - 1 - (end - 1 - slots) % self.window
         oldest = max(self.length - self.window + 1, 0)
@@ -306,14 +308,16 @@ class SlidingLayerCache(LayerCache):
             return super().update(k, v)
         keys, values = self.reserve(k, v, self.window)
         start, end = self.length, self.length + new
-        if new == 1:  # overwrite the key that leaves the window: attention does not depend on the order
+        if new == 1:
+            # Overwrite the key that leaves. Keys are rotated already, so their order changes only rounding.
             slot = start % self.window
             keys[:, :, slot : slot + 1], values[:, :, slot : slot + 1] = k, v
             self.length = end
             return keys, values
-        past = self.key_positions(new, k.device)[:-new] % self.window  # slots of W - 1 earlier keys
-        all_k = torch.cat((keys[:, :, past], k), dim=2)  # at most W - 1 + S positions
-        all_v = torch.cat((values[:, :, past], v), dim=2)
+        past_slots = self.key_positions(new, k.device)[:-new] % self.window  # of at most W - 1 keys before
+        all_k = torch.cat((keys[:, :, past_slots], k), dim=2)  # a copy, made before the ring is overwritten
+        all_v = torch.cat((values[:, :, past_slots], v), dim=2)
+        # Of the new tokens, the last W are stored.
         slots = torch.arange(max(start, end - self.window), end, device=k.device) % self.window
         keys[:, :, slots], values[:, :, slots] = k[:, :, -self.window :], v[:, :, -self.window :]
         self.length = end
@@ -324,8 +328,8 @@ class KVCache:
     """Keys and values of the tokens seen so far: an argument of `forward`, never state of the model.
 
     Full layers keep every position, sliding layers the last W (`SlidingLayerCache`). All rows of a batch advance
-    together. Padding takes slots like any token and is hidden by `attention_mask`. Room for `expected` positions is
-    made at first. Tensors are written in place, so gradients do not flow through several calls.
+    together. Padding takes slots like any token and is hidden by `attention_mask`. The first update makes room for at
+    least `expected` positions, or for the window. Tensors are written in place: no gradients through several calls.
     """
 
     def __init__(self, config: Any, expected: int = 64) -> None:
@@ -343,8 +347,8 @@ class KVCache:
         return self.layers[0].length
 
     def crop(self, max_length: int) -> None:
-        """Forget all tokens but the first `max_length`. Raises ValueError if the cache has fewer, or if a sliding layer
-        has overwritten keys that the next query would need."""
+        """Forget all tokens but the first `max_length`. Raises ValueError if the cache has fewer, or if any would be
+        forgotten after a sliding layer has overwritten a key."""
         checks.check_crop(max_length, self.layers)
         for layer in self.layers:
             layer.length = max_length
@@ -352,9 +356,9 @@ class KVCache:
     def key_positions(self, config: MinistralConfig, new: int, device: torch.device) -> dict[str, Tensor]:
         """For each kind of layer, the (K,) positions of the keys that its updates with `new` tokens will return. Raises
         ValueError if the cache was made for other layers."""
-        checks.check_same_windows(self.layers, KVCache(config).layers)
-        kinds = dict(zip(config.layer_types, self.layers))
-        return {kind: layer.key_positions(new, device) for kind, layer in kinds.items()}
+        checks.check_same_windows(self.layers, KVCache(config).layers)  # an empty cache, for its windows
+        one_of_each = dict(zip(config.layer_types, self.layers))  # all layers of a kind are alike
+        return {kind: layer.key_positions(new, device) for kind, layer in one_of_each.items()}
 
     def nbytes(self) -> int:
         """Bytes reserved for keys and values."""
@@ -363,25 +367,25 @@ class KVCache:
 
 
 # --------------------------------------------------------------------------------------------------- attention
-def repeat_kv(x: Tensor, groups: int) -> Tensor:
-    """Give every query head its key/value head: (B, G, K, D) -> (B, H, K, D); neighbours share one. With
-    `repeat_interleave` in place of `expand` the float32 result is off by 5e-5 from Transformers': for one key/value
-    head this is a view, which takes another matmul kernel than a copy."""
-    if groups == 1:
+def repeat_kv(x: Tensor, group_size: int) -> Tensor:
+    """Give every query head its key/value head: (B, G, K, D) -> (B, H, K, D); `group_size` neighbours share one. With
+    G = 1 the result is a view. `repeat_interleave` would copy, which runs another matmul kernel: float32 results would
+    differ by 5e-5 from Transformers'."""
+    if group_size == 1:
         return x
     B, G, K, D = x.shape
-    return x[:, :, None].expand(B, G, groups, K, D).reshape(B, G * groups, K, D)
+    return x[:, :, None].expand(B, G, group_size, K, D).reshape(B, G * group_size, K, D)
 
 
 def eager_attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scaling: float, dropout: float) -> Attended:
     """softmax(q k^T * scaling) v, step by step. q (B, H, S, D), k and v (B, G, K, D) -> (B, H, S, D) and the
-    probabilities (B, H, S, K)."""
-    groups = q.shape[1] // k.shape[1]
-    k, v = repeat_kv(k, groups), repeat_kv(v, groups)
+    probabilities (B, H, S, K). mask None hides nothing, also not later keys: `_mask` always makes one for this path."""
+    group_size = q.shape[1] // k.shape[1]
+    k, v = repeat_kv(k, group_size), repeat_kv(v, group_size)
     scores = torch.matmul(q, k.transpose(2, 3)) * scaling  # (B, H, S, K)
     if mask is not None:
-        # With the lowest number and not -inf, a row that sees nothing (padding) does not become NaN. It is added, so
-        # gradients pass such a row as in Transformers. It is clamped, because in float16 the sum may overflow to -inf.
+        # With the lowest number and not -inf, a row that sees nothing (padding) does not become NaN. Adding it, and not
+        # filling it in, keeps the gradient of such a row, as in Transformers. In float16 the sum may be -inf: clamp.
         lowest = torch.finfo(scores.dtype).min
         bias = torch.zeros_like(mask, dtype=scores.dtype).masked_fill(~mask, lowest)  # (B or 1, 1, S, K)
         scores = (scores + bias).clamp(min=lowest)
@@ -392,13 +396,13 @@ def eager_attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scaling: float,
 
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scaling: float, dropout: float) -> Attended:
-    """The same by PyTorch's fused kernel, which keeps no (S, K) matrix. mask None: causal, or all keys if S = 1."""
+    """The same by PyTorch's fused kernel, which keeps no (S, K) matrix. mask None: causal; for S = 1, all keys."""
     B, H, S, D = q.shape
     G = k.shape[1]
     if S == 1 and not q.requires_grad:
         # The heads of a group become rows of queries over one key/value head, so nothing is repeated. (The gradient of
         # this is rounded in another way than Transformers'.)
-        q = q.reshape(B, G, H // G, D)
+        q = q.reshape(B, G, H // G, D)  # the sequence dimension is now the head's place in its group
         out = F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=scaling)
         return out.reshape(B, H, S, D), None
     gqa = mask is None and H > G and D <= 256  # the kernel groups by itself only without a mask
@@ -412,7 +416,7 @@ ATTENTION = {"sdpa": sdpa_attention, "eager": eager_attention}
 
 
 class MinistralAttention(nn.Module):
-    """Grouped-query attention with rotary positions, without biases."""
+    """Grouped-query attention, without biases. H query heads share G key/value heads, which saves cache."""
 
     def __init__(self, config: MinistralConfig, layer_idx: int) -> None:
         super().__init__()
@@ -425,7 +429,7 @@ class MinistralAttention(nn.Module):
         self.o_proj = Linear(q_size, config.hidden_size)
 
     def rotate(self, q: Tensor, k: Tensor, tables: RopeTables) -> tuple[Tensor, Tensor]:
-        """Rotate queries and keys by their positions."""
+        """Rotate queries and keys by their positions. (Ministral 3 also scales the queries here.)"""
         cos, sin = tables
         return apply_rotary_pos_emb(q, k, cos, sin)
 
@@ -437,7 +441,7 @@ class MinistralAttention(nn.Module):
         v = self.v_proj(x).view(B, S, -1, self.head_dim).transpose(1, 2)  # (B, G, S, D)
         q, k = self.rotate(q, k, tables)
         if cache is not None:
-            k, v = cache.layers[self.layer_idx].update(k, v)  # (B, G, K, D)
+            k, v = cache.layers[self.layer_idx].update(k, v)  # (B, G, K, D); keys are stored rotated
         dropout = self.config.attention_dropout if self.training else 0.0
         attend = ATTENTION[self.config.attn_implementation]
         out, probs = attend(q, k, v, mask, self.head_dim**-0.5, dropout)  # (B, H, S, D)
@@ -504,14 +508,15 @@ class MinistralModel(PreTrainedModel):
 
         Args:
             input_ids: (B, S) token ids; or give `inputs_embeds` (B, S, E) instead.
-            attention_mask: (B, past + S), 1 at text and 0 at padding. None: all is text (padding, too).
+            attention_mask: (B, past + S), 1 at text and 0 at padding; past is the number of tokens in the cache. None:
+                every token is read as text, also padding.
             position_ids: (B or 1, S) rotary positions. None: past, past + 1, ... (padding is counted; `generate` passes
-                positions that skip it). Masks do not depend on them, with one exception, which is Transformers':
-                without mask and without cache, each jump in a row starts a new text that cannot see the texts before
-                (packed training sequences). With a cache, which is the default (`use_cache=False` and
-                `gradient_checkpointing` make none), or with a mask of ones, packed texts DO see each other.
+                positions that skip it). Masks ignore them, with one exception, as in Transformers: packed training
+                sequences. If there is neither attention_mask nor cache (pass `use_cache=False`; the default makes one),
+                a position that is not the one before plus 1 starts a new text, which cannot see the texts before it.
+                In all other cases, and with a mask of ones too, packed texts DO see each other.
             past_key_values: the cache of the tokens before; it is extended in place.
-            use_cache: return a cache. None: as the configuration says (none with `gradient_checkpointing`).
+            use_cache: make a cache if none is given. None: the configuration's (not with `gradient_checkpointing`).
             cache_position: (S,) if given, must be past, past + 1, ...: a cache has no gaps.
             output_hidden_states, output_attentions: also return the output and the probabilities of each layer.
 
@@ -526,16 +531,16 @@ class MinistralModel(PreTrainedModel):
         checks.check_start(input_ids, attention_mask, cache_position, self.config, past, S)
 
         # Which keys there are, and which query sees them.
-        keys = dict.fromkeys(self.config.layer_types, positions)  # kind of layer -> (K,) places of its keys
+        keys_at = dict.fromkeys(self.config.layer_types, positions)  # kind of layer -> (K,) positions
         if cache is not None:
-            keys = cache.key_positions(self.config, S, x.device)
-        padding_mask = checks.visible_padding_mask(attention_mask, B, past + S, x.device)
+            keys_at = cache.key_positions(self.config, S, x.device)
+        padding_mask = checks.visible_padding_mask(attention_mask, B, past + S, x.device)  # None: no padding
         packed = position_ids is not None and attention_mask is None and cache is None
         position_ids = checks.as_positions(position_ids, positions, B)
-        one_text = None
+        text_mask = None
         if packed:
-            one_text = same_text(position_ids)
-        masks = {kind: self._mask(kind, positions, keys[kind], padding_mask, one_text) for kind in keys}
+            text_mask = same_text(position_ids)
+        masks = {kind: self._mask(kind, positions, keys_at[kind], padding_mask, text_mask) for kind in keys_at}
         tables = self.rotary_emb(x, position_ids)
 
         hidden_states, attentions = [x], []
@@ -544,7 +549,7 @@ class MinistralModel(PreTrainedModel):
             if output_hidden_states:
                 hidden_states.append(x)
             if output_attentions:
-                attentions.append(probs[..., keys[kind].argsort()])  # the ring returns keys in slot order
+                attentions.append(probs[..., keys_at[kind].argsort()])  # by position: the ring has slot order
         x = self.norm(x)
         hidden_states[-1] = x
         return BaseModelOutputWithPast(
@@ -560,7 +565,7 @@ class MinistralModel(PreTrainedModel):
         return self.embed_tokens(input_ids)
 
     def _choose_cache(self, past_key_values: KVCache | None, use_cache: bool | None) -> KVCache | None:
-        """The cache of this forward pass. Everything else only asks whether there is one."""
+        """The cache of this forward pass: the given one, a new one, or None. A given one is used in any case."""
         checks.check_cache(past_key_values, KVCache, use_cache, self.recomputes)
         if use_cache is None:
             use_cache = self.config.use_cache
@@ -568,13 +573,14 @@ class MinistralModel(PreTrainedModel):
             return KVCache(self.config)
         return past_key_values
 
-    def _mask(self, kind: str, queries: Tensor, keys: Tensor, padding_mask: Mask, one_text: Mask) -> Mask:
-        """The mask for layers of one kind, or None where the fused kernel needs none."""
+    def _mask(self, kind: str, queries: Tensor, keys: Tensor, padding_mask: Mask, text_mask: Mask) -> Mask:
+        """The mask for layers of one kind, or None if the kernel needs none. `queries` and `keys` are positions. The
+        two masks never occur together."""
         window = self.config.sliding_window if kind == "sliding_attention" else None
         S, K = queries.shape[0], keys.shape[0]
-        visible = one_text if padding_mask is None else padding_mask[:, None, keys]  # (B or 1, 1 or S, K)
-        # One query sees all keys that a cache returns. A first chunk that fits into the window is causal. (At K = W no
-        # key is hidden either, but Transformers builds a mask there, and that takes another kernel.)
+        visible = text_mask if padding_mask is None else padding_mask[:, None, keys]  # (B or 1, 1 or S, K)
+        # S = 1: the query sees every key it is given. S = K: no earlier keys, so `is_causal` is enough if the window
+        # hides none. (K = W hides none either, but there Transformers builds a mask, and that takes another kernel.)
         causal = S == K and (window is None or window > K)
         if visible is None and (S == 1 or causal) and self.config.attn_implementation == "sdpa":
             return None
@@ -604,7 +610,7 @@ class MinistralForCausalLM(PreTrainedModel):
         """The arguments of `MinistralModel.forward`, and:
 
         Args:
-            labels: (B, S) ids to be predicted, -100 where none counts. They give `loss`.
+            labels: the input ids (B, S), -100 where a token does not count. They are shifted here, and give `loss`.
             logits_to_keep: compute logits only for the last n positions (0: all), or for a 1-D tensor of indices.
 
         Raises: as `MinistralModel.forward`; ValueError for labels that do not match the logits.
