@@ -531,16 +531,16 @@ class MinistralModel(PreTrainedModel):
         checks.check_start(input_ids, attention_mask, cache_position, self.config, past, S)
 
         # Which keys there are, and which query sees them.
-        keys_at = dict.fromkeys(self.config.layer_types, positions)  # kind of layer -> (K,) positions
+        k_pos = dict.fromkeys(self.config.layer_types, positions)  # kind of layer -> (K,) positions
         if cache is not None:
-            keys_at = cache.key_positions(self.config, S, x.device)
+            k_pos = cache.key_positions(self.config, S, x.device)
         padding_mask = checks.visible_padding_mask(attention_mask, B, past + S, x.device)  # None: no padding
         packed = position_ids is not None and attention_mask is None and cache is None
         position_ids = checks.as_positions(position_ids, positions, B)
         text_mask = None
         if packed:
             text_mask = same_text(position_ids)
-        masks = {kind: self._mask(kind, positions, keys_at[kind], padding_mask, text_mask) for kind in keys_at}
+        masks = {kind: self._mask(kind, positions, k_pos[kind], padding_mask, text_mask) for kind in k_pos}
         tables = self.rotary_emb(x, position_ids)
 
         hidden_states, attentions = [x], []
@@ -549,7 +549,7 @@ class MinistralModel(PreTrainedModel):
             if output_hidden_states:
                 hidden_states.append(x)
             if output_attentions:
-                attentions.append(probs[..., keys_at[kind].argsort()])  # by position: the ring has slot order
+                attentions.append(probs[..., k_pos[kind].argsort()])  # by position: the ring has slot order
         x = self.norm(x)
         hidden_states[-1] = x
         return BaseModelOutputWithPast(
