@@ -1,5 +1,6 @@
-"""What the README shows runs as it is written there: every Python block, and every command line."""
+"""The examples of README.md, CONTRIBUTING.md and docs/ run as they are written: Python blocks and command lines."""
 
+import functools
 import os
 import re
 import subprocess
@@ -11,7 +12,9 @@ import pytest
 import generate
 
 ROOT = Path(generate.__file__).parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+OTHER_FILES = [ROOT / "benchmarks" / "RESULTS.md", ROOT / "models" / "shakespeare" / "README.md"]
+PAGES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in FILES + OTHER_FILES}
 
 # Beginnings of command lines that are not run here, and why.
 NOT_RUN = {
@@ -27,19 +30,22 @@ NOT_RUN = {
     "vllm": "is another program",
     "hf": "needs an account",
     "python -m tests.processors": "minutes; .ci/run does it",
+    "git worktree": "changes the repository",
+    "python tests/equality.py": "minutes, and needs a second version",
+    "python -m reference golden": "writes reference/golden; test_reference.py runs it",
 }
 
 
-def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+def blocks(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", PAGES[page], re.MULTILINE | re.DOTALL)
 
 
-def test_python_blocks_run_in_order(monkeypatch, capsys):
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
+def test_python_blocks_run_in_order(monkeypatch, capsys, page):
     monkeypatch.chdir(ROOT)
     names = {}
-    for number, block in enumerate(blocks("python"), 1):
-        exec(compile(block, f"README.md, Python block {number}", "exec"), names)
-    assert "model" in names
+    for number, block in enumerate(blocks(page, "python"), 1):
+        exec(compile(block, f"{page}, Python block {number}", "exec"), names)
 
 
 @pytest.fixture
@@ -55,31 +61,72 @@ def workplace(tmp_path):
     return tmp_path
 
 
-def test_command_lines_run_in_order(workplace):
+def commands(page):
+    """The command lines of a page that are run here."""
+    lines = [line for line in "".join(blocks(page, "sh")).splitlines() if line.strip() and not line.startswith("#")]
+    return [line for line in lines if not line.startswith(tuple(NOT_RUN))]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)])
+def test_command_lines_run_in_order(workplace, page):
     environment = os.environ | {"PATH": f"{workplace / 'bin'}{os.pathsep}{os.environ['PATH']}"}
-    ran = 0
-    for line in "".join(blocks("sh")).splitlines():
-        if not line.strip() or line.startswith("#") or line.startswith(tuple(NOT_RUN)):
-            continue
+    for line in commands(page):
         done = subprocess.run(["bash", "-o", "pipefail", "-c", line], cwd=workplace, env=environment,
                               stdin=subprocess.DEVNULL, capture_output=True, text=True)  # fmt: skip
         assert done.returncode == 0, f"{line}\n{done.stderr}"
-        ran += 1
-    assert ran >= 3
 
 
-def test_commands_in_the_text_are_there():
-    """`python -m module` takes no argument that the README does not name; `pytest file` is a file."""
-    in_blocks = [line.partition("#")[0].strip() for block in blocks("sh") for line in block.splitlines()]
-    in_text = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", README, flags=re.DOTALL))
+def test_the_examples_are_found():
+    assert "generate(model, ids" in "".join(blocks("README.md", "python"))
+    assert sum(len(commands(page)) for page in PAGES) >= 10 and len(commands("README.md")) >= 3
+
+
+@functools.cache
+def usage(module):
+    """The usage of a module's command line, without its name."""
+    done = subprocess.run([sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, f"{module}\n{done.stderr}"
+    return done.stdout.partition("\n\n")[0].partition(module)[2]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_in_the_text_are_there(page):
+    """`python -m module` takes no argument that the page does not name; `pytest file` is a file."""
+    in_blocks = [line.partition("#")[0].strip() for block in blocks(page, "sh") for line in block.splitlines()]
+    in_text = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", PAGES[page], flags=re.DOTALL))
     for code in filter(None, in_text + in_blocks):
         words = code.split()
-        if words[0] == "pytest" and len(words) > 1:
+        if "pytest" in words and len(words) > 1 and words[-1] != "pytest":
             files = [word for word in words if word.endswith(".py")]
             assert files and all((ROOT / file).is_file() for file in files), code
         module = re.fullmatch(r"(?:python -m )?(benchmarks\.\w+)", code)
         if module:
-            done = subprocess.run([sys.executable, "-m", module[1], "--help"], cwd=ROOT, capture_output=True, text=True)
-            assert done.returncode == 0, f"{code}\n{done.stderr}"
-            usage = done.stdout.partition("\n\n")[0].partition(module[1])[2]
-            assert not re.sub(r"\[[^]]*\]|\[.*?\.\.\.\]", "", usage).strip(" ]\n"), f"{code} needs {usage}"
+            needed = re.sub(r"\[[^]]*\]|\[.*?\.\.\.\]", "", usage(module[1])).strip(" ]\n")
+            assert not needed, f"{code} needs {needed}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_files_and_headings(page):
+    for target in re.findall(r"\]\(([^)]+)\)", PAGES[page]):
+        name, _, heading = target.partition("#")
+        if re.match(r"\w+:", target):
+            continue
+        path = (ROOT / page).parent / name if name else ROOT / page
+        assert path.exists(), f"{page}: {target}"
+        if heading:
+            titles = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+            assert heading in [re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles], target
+
+
+def test_the_readme_names_every_file_and_fits():
+    """The table of files has every Python file at the root and every folder. The README has at most 200 lines."""
+    table = PAGES["README.md"].partition("## Files\n")[2].partition("\n## ")[0]
+    named = re.findall(r"\]\(([^)]+)\)", table)
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    tops = {line.partition("/")[0] for line in listed.stdout.splitlines()}
+    files = {top for top in tops if top.endswith(".py")}
+    folders = {top for top in tops if (ROOT / top).is_dir() and not top.startswith(".")}
+    assert files | folders <= set(named)
+    assert PAGES["README.md"].count("\n") <= 200
