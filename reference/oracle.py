@@ -229,8 +229,8 @@ def forward(
     weights = {name: np.asarray(array, np.float64) for name, array in weights.items()}
     ids = np.asarray(input_ids)
     B, S = ids.shape
-    padding_mask = np.ones((B, S), bool)
-    positions = np.tile(np.arange(S), (B, 1))
+    padding_mask = np.ones_like(ids, bool)
+    positions = np.broadcast_to(np.arange(S), (B, S))
     if attention_mask is not None:
         padding_mask = np.asarray(attention_mask, bool)
     if position_ids is not None:
