@@ -18,8 +18,11 @@ The order of operations and the places where a number is rounded to the weights'
 they make a forward pass equal to Transformers' to the last bit (tests/test_parity.py). Norms, rotary tables and softmax
 are computed in float32, or in float64 if the weights are float64.
 
-Other files rely on names here (tests/test_layout.py): `reference/mutants.py` replaces `F`, `ATTENTION`, `repeat_kv`,
-`apply_rotary_pos_emb`, `rotate`, `_mask` and `forward`; `fast.py` reads the cache and the layers' submodules.
+Other files rely on names here (tests/test_layout.py). `reference/mutants.py` replaces `F`, `ATTENTION`, `repeat_kv`,
+`apply_rotary_pos_emb`, `RMSNorm.forward`, `RotaryEmbedding.forward`, `MinistralAttention.forward`,
+`MinistralModel._mask` and `MinistralForCausalLM.forward`; its mistakes call `MinistralAttention.rotate` and
+`RotaryEmbedding.inverse_frequencies`. `reference/trace.py` replaces `apply_rotary_pos_emb` and an entry of `ATTENTION`.
+`fast.py` reads the cache and the layers' submodules.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Compare a stranger's trace with a reference: where it diverges first, in words, and which mistake that is.
+"""Compare a port's trace with a reference: where it diverges first, in words, and which mistake that is.
 
 A stage diverges when its largest error is more than MARGIN times the noise floor: the largest error that right ports
 make there in the same type. `measure_noise` draws it from several runs of this implementation, each rounded in another
@@ -26,13 +26,20 @@ from reference.trace import LAYER, dimensions, order, record, rounded_differentl
 SAMPLES, MARGIN = 8, 3.0
 # The same over the error of a single run, where the model for more is missing.
 MARGIN_OF_ONE_RUN = 12.0
-LEAST = 1e-12  # relative error that float64 may have anywhere: what this implementation and the oracle differ by
-WORDS = {"B": "text", "T": "key", "H": "head", "G": "key head", "V": "token", "P": "patch", "M": "merged patch"}
+# The relative error that float64 may have anywhere: this implementation and the oracle differ by that.
+LEAST = 1e-12
+WORDS = {
+    "B": "text", "T": "key", "H": "head", "G": "key head",
+    "V": "token", "P": "patch", "M": "merged patch",
+}  # fmt: skip
+
+Trace = Mapping[str, Tensor]
+Rearranged = tuple[str, Tensor]  # by which rearrangement, in words, and the result
 
 
 @dataclass
 class Stage:
-    """How one tensor compares.
+    """The comparison of one tensor.
 
     Attributes:
         name: of the point.
@@ -40,8 +47,8 @@ class Stage:
         relative: the same over the largest absolute value of the reference.
         floor: largest error of right ports in the port's type, NaN if unknown: then nothing is judged.
         where: index of the largest error, in the reference's dimensions.
-        found, right: the numbers there.
-        how: by which rearrangement the stranger's tensor was made to fit; empty if by none.
+        value, expected: the port's number there, and the reference's.
+        how: by which rearrangement the port's tensor was made to fit; empty if by none.
         diverges: whether the error is beyond the noise.
         equal_after: the rearrangement after which it would not diverge; empty if there is none.
         masked: whether a query does not see the key there.
@@ -52,29 +59,50 @@ class Stage:
     relative: float
     floor: float
     where: tuple[int, ...]
-    found: float
-    right: float
+    value: float
+    expected: float
     how: str
     diverges: bool
     equal_after: str = ""
     masked: bool = False
 
+    @property
+    def judged(self) -> bool:
+        """Whether the noise of a right port is known."""
+        return not math.isnan(self.floor)
+
     def words(self) -> str:
         """The place of the largest error: "layer 3, head 5, query 12, key 4: holds 0.031, should be masked"."""
-        layer, point = LAYER.search(self.name), self.name.rpartition(".")[2]
-        token = "key" if point in ("k", "v", "k_rotated") else "query" if ".attention." in self.name else "position"
-        places = [f"{'vision ' * self.name.startswith('vision.')}layer {layer[0]}"] if layer else []
+        point = self.name.rpartition(".")[2]
+        token = "position"
+        if point in ("k", "v", "k_rotated"):
+            token = "key"
+        elif ".attention." in self.name:
+            token = "query"
+
+        places = []
+        layer = LAYER.search(self.name)
+        if layer and self.name.startswith("vision."):
+            places.append(f"vision layer {layer[0]}")
+        elif layer:
+            places.append(f"layer {layer[0]}")
         for dimension, index in zip(dimensions(self.name).split(), self.where):
-            if dimension != "B" or index:
-                word = token if dimension == "S" else WORDS.get(dimension, "number")
-                places.append(f"{word} {index}")
-        said = "should be masked" if self.masked else f"should be {self.right:.6g}"
-        return f"{', '.join(places)}: holds {self.found:.6g}, {said}"
+            if dimension == "B" and index == 0:
+                continue
+            word = WORDS.get(dimension, "number")
+            if dimension == "S":
+                word = token
+            places.append(f"{word} {index}")
+
+        expected = f"should be {self.expected:.6g}"
+        if self.masked:
+            expected = "should be masked"
+        return f"{', '.join(places)}: holds {self.value:.6g}, {expected}"
 
 
 @dataclass
 class Report:
-    """What `compare` found.
+    """The result of `compare`.
 
     Attributes:
         stages: what was compared, in the order of computing.
@@ -83,7 +111,7 @@ class Report:
         agrees: whether something was compared, and all of it is right.
         sentence: the same in words.
         verdict, mutant: the known mistake that explains it, if one does.
-        fitted: the stranger's tensors in the reference's shapes, and which of their entries count.
+        fitted: the port's tensors in the reference's shapes, and which of their entries count.
     """
 
     stages: list[Stage]
@@ -110,87 +138,148 @@ class Report:
 # ------------------------------------------------------------------------------------------------------- shapes
 
 
-def as_dumped(name: str, mine: Tensor, shape: Sequence[int]) -> Iterator[tuple[str, Tensor]]:
-    """What a tensor is without what dumps often have more: heads that repeat a mask or a key head, columns of a padded
-    vocabulary, the numbers that are added to scores for a mask, True for hidden."""
-    heads = dimensions(name).split().index("G") if " G " in dimensions(name) else None
+def as_dumped(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Iterator[Rearranged]:
+    """A port's tensor without what dumps often have in addition.
+
+    These are heads that repeat a mask or a key head, columns of a padded vocabulary, the numbers that are added to
+    scores for a mask, and True for hidden.
+    """
     if name.endswith(".mask"):
-        if mine.ndim == 4 and bool((mine == mine[:, :1]).all()):
-            mine = mine[:, 0]
-        added = mine.is_floating_point() and bool((mine < 0).any())
-        mine = mine == 0 if added else mine != 0
-        yield "as added to scores" if added else "", mine
-        yield "True is hidden", ~mine
-    elif name == "logits" and mine.shape[-1:] > tuple(shape[-1:]):
-        yield f"the first {shape[-1]} columns", mine[..., : shape[-1]]
-    elif heads is not None and mine.ndim == len(shape) and mine.shape[heads] > shape[heads] and (
-            mine.shape[heads] % shape[heads] == 0):  # fmt: skip
-        groups = mine.reshape(*mine.shape[:heads], shape[heads], -1, *mine.shape[heads + 1 :])
-        once = groups.narrow(heads + 1, 0, 1)
+        yield from as_masks(tensor)
+    elif name == "logits" and tensor.shape[-1:] > shape[-1:]:
+        yield f"the first {shape[-1]} columns", tensor[..., : shape[-1]]
+    elif repeats_heads(name, tensor, shape):
+        axis = dimensions(name).split().index("G")
+        groups = tensor.reshape(*tensor.shape[:axis], shape[axis], -1, *tensor.shape[axis + 1 :])
+        once = groups.narrow(axis + 1, 0, 1)
         if bool((groups == once).all()):
-            yield "one of each repeated head", once.squeeze(heads + 1)
+            yield "one of each repeated head", once.squeeze(axis + 1)
     else:
-        yield "", mine
+        yield "", tensor
 
 
-def rearranged(mine: Tensor, shape: Sequence[int]) -> Iterator[tuple[str, Tensor]]:
-    """The ways in which a tensor can be brought to a shape: as it is, without or with a dimension of one, with its
-    dimensions in another order, heads joined or split."""
-    shape = tuple(shape)
-    if tuple(mine.shape) == shape:
-        yield "", mine
-    squeezed = mine.squeeze()
+def as_masks(tensor: Tensor) -> Iterator[Rearranged]:
+    """A mask as bool, True for visible; from numbers that are added to scores, and from True for hidden."""
+    if tensor.ndim == 4 and bool((tensor == tensor[:, :1]).all()):
+        tensor = tensor[:, 0]
+    if tensor.is_floating_point() and bool((tensor < 0).any()):
+        visible = tensor == 0
+        yield "as added to scores", visible
+    else:
+        visible = tensor != 0
+        yield "", visible
+    yield "True is hidden", ~visible
+
+
+def repeats_heads(name: str, tensor: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor has a multiple of the key heads that it should have."""
+    if " G " not in dimensions(name) or tensor.ndim != len(shape):
+        return False
+    axis = dimensions(name).split().index("G")
+    count, wanted = tensor.shape[axis], shape[axis]
+    return count > wanted and count % wanted == 0
+
+
+def rearranged(tensor: Tensor, shape: tuple[int, ...]) -> Iterator[Rearranged]:
+    """The ways in which a tensor can be brought to a shape.
+
+    These are: as it is, without or with a dimension of one, with its dimensions in another order, heads joined or
+    split.
+    """
+    if tensor.shape == shape:
+        yield "", tensor
+    squeezed = tensor.squeeze()
     wanted = [n for n in shape if n != 1]
-    for axes in permutations(range(squeezed.ndim)) if squeezed.ndim == len(wanted) <= 4 else ():
-        if [squeezed.shape[axis] for axis in axes] == wanted and not (tuple(mine.shape) == shape and axes == tuple(
-                range(len(axes)))):  # fmt: skip
-            said = f"transposed {list(axes)}" if list(axes) != sorted(axes) else "without dimensions of one"
-            yield said, squeezed.permute(axes).reshape(shape)
-    if len(shape) >= 3 and squeezed.ndim == len(wanted) - 1:  # (B, S, H * D) for (B, H, S, D)
+    same_size = tensor.numel() == math.prod(shape)
+    if squeezed.ndim == len(wanted) <= 4:
+        yield from transposed(squeezed, shape, skip_identity=tensor.shape == shape)
+    if len(shape) >= 3 and squeezed.ndim == len(wanted) - 1 and same_size:  # (B, S, H * D) for (B, H, S, D)
         *batch, H, S, D = shape
-        if squeezed.numel() == math.prod(shape) and tuple(squeezed.shape[-2:]) == (S, H * D):
+        if squeezed.shape[-2:] == (S, H * D):
             yield "heads split", squeezed.reshape(*batch, S, H, D).transpose(-3, -2)
-    if mine.numel() == math.prod(shape) and mine.ndim != len(shape) and mine.shape[-1:] != shape[-1:]:
-        yield "last dimensions joined", mine.reshape(shape)  # (B, S, H, D) for (B, S, H * D)
-    if mine.ndim == len(shape) - 1 and mine.ndim > 1 and mine.shape == (shape[0] * shape[1], *shape[2:]):
-        yield "texts split", mine.reshape(shape)  # (B * S, E) for (B, S, E), (B * H, S, D) for (B, H, S, D)
-    if len(shape) >= 2 and squeezed.ndim == len(wanted) + 1 and squeezed.numel() == math.prod(shape):
+    if same_size and tensor.ndim != len(shape) and tensor.shape[-1:] != shape[-1:]:
+        yield "last dimensions joined", tensor.reshape(shape)  # (B, S, H, D) for (B, S, H * D)
+    if tensor.ndim == len(shape) - 1 > 1 and tensor.shape == (shape[0] * shape[1], *shape[2:]):
+        yield "texts split", tensor.reshape(shape)  # (B * S, E) for (B, S, E), (B * H, S, D) for (B, H, S, D)
+    if len(shape) >= 2 and squeezed.ndim == len(wanted) + 1 and same_size:
         yield "heads joined", squeezed.transpose(-3, -2).reshape(shape)  # (B, H, S, D) for (B, S, H * D)
 
 
-def fits(name: str, mine: Tensor, shape: Sequence[int], real: Tensor | None) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """All ways to bring a stranger's tensor to the reference's shape: how, the tensor, and which entries are given."""
-    everything = torch.ones(tuple(shape), dtype=torch.bool)
-    for dumped, tensor in as_dumped(name, mine, shape):
-        for how, fit in rearranged(tensor, shape):
-            yield ", ".join(filter(None, (dumped, how))), fit, everything
-        if name == "logits" and shape[1] > 1 and tensor.shape in ((shape[0], shape[2]), (shape[0], 1, shape[2])):
-            last = torch.full((shape[0],), shape[1] - 1)
-            if real is not None:
-                last = torch.where(real, torch.arange(shape[1]), 0).amax(1)
-            rows, full = torch.arange(shape[0]), torch.zeros(tuple(shape), dtype=tensor.dtype)
-            full[rows, last] = tensor.reshape(shape[0], shape[2])
-            given = torch.zeros_like(everything)
-            given[rows, last] = True
-            yield ", ".join(filter(None, (dumped, "of the last token"))), full, given
+def transposed(squeezed: Tensor, shape: tuple[int, ...], skip_identity: bool) -> Iterator[Rearranged]:
+    """All orders of the dimensions of a tensor (which has none of one) that give a shape, dimensions of one aside."""
+    wanted = [n for n in shape if n != 1]
+    identity = tuple(range(squeezed.ndim))
+    for axes in permutations(identity):
+        if [squeezed.shape[axis] for axis in axes] != wanted:
+            continue
+        if axes != identity:
+            yield f"transposed {list(axes)}", squeezed.permute(axes).reshape(shape)
+        elif not skip_identity:
+            yield "without dimensions of one", squeezed.reshape(shape)
 
 
-def relaid(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+def fits(
+    name: str, tensor: Tensor, shape: tuple[int, ...], padding_mask: Tensor | None
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """All ways to bring a port's tensor to the reference's shape: how, the tensor, and which entries are given."""
+    everything = torch.ones(shape, dtype=torch.bool)
+    for dumped, part in as_dumped(name, tensor, shape):
+        for how, fit in rearranged(part, shape):
+            yield joined(dumped, how), fit, everything
+        if name == "logits" and is_last_token(part, shape):
+            fit, given = at_last_token(part, shape, padding_mask)
+            yield joined(dumped, "of the last token"), fit, given
+
+
+def joined(*words: str) -> str:
+    """The words that are not empty, with commas between them."""
+    return ", ".join(word for word in words if word)
+
+
+def is_last_token(logits: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether logits are those of one token of each text, where the reference (B, S, V) has several."""
+    if len(shape) != 3:
+        return False
+    B, S, V = shape
+    return S > 1 and logits.shape in ((B, V), (B, 1, V))
+
+
+def at_last_token(
+    logits: Tensor, shape: tuple[int, ...], padding_mask: Tensor | None
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Logits of the last token of each text, put to their places in (B, S, V), and which entries that gives."""
+    B, S, V = shape
+    last = torch.full((B,), S - 1)
+    if padding_mask is not None:
+        last = torch.where(padding_mask, torch.arange(S), 0).amax(1)
+    rows = torch.arange(B)
+    full = torch.zeros(shape, dtype=logits.dtype)
+    full[rows, last] = logits.reshape(B, V)
+    given = torch.zeros(shape, dtype=torch.bool)
+    given[rows, last] = True
+    return full, given
+
+
+def in_other_layouts(name: str, tensor: Tensor) -> Iterator[Rearranged]:
     """Other layouts that queries and keys may be in: rotary pairs as neighbours, or as halves."""
-    if name.endswith((".q", ".k", "_rotated", ".q_scaled")):
-        for said, reorder in (("half-split -> interleaved", interleave), ("interleaved -> half-split", half_split)):
-            rows = tensor.transpose(-1, -2)  # (..., D, S): the rows of one head
-            order_of = reorder(torch.arange(rows.shape[-2])[:, None], 1)[:, 0]
-            yield said, rows[..., order_of, :].transpose(-1, -2)
+    if not name.endswith((".q", ".k", "_rotated", ".q_scaled")):
+        return
+    D = tensor.shape[-1]
+    rows = torch.arange(D)[:, None]
+    yield "half-split -> interleaved", tensor[..., interleave(rows, 1)[:, 0]]
+    yield "interleaved -> half-split", tensor[..., half_split(rows, 1)[:, 0]]
 
 
 # -------------------------------------------------------------------------------------------------------- types
 
 
 def narrowest(tensor: Tensor) -> torch.dtype:
-    """The narrowest of bfloat16, float16, float32 and float64 that holds all numbers of a tensor but those that mark
-    what is hidden or padding: NaN, infinities, lowest numbers."""
-    values = torch.where(tensor.double().abs() < 1e30, tensor.double(), 0.0)
+    """The narrowest of bfloat16, float16, float32 and float64 that holds all numbers of a tensor.
+
+    Numbers that mark what is hidden or padding do not count: NaN, infinities, lowest numbers.
+    """
+    values = tensor.double()
+    values = torch.where(values.abs() < 1e30, values, 0.0)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         if values.to(dtype).double().equal(values):
             return dtype
@@ -199,32 +288,42 @@ def narrowest(tensor: Tensor) -> torch.dtype:
 
 def coarser(a: torch.dtype, b: torch.dtype) -> torch.dtype:
     """The one of two types that has fewer digits."""
-    return a if torch.finfo(a).eps >= torch.finfo(b).eps else b
+    if torch.finfo(a).eps >= torch.finfo(b).eps:
+        return a
+    return b
 
 
 def least(dtype: torch.dtype) -> float:
-    """The relative error that a right port may have anywhere, however exact this implementation happens to be there."""
-    return LEAST if dtype == torch.float64 else torch.finfo(dtype).eps
+    """The relative error that a right port may have anywhere, however exact this implementation happens to be."""
+    if dtype == torch.float64:
+        return LEAST
+    return torch.finfo(dtype).eps
 
 
-def computed_in(mine: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, torch.dtype]:
-    """The type that the error of each stage comes from: the coarsest of those that it and the stages before it were
-    computed in, because what is computed in float32 from bfloat16 is no better than that. What was computed in bfloat16
-    may be stored as float32, which .npz files make one do; but numbers that are exact in it, as embeddings, prove
-    nothing."""
-    found, coarsest = dict[str, torch.dtype](), torch.float64
-    for name in order(mine.keys() & reference.keys()):
-        if mine[name].is_floating_point() and not name.endswith(".mask"):
-            stored, held, exact = mine[name].dtype, narrowest(mine[name]), narrowest(reference[name])
-            shown = stored if coarser(exact, held) == exact else held
-            found[name] = coarsest = coarser(coarsest, shown)
-    return found
+def computed_in(port: Trace, reference: Trace) -> dict[str, torch.dtype]:
+    """The type that the error of each stage comes from.
+
+    It is the coarsest of the types that the stage and those before it were computed in, because what is computed in
+    float32 from bfloat16 is no better than that. What was computed in bfloat16 may be stored as float32, which .npz
+    files make one do. But numbers that are exact in bfloat16, as embeddings are, prove nothing.
+    """
+    types: dict[str, torch.dtype] = {}
+    coarsest = torch.float64
+    for name in order(port.keys() & reference.keys()):
+        tensor = port[name]
+        if not tensor.is_floating_point() or name.endswith(".mask"):
+            continue
+        shown = narrowest(tensor)
+        exact = narrowest(reference[name])
+        if coarser(exact, shown) == exact:
+            shown = tensor.dtype
+        coarsest = coarser(coarsest, shown)
+        types[name] = coarsest
+    return types
 
 
-def measure_noise(
-    model: PreTrainedModel, reference: Mapping[str, Tensor], inputs: Mapping[str, Any]
-) -> dict[str, Tensor]:
-    """What right ports may compute in a model's type: of several runs, the number furthest from the reference.
+def measure_noise(model: PreTrainedModel, reference: Trace, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Right results in a model's type: of several runs, the number furthest from the reference.
 
     One run is not enough. Where one number decides the error of all that follows, such as a residual that nearly
     cancels and that a norm enlarges, that error is a single draw, and it may happen to be close to zero.
@@ -243,8 +342,9 @@ def measure_noise(
         with rounded_differently(model, seed):
             sample = record(model, keep=keep, **inputs)
         for name, tensor in sample.items():
-            right, other = reference[name].double(), furthest[name]
-            further = (tensor.double() - right).abs() > (other.double() - right).abs()
+            exact = reference[name].double()
+            other = furthest[name]
+            further = (tensor.double() - exact).abs() > (other.double() - exact).abs()
             furthest[name] = torch.where(further, tensor, other)
     return furthest
 
@@ -252,141 +352,215 @@ def measure_noise(
 # ---------------------------------------------------------------------------------------------------- comparing
 
 
-def counts(name: str, shape: Sequence[int], masks: Mapping[str, Tensor], real: Tensor | None) -> Tensor:
-    """Which entries are compared: not those of padding, and no scores of hidden keys. bool of that shape."""
-    keep = torch.ones(tuple(shape), dtype=torch.bool)
+def counts(name: str, shape: Sequence[int], masks: Trace, padding_mask: Tensor | None) -> Tensor:
+    """bool of that shape: which entries are compared. Those of padding are not, nor scores of hidden keys."""
+    counted = torch.ones(tuple(shape), dtype=torch.bool)
     dims = dimensions(name).split()
-    if real is not None and "B" in dims:
-        view = [real.shape[0] if d == "B" else real.shape[1] if d == "S" else 1 for d in dims]
-        keep &= real.view(view)
-    if name.endswith(".scores") and (mask := masks.get(name.replace("scores", "mask"))) is not None:
-        keep &= mask[:, None]
-    return keep
+    if padding_mask is not None and "B" in dims:
+        B, S = padding_mask.shape
+        sizes = {"B": B, "S": S}
+        counted &= padding_mask.view([sizes.get(dim, 1) for dim in dims])
+    mask = masks.get(name.replace("scores", "mask"))
+    if name.endswith(".scores") and mask is not None:
+        counted &= mask[:, None]
+    return counted
 
 
 @dataclass
-class Truth:
-    """What a stage is compared with: the reference, its noise (in the port's type) or how much it is, relative to
-    the largest number, what counts, and how many floors of noise an error may be."""
+class Target:
+    """The reference that a stage is compared with.
+
+    Attributes:
+        name: of the point.
+        reference: the right tensor.
+        noise: a right port's tensor, in the port's type, if one is known.
+        relative: if none is: a right port's largest error over the largest number, NaN if unknown, too.
+        counted: which entries are compared.
+        margin: how many floors of noise an error may be.
+    """
 
     name: str
-    right: Tensor
+    reference: Tensor
     noise: Tensor | None
     relative: float
-    keep: Tensor
+    counted: Tensor
     margin: float
 
-    def floor(self, keep: Tensor) -> float:
+    def floor(self, counted: Tensor) -> float:
         """The largest error that a right port of the type makes; NaN if unknown."""
         if self.name.endswith(".mask"):
             return 0.0
-        size = float(torch.where(keep, self.right.double().abs(), 0.0).max())
+        exact = self.reference.double()
+        size = float(torch.where(counted, exact.abs(), 0.0).max())
         if self.noise is None:
             return self.relative * size
-        noise = torch.where(keep, (self.noise.double() - self.right.double()).abs(), 0.0)
+        noise = torch.where(counted, (self.noise.double() - exact).abs(), 0.0)
         return max(float(noise.max()), least(self.noise.dtype) * size)
 
-    def stage(self, mine: Tensor, given: Tensor, how: str) -> Stage:
-        """Compare one tensor that fits."""
-        a, b, keep = mine.double(), self.right.double(), self.keep & given
-        error = torch.where(keep, (a - b).abs(), 0.0).nan_to_num(nan=math.inf, posinf=math.inf)
-        size = float(torch.where(keep, b.abs(), 0.0).max())
-        where = tuple(int(i) for i in torch.unravel_index(error.argmax(), b.shape))
-        largest, floor = float(error.max()), self.floor(keep)
+    def stage(self, tensor: Tensor, given: Tensor, how: str) -> Stage:
+        """The comparison with one tensor that fits."""
+        tensor, exact = tensor.double(), self.reference.double()
+        counted = self.counted & given
+        error = torch.where(counted, (tensor - exact).abs(), 0.0).nan_to_num(nan=math.inf, posinf=math.inf)
+        where = tuple(int(i) for i in torch.unravel_index(error.argmax(), exact.shape))
+        largest = float(error.max())
+        size = float(torch.where(counted, exact.abs(), 0.0).max())
+        relative = largest
+        if size:
+            relative = largest / size
+        floor = self.floor(counted)
         diverges = largest > self.margin * floor or math.isinf(largest)
-        relative = largest / size if size else largest
-        return Stage(self.name, largest, relative, floor, where, float(a[where]), float(b[where]), how, diverges)
+        value = float(tensor[where])
+        expected = float(exact[where])
+        return Stage(self.name, largest, relative, floor, where, value, expected, how, diverges)
 
 
-def leak(best: Stage, mine: Tensor, keep: Tensor, mask: Tensor) -> None:
+def check_leak(stage: Stage, probabilities: Tensor, counted: Tensor, mask: Tensor) -> None:
     """Make probabilities of hidden keys, however small, the stage's error."""
-    leaked = torch.where(keep & ~mask[:, None], mine.double().abs(), 0.0)
-    if float(leaked.max()) > 1e-6:
-        best.where = tuple(int(i) for i in torch.unravel_index(leaked.argmax(), leaked.shape))
-        best.found, best.right, best.diverges = float(leaked.max()), 0.0, True
-    best.masked = not mask[best.where[0], best.where[2], best.where[3]]
+    leaked = torch.where(counted & ~mask[:, None], probabilities.double().abs(), 0.0)
+    largest = float(leaked.max())
+    if largest > 1e-6:
+        stage.where = tuple(int(i) for i in torch.unravel_index(leaked.argmax(), leaked.shape))
+        stage.value = largest
+        stage.expected = 0.0
+        stage.diverges = True
+    text, _, query, key = stage.where
+    stage.masked = not mask[text, query, key]
+
+
+def compare_stage(
+    target: Target, tensor: Tensor, padding_mask: Tensor | None
+) -> tuple[Stage, Tensor, Tensor] | None:  # fmt: skip
+    """The comparison of one tensor, the tensor in the reference's shape, and which of its entries count.
+
+    Several rearrangements may fit. If the first one diverges, the one with the smallest error is taken. The result is
+    None if none fits.
+    """
+    reference = target.reference
+    candidates = list(fits(target.name, tensor, tuple(reference.shape), padding_mask))
+    if not candidates:
+        return None
+    stages = [target.stage(fit, given, how) for how, fit, given in candidates]
+    best = 0
+    if stages[0].diverges:
+        different = [int((fit != reference).sum()) for _, fit, _ in candidates]
+        errors = [stage.error for stage in stages]
+        best = min(range(len(stages)), key=lambda i: (errors[i], different[i]))
+    stage = stages[best]
+    how, fit, given = candidates[best]
+    if stage.diverges:
+        for layout, other in in_other_layouts(target.name, fit):
+            if not target.stage(other, given, how).diverges:
+                stage.equal_after = layout
+    return stage, fit, target.counted & given
 
 
 def compare(
-    mine: Mapping[str, Tensor], reference: Mapping[str, Tensor], noise: Mapping[str, Tensor],
-    real: Tensor | None = None, relative: Mapping[str, float] | None = None, margin: float = MARGIN,
+    port: Trace, reference: Trace, noise: Trace, padding_mask: Tensor | None = None,
+    relative: Mapping[str, float] | None = None, margin: float = MARGIN,
 ) -> Report:  # fmt: skip
     """Compare traces stage by stage, in the order of computing.
 
     Args:
-        mine: the stranger's tensors, under the names of `reference.trace.POINTS`.
+        port: the port's tensors, under the names of `reference.trace.POINTS`.
         reference: the same in float64.
         noise: what `measure_noise` returns for the type of `computed_in`; may be empty.
-        real: bool (B, S), False at padding, which is not compared.
+        padding_mask: bool (B, S), False at padding, which is not compared.
         relative: where there is no noise, a right port's largest error over the largest number.
         margin: how many floors of noise an error may be.
     """
+    if relative is None:
+        relative = {}
     masks = {name: tensor.bool() for name, tensor in reference.items() if name.endswith(".mask")}
-    stages, misshapen, fitted = [], [], dict[str, tuple[Tensor, Tensor]]()
-    for name in order(reference.keys() & mine.keys()):
-        right = reference[name]
-        found = list(fits(name, mine[name], right.shape, real))
-        if not found:
-            misshapen.append(f"{name} is {list(mine[name].shape)}, the reference {list(right.shape)}")
+    stages: list[Stage] = []
+    misshapen: list[str] = []
+    fitted: dict[str, tuple[Tensor, Tensor]] = {}
+    for name in order(reference.keys() & port.keys()):
+        exact = reference[name]
+        counted = counts(name, exact.shape, masks, padding_mask)
+        target = Target(name, exact, noise.get(name), relative.get(name, math.nan), counted, margin)
+        result = compare_stage(target, port[name], padding_mask)
+        if result is None:
+            misshapen.append(f"{name} is {list(port[name].shape)}, the reference {list(exact.shape)}")
             continue
-        keep = counts(name, right.shape, masks, real)
-        truth = Truth(name, right, noise.get(name), (relative or {}).get(name, math.nan), keep, margin)
-        tried = [truth.stage(tensor, given, how) for how, tensor, given in found]
-        apart = [(stage.error, int((fit != right).sum())) for stage, (_, fit, _) in zip(tried, found)]
-        place = apart.index(min(apart)) if tried[0].diverges else 0
-        best, (how, tensor, given) = tried[place], found[place]
-        fitted[name] = tensor, keep & given
-        for said, other in relaid(name, tensor) if best.diverges else ():
-            if not truth.stage(other, given, how).diverges:
-                best.equal_after = said
-        if name.endswith(".probabilities") and (mask := masks.get(name.replace("probabilities", "mask"))) is not None:
-            leak(best, tensor, keep, mask)
-        stages.append(best)
-    missing = [name for name in order(reference) if name not in mine and not name.startswith("input.")]
-    unknown = sorted(name for name in mine if name not in reference and not name.startswith("input."))
-    wrong = next((s for s in stages if s.diverges and not s.equal_after), None)
-    judged = any(not math.isnan(s.floor) for s in stages)
+        stage, fit, fit_counted = result
+        mask = masks.get(name.replace("probabilities", "mask"))
+        if name.endswith(".probabilities") and mask is not None:
+            check_leak(stage, fit, counted, mask)
+        stages.append(stage)
+        fitted[name] = (fit, fit_counted)
+
+    missing = [name for name in order(reference) if name not in port and not name.startswith("input.")]
+    unknown = sorted(name for name in port if name not in reference and not name.startswith("input."))
+    wrong = next((stage for stage in stages if stage.diverges and not stage.equal_after), None)
+    judged = any(stage.judged for stage in stages)
     agrees = judged and wrong is None and not misshapen
+    first = None
+    if wrong is not None:
+        first = wrong.name
     sentence = summary(stages, misshapen, wrong)
-    first = None if wrong is None else wrong.name
     return Report(stages, missing, unknown, misshapen, first, agrees, sentence, fitted=fitted)
 
 
 def summary(stages: Sequence[Stage], misshapen: Sequence[str], wrong: Stage | None) -> str:
-    """What was found, in a sentence or two."""
+    """The result in a sentence or two."""
+    if not stages and misshapen:
+        return "nothing to compare: no tensor has the shape that it has in the reference"
     if not stages:
-        lacking = "the shape that it has in" if misshapen else "a name of"
-        return f"nothing to compare: no tensor has {lacking} the reference"
-    said = ""
+        return "nothing to compare: no tensor has a name of the reference"
+    begin = ""
     if len(misshapen) > len(stages):
-        said = f"{len(misshapen)} of {len(misshapen) + len(stages)} stages cannot be compared: {misshapen[0]}. "
+        total = len(misshapen) + len(stages)
+        begin = f"{len(misshapen)} of {total} stages cannot be compared: {misshapen[0]}. "
     if wrong is not None:
-        return f"{said}{wrong.name} diverges first. {wrong.words()}"
-    judged = [s for s in stages if not math.isnan(s.floor)]
-    if judged:
-        said += f"{len(judged)} stage{'s agree' if len(judged) != 1 else ' agrees'}"
-    if layouts := sorted({s.equal_after for s in stages if s.equal_after}):
-        said += f", {sum(bool(s.equal_after) for s in stages)} of them after {' or '.join(layouts)}"
-    if unjudged := len(stages) - len(judged):
-        said += f"{', ' * bool(judged)}{unjudged} cannot be judged: the noise of their type is not known"
-    return said
+        return f"{begin}{wrong.name} diverges first. {wrong.words()}"
+
+    parts = []
+    judged = sum(stage.judged for stage in stages)
+    if judged == 1:
+        parts.append("1 stage agrees")
+    elif judged:
+        parts.append(f"{judged} stages agree")
+    layouts = [stage.equal_after for stage in stages if stage.equal_after]
+    if layouts:
+        parts.append(f"{len(layouts)} of them after {' or '.join(sorted(set(layouts)))}")
+    if judged < len(stages):
+        parts.append(f"{len(stages) - judged} cannot be judged: the noise of their type is not known")
+    return begin + ", ".join(parts)
 
 
 # ------------------------------------------------------------------------------------------------------- output
 
+GREEN, RED, PLAIN = "\x1b[32m", "\x1b[31m", "\x1b[0m"
+
 
 def table(report: Report, colour: bool) -> str:
     """All stages, one line each: largest error, the same relative to the largest value, and in floors of noise."""
-    marks = {"ok": "\x1b[32m", "bad": "\x1b[31m", "end": "\x1b[0m"} if colour else {"ok": "", "bad": "", "end": ""}
-    width = max((len(s.name) for s in report.stages), default=4)
+    width = max((len(stage.name) for stage in report.stages), default=4)
     lines = [f"{'stage':{width}}  {'max error':>10}  {'relative':>10}  {'x noise':>10}"]
-    for s in report.stages:
-        ratio = s.error / s.floor if s.floor > 0 else (0.0 if s.error == 0 else math.inf)
-        times = f"{ratio:10.2f}" if not math.isnan(s.floor) else " " * 10
-        mark = marks["bad" if s.diverges else "ok"]
-        note = "".join(f"  ({said})" for said in (s.how, s.equal_after and f"equal after {s.equal_after}") if said)
-        lines.append(f"{mark}{s.name:{width}}  {s.error:10.3g}  {s.relative:10.3g}  {times}{marks['end']}{note}")
+    for stage in report.stages:
+        line = f"{stage.name:{width}}  {stage.error:10.3g}  {stage.relative:10.3g}  {in_floors(stage):>10}"
+        if colour and stage.diverges:
+            line = f"{RED}{line}{PLAIN}"
+        elif colour:
+            line = f"{GREEN}{line}{PLAIN}"
+        if stage.how:
+            line += f"  ({stage.how})"
+        if stage.equal_after:
+            line += f"  (equal after {stage.equal_after})"
+        lines.append(line)
     return "\n".join(lines)
+
+
+def in_floors(stage: Stage) -> str:
+    """The error of a stage in floors of noise; empty if the noise is unknown."""
+    if not stage.judged:
+        return ""
+    if stage.floor > 0:
+        return f"{stage.error / stage.floor:.2f}"
+    if stage.error == 0:
+        return "0.00"
+    return "inf"
 
 
 def plot(report: Report, path: Path) -> None:
@@ -402,12 +576,19 @@ def plot(report: Report, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(max(6, len(report.stages) / 8), 4), layout="constrained")
-    places = range(len(report.stages))
-    axes.semilogy(places, [s.error or math.nan for s in report.stages], "o-", ms=3, label="error")
-    axes.semilogy(places, [s.floor or math.nan for s in report.stages], "--", label="noise of a right port")
-    axes.set_xticks(list(places), [s.name for s in report.stages], rotation=90, fontsize=5)
+    stages = report.stages
+    places = list(range(len(stages)))
+    figure, axes = pyplot.subplots(figsize=(max(6, len(stages) / 8), 4), layout="constrained")
+    axes.semilogy(places, above_zero([stage.error for stage in stages]), "o-", ms=3, label="error")
+    floors = above_zero([stage.floor for stage in stages])
+    axes.semilogy(places, floors, "--", label="noise of a right port")
+    axes.set_xticks(places, [stage.name for stage in stages], rotation=90, fontsize=5)
     axes.set_ylabel("largest error against float64")
     axes.legend()
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
+
+
+def above_zero(numbers: list[float]) -> list[float]:
+    """The numbers with NaN for 0, which has no place on a logarithmic axis."""
+    return [number if number else math.nan for number in numbers]

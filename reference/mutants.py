@@ -3,9 +3,9 @@
     with MUTANTS["window_plus_1"].applied():
         model(input_ids)                            # computes what the port with that mistake computes
 
-A switch replaces a function or a method of `ministral.py`, `ministral3.py` or `vision.py` for a while; the models know
-nothing of it. `python -m reference mutants` lists them. `python -m reference diff` looks for the one that reproduces a
-stranger's numbers, and the tests are checked with them: each must turn one red.
+A switch replaces a function or a method of `ministral.py`, `ministral3.py` or `vision.py` for a while; the models have
+no code for it. `python -m reference mutants` lists them. `python -m reference diff` looks for the one that reproduces a
+port's numbers, and the tests are checked with them: each must turn one red.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Mutant:
     """One mistake.
 
     Attributes:
-        name: in the field's words.
+        name: in the words that are common for it.
         mistake: what a port with it does, and what is right.
         applied: the switch: a context manager, during which all models make this mistake.
     """
@@ -52,7 +52,10 @@ ROUNDING = {"softmax_not_in_float32", "norm_weight_before_rounding", "query_scal
 
 
 def mutant(switch: Callable[[ExitStack], None]) -> Callable[[ExitStack], None]:
-    """Enter a function into the catalogue that puts its replacements on a stack; its first line says the mistake."""
+    """Enter a function into the catalogue.
+
+    The function puts its replacements on a stack. Its docstring describes the mistake.
+    """
 
     @contextmanager
     def applied() -> Iterator[None]:
@@ -60,7 +63,9 @@ def mutant(switch: Callable[[ExitStack], None]) -> Callable[[ExitStack], None]:
             switch(stack)
             yield
 
-    MUTANTS[switch.__name__] = Mutant(switch.__name__, (switch.__doc__ or "").rstrip("."), applied)
+    name = switch.__name__
+    assert switch.__doc__ is not None
+    MUTANTS[name] = Mutant(name, switch.__doc__.rstrip("."), applied)
     return switch
 
 
@@ -74,27 +79,33 @@ def replace(stack: ExitStack, owner: Any, name: str, make: Callable[[Any], Any])
 
 def rotation(stack: ExitStack, change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
     """Change queries and keys before they are rotated, in the text."""
-    replace(stack, ministral, "apply_rotary_pos_emb", lambda right: lambda q, k, *t: right(*change(q, k), *t))
+
+    def make(right: Any) -> Any:
+        def changed(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+            q, k = change(q, k)
+            return right(q, k, cos, sin)
+
+        return changed
+
+    replace(stack, ministral, "apply_rotary_pos_emb", make)
 
 
 def rows(x: Tensor, reorder: Callable[[Tensor, int], Tensor], heads: int) -> Tensor:
     """Reorder heads (B, heads, S, D) as `reorder` does the rows of the matrix that they come from."""
+    B, count, S, D = x.shape
     flat = x.transpose(1, 2).flatten(2)  # (B, S, rows)
-    order = reorder(torch.arange(flat.shape[2], device=x.device)[:, None], heads)[:, 0]
-    return flat[..., order].view(*flat.shape[:2], x.shape[1], -1).transpose(1, 2)
+    order = reorder(torch.arange(count * D, device=x.device)[:, None], heads)[:, 0]
+    return flat[..., order].view(B, S, count, D).transpose(1, 2)
 
 
 @mutant
 def rope_interleaved(stack: ExitStack) -> None:
     """Rotates neighbouring numbers of a head; weights in Transformers' order need numbers D/2 apart."""
-    def make(right: Any) -> Any:
-        def interleaved(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-            q, k = (rows(x, half_split, x.shape[1]) for x in (q, k))
-            return right(q, k, cos, sin)
 
-        return interleaved
+    def change(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return rows(q, half_split, q.shape[1]), rows(k, half_split, k.shape[1])
 
-    replace(stack, ministral, "apply_rotary_pos_emb", make)
+    rotation(stack, change)
 
 
 @mutant
@@ -106,11 +117,13 @@ def rope_keys_not_permuted(stack: ExitStack) -> None:
 @mutant
 def rope_keys_permuted_by_query_heads(stack: ExitStack) -> None:
     """Reorders the rows of the key matrix with the number of query heads; there are fewer key heads."""
+
     def change(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        heads = q.shape[1]
-        if (k.shape[1] * k.shape[3]) % (2 * heads):
+        H = q.shape[1]
+        _, G, _, D = k.shape
+        if (G * D) % (2 * H):
             return q, k
-        return q, rows(rows(k, interleave, k.shape[1]), half_split, heads)
+        return q, rows(rows(k, interleave, G), half_split, H)
 
     rotation(stack, change)
 
@@ -118,8 +131,13 @@ def rope_keys_permuted_by_query_heads(stack: ExitStack) -> None:
 @mutant
 def yarn_magnitude_1_277(stack: ExitStack) -> None:
     """Multiplies cosine and sine by 0.1 ln(factor) + 1 = 1.277; with mscale = mscale_all_dim it is 1."""
-    replace(stack, YarnRotaryEmbedding, "attention_factor", lambda _: lambda self: (
-        1.0 if self.rope["rope_type"] == "default" else 0.1 * math.log(self.rope["factor"]) + 1))  # fmt: skip
+
+    def attention_factor(self: YarnRotaryEmbedding) -> float:
+        if self.rope["rope_type"] == "default":
+            return 1.0
+        return 0.1 * math.log(self.rope["factor"]) + 1
+
+    replace(stack, YarnRotaryEmbedding, "attention_factor", lambda _: attention_factor)
 
 
 @mutant
@@ -134,7 +152,9 @@ def frequencies(stack: ExitStack, change: Callable[[YarnRotaryEmbedding, Tensor,
     def make(right: Any) -> Any:
         def changed(self: YarnRotaryEmbedding, dtype: torch.dtype) -> Tensor:
             plain = RotaryEmbedding.inverse_frequencies(self, dtype)
-            return plain if self.rope["rope_type"] == "default" else change(self, right(self, dtype), plain)
+            if self.rope["rope_type"] == "default":
+                return plain
+            return change(self, right(self, dtype), plain)
 
         return changed
 
@@ -210,6 +230,7 @@ def query_scale_on_keys(stack: ExitStack) -> None:
 @mutant
 def query_scale_before_rope(stack: ExitStack) -> None:
     """Scales queries before they are rotated. Algebraically equal, as a rotation is linear; only rounding differs."""
+
     def make(_: Any) -> Any:
         def changed(self: Any, q: Tensor, k: Tensor, tables: Any) -> tuple[Tensor, Tensor]:
             cos, sin, scale = tables
@@ -220,42 +241,57 @@ def query_scale_before_rope(stack: ExitStack) -> None:
     replace(stack, Ministral3Attention, "rotate", make)
 
 
-@mutant
-def query_scale_by_cache_position(stack: ExitStack) -> None:
-    """Scales queries by their place in the cache; with padding or explicit positions that is another number."""
+def scaled_at(stack: ExitStack, change: Callable[[Tensor], Tensor]) -> None:
+    """Compute the query scale for other positions than the rotation."""
+
     def make(right: Any) -> Any:
         def changed(self: Any, x: Tensor, position_ids: Tensor) -> Any:
-            places = torch.arange(position_ids.shape[1], device=x.device)[None]
-            return (*right(self, x, position_ids)[:2], right(self, x, places)[2])
+            cos, sin, _ = right(self, x, position_ids)
+            _, _, scale = right(self, x, change(position_ids))
+            return cos, sin, scale
 
         return changed
 
     replace(stack, YarnRotaryEmbedding, "forward", make)
+
+
+@mutant
+def query_scale_by_cache_position(stack: ExitStack) -> None:
+    """Scales queries by their place in the cache; with padding or explicit positions that is another number."""
+    scaled_at(stack, lambda ids: torch.arange(ids.shape[1], device=ids.device)[None])
 
 
 @mutant
 def query_scale_one_early(stack: ExitStack) -> None:
     """Takes floor((p + 1) / L) for floor(p / L): the scale steps one token too early."""
-    def make(right: Any) -> Any:
-        def changed(self: Any, x: Tensor, position_ids: Tensor) -> Any:
-            return (*right(self, x, position_ids)[:2], right(self, x, position_ids + 1)[2])
-
-        return changed
-
-    replace(stack, YarnRotaryEmbedding, "forward", make)
+    scaled_at(stack, lambda ids: ids + 1)
 
 
 # ------------------------------------------------------------------------------------------- masks and positions
 
 
-def window(stack: ExitStack, change: Callable[[str, int | None], tuple[str, int | None]]) -> None:
-    """Build masks for another kind of layer or another window."""
+def layer_kinds(stack: ExitStack, change: Callable[[str, int | None], str]) -> None:
+    """Build masks for another kind of layer."""
 
     def make(right: Any) -> Any:
-        def changed(self: MinistralModel, kind: str, queries: Tensor, keys: Tensor, *rest: Any) -> Any:
-            kind, size = change(kind, self.config.sliding_window)
-            with patch.object(self.config, "sliding_window", size):
-                return right(self, kind, queries, keys, *rest)
+        def changed(self: MinistralModel, kind: str, *arguments: Any) -> Any:
+            return right(self, change(kind, self.config.sliding_window), *arguments)
+
+        return changed
+
+    replace(stack, MinistralModel, "_mask", make)
+
+
+def window(stack: ExitStack, change: Callable[[int], int]) -> None:
+    """Build masks for another window, where there is one."""
+
+    def make(right: Any) -> Any:
+        def changed(self: MinistralModel, *arguments: Any) -> Any:
+            size = self.config.sliding_window
+            if not size:
+                return right(self, *arguments)
+            with patch.object(self.config, "sliding_window", change(size)):
+                return right(self, *arguments)
 
         return changed
 
@@ -265,38 +301,46 @@ def window(stack: ExitStack, change: Callable[[str, int | None], tuple[str, int 
 @mutant
 def window_plus_1(stack: ExitStack) -> None:
     """Lets a query see W keys and itself; it is W keys, itself included."""
-    window(stack, lambda kind, size: (kind, size and size + 1))
+    window(stack, lambda size: size + 1)
 
 
 @mutant
 def window_minus_1(stack: ExitStack) -> None:
     """Lets a query see W - 1 keys, itself included."""
-    window(stack, lambda kind, size: (kind, size and max(size - 1, 1)))
+    window(stack, lambda size: max(size - 1, 1))
 
 
 @mutant
 def window_on_all_layers(stack: ExitStack) -> None:
     """Gives every layer the window; the published params.json gives it to three of four."""
-    window(stack, lambda kind, size: ("sliding_attention" if size else kind, size))
+    layer_kinds(stack, lambda kind, size: "sliding_attention" if size else kind)
 
 
 @mutant
 def window_on_no_layer(stack: ExitStack) -> None:
     """Gives no layer a window."""
-    window(stack, lambda kind, size: ("full_attention", size))
+    layer_kinds(stack, lambda kind, size: "full_attention")
 
 
 @mutant
 def positions_through_padding(stack: ExitStack) -> None:
     """Counts positions through padding; they skip it."""
+
+    def make(right: Any) -> Any:
+        def changed(self: Any, x: Tensor, position_ids: Tensor) -> Any:
+            places = torch.arange(position_ids.shape[1], device=x.device)
+            return right(self, x, places.expand_as(position_ids))
+
+        return changed
+
     for cls in (RotaryEmbedding, YarnRotaryEmbedding):
-        replace(stack, cls, "forward", lambda right: lambda self, x, position_ids: right(
-            self, x, torch.arange(position_ids.shape[1], device=x.device)[None].expand_as(position_ids)))  # fmt: skip
+        replace(stack, cls, "forward", make)
 
 
 @mutant
 def bos_missing(stack: ExitStack) -> None:
     """Feeds the text without the first token, <s>."""
+
     def make(right: Any) -> Any:
         def changed(self: Any, input_ids: Tensor | None = None, *rest: Any, **named: Any) -> Any:
             if input_ids is None or input_ids.shape[1] == 1:
@@ -318,28 +362,33 @@ def bos_missing(stack: ExitStack) -> None:
 @mutant
 def gqa_tiled(stack: ExitStack) -> None:
     """Gives neighbouring query heads different key heads (repeats the list of key heads, not each one)."""
+    sdpa = ministral.ATTENTION["sdpa"]
+
     def tile(x: Tensor, groups: int) -> Tensor:
         return x.repeat(1, groups, 1, 1)
 
-    def make(right: Any) -> Any:  # the fused kernel groups by itself, unless there are as many key heads as query heads
-        return lambda q, k, v, *rest: right(q, *(tile(x, q.shape[1] // x.shape[1]) for x in (k, v)), *rest)
+    # The fused kernel groups by itself, unless there are as many key heads as query heads.
+    def tiled(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
+        groups = q.shape[1] // k.shape[1]
+        return sdpa(q, tile(k, groups), tile(v, groups), *rest)
 
     replace(stack, ministral, "repeat_kv", lambda _: tile)
-    stack.enter_context(patch.dict(ministral.ATTENTION, sdpa=make(ministral.ATTENTION["sdpa"])))
+    stack.enter_context(patch.dict(ministral.ATTENTION, sdpa=tiled))
 
 
 @mutant
 def head_dim_from_hidden_size(stack: ExitStack) -> None:
     """Divides scores by the root of hidden_size / heads; head_dim is a number of its own."""
+
     def make(right: Any) -> Any:
         def changed(self: MinistralAttention, *arguments: Any) -> Any:
             size = self.config.hidden_size // self.config.num_attention_heads
+            name = self.config.attn_implementation
+            original = ministral.ATTENTION[name]
 
             def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any, _: float, dropout: float) -> Any:
                 return original(q, k, v, mask, size**-0.5, dropout)
 
-            name = self.config.attn_implementation
-            original = ministral.ATTENTION[name]
             with patch.dict(ministral.ATTENTION, {name: attend}):
                 return right(self, *arguments)
 
@@ -351,6 +400,7 @@ def head_dim_from_hidden_size(stack: ExitStack) -> None:
 @mutant
 def softmax_not_in_float32(stack: ExitStack) -> None:
     """Rounds every step of the softmax to the weights' type; it is float32 for 16-bit types."""
+
     def softmax(x: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
         powers = (x - x.amax(dim, keepdim=True)).exp()
         return powers / powers.sum(dim, keepdim=True)
@@ -361,6 +411,7 @@ def softmax_not_in_float32(stack: ExitStack) -> None:
 @mutant
 def norm_weight_before_rounding(stack: ExitStack) -> None:
     """Multiplies by the norm's weight in float32 and rounds then; it is rounded before."""
+
     def make(_: Any) -> Any:
         def changed(self: RMSNorm, x: Tensor) -> Tensor:
             h = x.to(pretrained.at_least_float32(x.dtype))
@@ -375,9 +426,13 @@ def norm_weight_before_rounding(stack: ExitStack) -> None:
 @mutant
 def norm_epsilon(stack: ExitStack) -> None:
     """Takes another epsilon in norms: 1e-6 for 1e-5, or the reverse."""
+
     def make(right: Any) -> Any:
         def changed(self: RMSNorm, x: Tensor) -> Tensor:
-            with patch.object(self, "eps", self.eps * (0.1 if self.eps > 5e-6 else 10)):
+            factor = 10.0
+            if self.eps > 5e-6:
+                factor = 0.1
+            with patch.object(self, "eps", self.eps * factor):
                 return right(self, x)
 
         return changed
@@ -388,16 +443,18 @@ def norm_epsilon(stack: ExitStack) -> None:
 @mutant
 def head_tied(stack: ExitStack) -> None:
     """Takes the embeddings for the head though the file has a head."""
+
+    def make(right: Any) -> Any:
+        def changed(self: Any, *arguments: Any, **named: Any) -> Any:
+            text = self.model
+            if not isinstance(text, MinistralModel):
+                text = text.language_model
+            with patch.object(self.lm_head, "forward", lambda x: F.linear(x, text.embed_tokens.weight)):
+                return right(self, *arguments, **named)
+
+        return changed
+
     for cls in (MinistralForCausalLM, Mistral3ForConditionalGeneration):
-
-        def make(right: Any) -> Any:
-            def changed(self: Any, *arguments: Any, **named: Any) -> Any:
-                text = self.model if isinstance(self.model, MinistralModel) else self.model.language_model
-                with patch.object(self.lm_head, "forward", lambda x: F.linear(x, text.embed_tokens.weight)):
-                    return right(self, *arguments, **named)
-
-            return changed
-
         replace(stack, cls, "forward", make)
 
 
@@ -407,10 +464,12 @@ def head_tied(stack: ExitStack) -> None:
 @mutant
 def merger_patch_by_patch(stack: ExitStack) -> None:
     """Appends the numbers of merged patches, patch by patch; they are interleaved, channel by channel."""
+
     def make(right: Any) -> Any:
         def changed(self: Mistral3PatchMerger, x: Tensor, grids: Any) -> Tensor:
-            size, area = self.merging_layer.weight.shape[0], self.merge**2
-            weight = self.merging_layer.weight.view(size, area, -1).transpose(1, 2).reshape(size, -1)
+            weight = self.merging_layer.weight
+            size = weight.shape[0]
+            weight = weight.view(size, self.merge**2, -1).transpose(1, 2).reshape(size, -1)
             with patch.object(self.merging_layer, "forward", lambda merged: F.linear(merged, weight)):
                 return right(self, x, grids)
 
@@ -422,15 +481,24 @@ def merger_patch_by_patch(stack: ExitStack) -> None:
 @mutant
 def vision_axes_swapped(stack: ExitStack) -> None:
     """Swaps the frequencies of rows and columns of patches."""
-    replace(stack, PixtralRotaryEmbedding, "forward",
-            lambda right: lambda self, x, position_ids: right(self, x, position_ids.flip(-1)))  # fmt: skip
+
+    def make(right: Any) -> Any:
+        def changed(self: PixtralRotaryEmbedding, x: Tensor, position_ids: Tensor) -> Any:
+            return right(self, x, position_ids.flip(-1))
+
+        return changed
+
+    replace(stack, PixtralRotaryEmbedding, "forward", make)
 
 
 class Namespace:
     """A module with some of its functions replaced."""
 
     def __init__(self, module: Any, **changes: Any) -> None:
-        self._module, self._changes = module, changes
+        self._module = module
+        self._changes = changes
 
     def __getattr__(self, name: str) -> Any:
-        return self._changes.get(name) or getattr(self._module, name)
+        if name in self._changes:
+            return self._changes[name]
+        return getattr(self._module, name)

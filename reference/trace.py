@@ -1,4 +1,4 @@
-"""Record what a model computes, tensor by tensor, under names that do not depend on this code.
+"""Record a model's intermediates, tensor by tensor, under names that do not depend on this code.
 
     trace = record(model, input_ids)          # {"embedding": ..., "layers.0.input_norm": ..., ..., "logits": ...}
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -37,8 +37,8 @@ from vision_config import Mistral3Config
 FORMAT = "1"
 
 # name -> (dimensions, meaning), in the order of computing. N is a layer; B texts, S tokens, T keys, E hidden size,
-# H heads, G key heads, D numbers of a head, F intermediate size, V vocabulary; P patches of all pictures, C their size,
-# M merged patches.
+# H heads, G key heads, D numbers of a head, F intermediate size, V vocabulary; P patches of all images, C their size,
+# M merged patches. The words are written to golden/manifest.json, whose bytes are tested ("pictures" are images).
 POINTS: dict[str, tuple[str, str]] = {
     "vision.patches": ("P C", "patches of the pictures, after the convolution"),
     "vision.ln_pre": ("P C", "normed"),
@@ -126,77 +126,99 @@ LAYER = re.compile(r"(?<=layers\.)\d+")
 
 
 def order(names: Iterable[str]) -> list[str]:
-    """Names of points in the order of computing: layer by layer, the encoder first. Names of nothing here come last."""
+    """Names of points in the order of computing: layer by layer, the encoder first. Unknown names come last."""
     places = {name: place for place, name in enumerate(POINTS)}
-    first_of_layers = {"vision.": places["vision.layers.N.input_norm"], "": places["layers.N.input_norm"]}
 
     def key(name: str) -> tuple[int, int, int, str]:
         general = LAYER.sub("N", name)
+        layer = LAYER.search(name)
         if general not in places:
             return len(places), 0, 0, name
-        if not (layer := LAYER.search(name)):
+        if layer is None:
             return places[general], 0, 0, name
-        return first_of_layers["vision." * name.startswith("vision.")], int(layer[0]), places[general], name
+        first = "layers.N.input_norm"
+        if is_vision(name):
+            first = "vision.layers.N.input_norm"
+        return places[first], int(layer[0]), places[general], name
 
     return sorted(names, key=key)
+
+
+def is_vision(name: str) -> bool:
+    """Whether a point or a layer is part of the image encoder."""
+    return name.startswith("vision.")
 
 
 class Recorder:
     """Collects tensors while a model runs; see `record`."""
 
-    def __init__(self, parts: Sequence[Any], keep: Callable[[str], bool]) -> None:
-        self.keep, self.trace = keep, dict[str, Tensor]()
+    def __init__(self, text: Any, vision: Any, keep: Callable[[str], bool]) -> None:
+        self.text = text  # configuration of the language model
+        self.vision = vision  # and of the encoder, if there is one
+        self.keep = keep
+        self.trace: dict[str, Tensor] = {}
         self.layer = ""  # the one that is running: "layers.3" or "vision.layers.3"
-        # Of the language model and of the encoder:
-        self.head_dim, self.act = [part.head_dim for part in parts], [ACTIVATIONS[part.hidden_act] for part in parts]
 
-    def note(self, point: str, tensor: Tensor) -> None:
+    def add(self, point: str, tensor: Tensor) -> None:
         """Keep a copy under the name of a point, whose N becomes the number of the running layer."""
         name = point.replace("layers.N", self.layer.removeprefix("vision."))
         if self.keep(name):
             self.trace[name] = tensor.detach().clone()
 
     def watch(self, model: PreTrainedModel) -> list[Any]:
-        """Hooks on the modules of MODULES and on the layers; returns their handles."""
+        """Put hooks on the modules of MODULES and on the layers; returns their handles."""
         handles: list[Any] = []
         for path, module in model.named_modules():
             name = path.removeprefix("model.").removeprefix("language_model.")
             if isinstance(module, (MinistralDecoderLayer, PixtralAttentionLayer)):
                 layer = name.replace("vision_tower.transformer.", "vision.")
                 handles.append(module.register_forward_pre_hook(partial(self._enter, layer)))
-            if (points := MODULES.get(LAYER.sub("N", name))) is not None:
+            points = MODULES.get(LAYER.sub("N", name))
+            if points is not None:
                 handles.append(module.register_forward_hook(partial(self._leave, *points)))
         return handles
 
     def _enter(self, layer: str, _: nn.Module, arguments: tuple[Any, ...]) -> None:
         self.layer = layer
         if layer == "layers.0":
-            self.note("embedding", arguments[0])
-        elif layer.startswith("vision."):
+            self.add("embedding", arguments[0])
+        elif is_vision(layer):
             cos, sin = arguments[1]
-            self.note("vision.cos", cos[0])
-            self.note("vision.sin", sin[0])
+            self.add("vision.cos", cos[0])
+            self.add("vision.sin", sin[0])
 
-    def _leave(self, before: str | None, after: str | None, module: nn.Module, given: Any, result: Any) -> None:
-        result = result[0] if isinstance(result, tuple) else result
-        for point, tensor in ((before, given[0]), (after, result)):
-            if point is None:
-                continue
-            tensor = tensor[0] if point.startswith("vision.") and tensor.ndim == 3 else tensor  # (1, P, C)
-            if point.endswith((".q", ".k", ".v")):
-                D = self.head_dim[point.startswith("vision.")]
-                tensor = tensor.view(*tensor.shape[:-1], -1, D).transpose(-3, -2)
-            self.note(point, tensor)
-            if point.endswith(".gate"):
-                act = self.act[point.startswith("vision.")]
-                self.note(point.replace("gate", "activation"), act(tensor))
+    def _leave(self, before: str | None, after: str | None, _: nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(output, tuple):
+            output = output[0]
+        if before is not None:
+            self._add_of_module(before, inputs[0])
+        if after is not None:
+            self._add_of_module(after, output)
 
-    def rotate(self, original: Callable[..., tuple[Tensor, Tensor]], *arguments: Tensor) -> tuple[Tensor, Tensor]:
+    def _add_of_module(self, point: str, tensor: Tensor) -> None:
+        config = self.text
+        if is_vision(point):
+            config = self.vision
+            if tensor.ndim == 3:  # (1, P, C)
+                tensor = tensor[0]
+        if point.endswith((".q", ".k", ".v")):
+            tensor = tensor.view(*tensor.shape[:-1], -1, config.head_dim).transpose(-3, -2)
+        self.add(point, tensor)
+        if point.endswith(".gate"):
+            activation = ACTIVATIONS[config.hidden_act](tensor)
+            self.add(point.replace("gate", "activation"), activation)
+
+    def rotate(
+        self, original: Callable[..., tuple[Tensor, Tensor]], *arguments: Tensor
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """In the place of `apply_rotary_pos_emb`."""
         q, k = original(*arguments)
-        vision = "vision." * self.layer.startswith("vision.")
-        for name, tensor in (("q_rotated", q), ("k_rotated", k)):
-            self.note(f"{vision}layers.N.attention.{name}", tensor[0] if vision else tensor)
+        if is_vision(self.layer):
+            self.add("vision.layers.N.attention.q_rotated", q[0])
+            self.add("vision.layers.N.attention.k_rotated", k[0])
+        else:
+            self.add("layers.N.attention.q_rotated", q)
+            self.add("layers.N.attention.k_rotated", k)
         return q, k
 
     def attend(
@@ -205,45 +227,58 @@ class Recorder:
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """In the place of `eager_attention`."""
         out, probabilities = original(q, k, v, mask, scaling, dropout)
+        assert probabilities is not None
         keys = ministral.repeat_kv(k, q.shape[1] // k.shape[1])
         scores = torch.matmul(q, keys.transpose(2, 3)) * scaling
-        seen = torch.ones(q.shape[0], 1, *scores.shape[2:], dtype=torch.bool, device=q.device)
-        seen = seen.tril(scores.shape[3] - scores.shape[2]) if mask is None else seen & mask
-        found = {"q_scaled": q, "scores": scores, "mask": seen[:, 0], "probabilities": probabilities}
-        for name, tensor in found.items():
-            assert tensor is not None
-            self.note(f"layers.N.attention.{name}", tensor)
+        B, _, S, T = scores.shape
+        visible = torch.ones(B, 1, S, T, dtype=torch.bool, device=q.device)
+        if mask is None:
+            visible = visible.tril(T - S)
+        else:
+            visible = visible & mask
+        self.add("layers.N.attention.q_scaled", q)
+        self.add("layers.N.attention.scores", scores)
+        self.add("layers.N.attention.mask", visible[:, 0])
+        self.add("layers.N.attention.probabilities", probabilities)
         return out, probabilities
 
 
 @torch.no_grad()
 def record(
-    model: PreTrainedModel, input_ids: Tensor, keep: Callable[[str], bool] = lambda name: True, **arguments: Any
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    keep: Callable[[str], bool] = lambda name: True,
+    **arguments: Any,
 ) -> dict[str, Tensor]:
-    """Run a model over whole texts, eager and without cache, and return its intermediates by name, in the order of
-    computing, in the model's dtype ("mask" is bool).
+    """Run a model over whole texts, eager and without cache, and return its intermediates.
+
+    They are sorted by name in the order of computing, in the model's dtype ("mask" is bool).
 
     Args:
+        model: any causal language model of this project, or the vision model.
         input_ids: (B, S).
         keep: which names are kept.
         arguments: attention_mask, position_ids, pixel_values, image_sizes: see `forward` of the model.
     """
-    parts = [model.config.get_text_config()]
+    text_config = model.config.get_text_config()
+    parts = [text_config]
+    vision_config = None
     if isinstance(model.config, Mistral3Config):
-        parts.append(model.config.vision_config)
-    recorder = Recorder(parts, keep)
+        vision_config = model.config.vision_config
+        parts.append(vision_config)
+    recorder = Recorder(text_config, vision_config, keep)
+    if arguments.get("attention_mask") is None:  # without one, jumps in position_ids would begin new texts
+        arguments["attention_mask"] = torch.ones_like(input_ids)
     with ExitStack() as stack:
         for part in parts:
             stack.enter_context(patch.object(part, "attn_implementation", "eager"))
         for module in (ministral, vision):
-            original = module.apply_rotary_pos_emb
-            stack.enter_context(patch.object(module, "apply_rotary_pos_emb", partial(recorder.rotate, original)))
+            rotate = partial(recorder.rotate, module.apply_rotary_pos_emb)
+            stack.enter_context(patch.object(module, "apply_rotary_pos_emb", rotate))
         attend = partial(recorder.attend, ministral.ATTENTION["eager"])
         stack.enter_context(patch.dict(ministral.ATTENTION, eager=attend))
         for handle in recorder.watch(model):
             stack.callback(handle.remove)
-        if arguments.get("attention_mask") is None:  # without one, jumps in position_ids would begin new texts
-            arguments["attention_mask"] = torch.ones_like(input_ids)
         model(input_ids.to(model.device), use_cache=False, **arguments)
     return {name: recorder.trace[name] for name in order(recorder.trace)}
 
@@ -260,15 +295,15 @@ def rounded_differently(model: PreTrainedModel, seed: int) -> Iterator[None]:
 
     def change(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         if isinstance(module, nn.Linear):
-            order_of_terms = torch.randperm(module.in_features, generator=generator).to(output.device)
-            weight = module.weight[:, order_of_terms]
-            output = F.linear(inputs[0][..., order_of_terms], weight, module.bias)
+            terms = torch.randperm(module.in_features, generator=generator).to(output.device)
+            output = F.linear(inputs[0][..., terms], module.weight[:, terms], module.bias)
         half_unit = torch.finfo(output.dtype).eps / 2
         steps = 2 * torch.rand(output.shape, generator=generator, dtype=torch.float64) - 1
-        return (output.double() * (1 + half_unit * steps.to(output.device))).to(output.dtype)
+        moved = output.double() * (1 + half_unit * steps.to(output.device))
+        return moved.to(output.dtype)
 
-    kinds = (nn.Linear, nn.Conv2d, RMSNorm)
-    handles = [module.register_forward_hook(change) for module in model.modules() if isinstance(module, kinds)]
+    modules = [module for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv2d, RMSNorm))]
+    handles = [module.register_forward_hook(change) for module in modules]
     try:
         yield
     finally:
@@ -284,10 +319,14 @@ def dimensions(name: str) -> str:
     return POINTS.get(LAYER.sub("N", name), ("", ""))[0]
 
 
-def save(path: Path, trace: Mapping[str, Tensor], inputs: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-    """Write a trace with its inputs ("input.input_ids", ...), the names of all dimensions, and what it is about, in the
-    metadata of a safetensors file: JSON under the single key "trace", because the library writes several keys in any
-    order. The same trace gives the same bytes."""
+def save(
+    path: Path, trace: Mapping[str, Tensor], inputs: Mapping[str, Tensor], about: Mapping[str, Any]
+) -> None:  # fmt: skip
+    """Write a trace with its inputs ("input.input_ids", ...) to a safetensors file.
+
+    The names of all dimensions and `about` (its model, type, prompt) are in the metadata: JSON under the single key
+    "trace", because the library writes several keys in any order. The same trace gives the same bytes.
+    """
     tensors = {name: tensor.cpu().contiguous() for name, tensor in trace.items()}
     tensors |= {f"input.{name}": tensor.cpu().contiguous() for name, tensor in inputs.items()}
     described = {name: dimensions(name) for name in trace}
@@ -297,7 +336,7 @@ def save(path: Path, trace: Mapping[str, Tensor], inputs: Mapping[str, Tensor], 
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a .safetensors or .npz file, in the order of computing, and what a trace says it is about.
+    """The tensors of a .safetensors or .npz file, in the order of computing, and the `about` of a trace.
 
     Raises:
         FileNotFoundError: no such file.
@@ -311,8 +350,13 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 tensors = {name: torch.from_numpy(np.array(arrays[name])) for name in arrays}
             return {name: tensors[name] for name in order(tensors)}, {}
         with safe_open(path, framework="pt") as file:
-            found = {name: file.get_tensor(name) for name in order(file.keys())}
-            about = json.loads((file.metadata() or {}).get("trace", "{}"))
-            return found, about if isinstance(about, dict) else {}
+            tensors = {name: file.get_tensor(name) for name in order(file.keys())}
+            about = {}
+            metadata = file.metadata()
+            if metadata is not None:
+                about = json.loads(metadata.get("trace", "{}"))
     except (SafetensorError, OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is no trace ({error}); allowed: .safetensors or .npz") from error
+    if not isinstance(about, dict):
+        about = {}
+    return tensors, about

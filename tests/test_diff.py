@@ -1,4 +1,4 @@
-"""`python -m reference diff` and `record`: where a port diverges first, in words, and that a right one does not."""
+"""`python -m reference diff` and `record`: they name where a port diverges first; a right port does not diverge."""
 
 import json
 import shutil
@@ -78,7 +78,7 @@ def test_the_first_divergence_and_its_cause_are_named(capsys, mutated, mistake):
     assert f"match mutant {mistake!r}" in out.splitlines()[1]
 
 
-def test_a_hidden_key_that_is_seen_is_said_in_words(capsys, mutated):
+def test_a_hidden_key_that_is_seen_is_described(capsys, mutated):
     path = mutated("ministral", "window_plus_1", change=lambda t: {k: v for k, v in t.items() if "mask" not in k})
     code, out, _ = diff(capsys, path, HERE / "ministral" / "float64.safetensors")
     assert code == 1 and "layers.1.attention.probabilities diverges first. layer 1, " in out
@@ -97,7 +97,7 @@ def test_logits_alone_are_enough(capsys, mutated):
 
 
 def test_other_shapes_names_types_and_files(capsys, mutated, tmp_path):
-    """Transposed, flattened, without the batch of one, float16, .npz, renamed: all that is not a mistake."""
+    """Transposed, flattened, without the batch of one, float16, .npz, renamed: none of that is a mistake."""
     trace, _, _ = golden_inputs("mistral3")
     mine = {
         "embedding": trace["embedding"][0].half(),
@@ -121,10 +121,10 @@ def test_other_shapes_names_types_and_files(capsys, mutated, tmp_path):
 
 
 def test_a_mistake_that_acts_later_than_the_first_divergence_is_not_named(capsys, mutated, tmp_path):
-    truth, _ = load(HERE / "ministral" / "bfloat16.safetensors")
+    expected, _ = load(HERE / "ministral" / "bfloat16.safetensors")
     logits, _ = load(mutated("ministral", "window_plus_1"))
     for factor, name in ((1, "window_plus_1"), (2, None)):  # no window makes embeddings twice as large
-        mine = {"embedding": truth["embedding"] * factor, "logits": logits["logits"]}
+        mine = {"embedding": expected["embedding"] * factor, "logits": logits["logits"]}
         save_file(mine, tmp_path / "two.safetensors")
         out = diff(capsys, tmp_path / "two.safetensors", HERE / "ministral" / "float64.safetensors", "--json")[1]
         assert json.loads(out)["mutant"] == name
@@ -143,8 +143,8 @@ def test_right_ports_agree(capsys, tmp_path):
         reference = HERE / name / "float64.safetensors"
         _, given, _ = golden_inputs(name)
         weights = numpy({n: t.double() for n, t in load_file(HERE / name / "hf" / "model.safetensors").items()})
-        truth = forward(json.loads((HERE / name / "hf" / "config.json").read_text()), weights, **numpy(given))
-        np.savez(tmp_path / "oracle.npz", **truth)
+        expected = forward(json.loads((HERE / name / "hf" / "config.json").read_text()), weights, **numpy(given))
+        np.savez(tmp_path / "oracle.npz", **expected)
         bfloat16, _ = load(HERE / name / "bfloat16.safetensors")
         np.savez(tmp_path / "wide.npz", logits=bfloat16["logits"].float().flatten(0, 1).numpy(),
                  final_norm=bfloat16["final_norm"].float().numpy())  # fmt: skip
@@ -192,13 +192,13 @@ def test_a_wrong_dump_still_diverges(capsys, tmp_path):
     trace, _ = load(HERE / "ministral" / "bfloat16.safetensors")
     mask = trace["layers.1.attention.mask"].clone()
     mask[0, 9, 9] = False
-    for wrong, said in (({"layers.1.attention.mask": ~mask}, "layer 1, query 9, key 9"),
-                        ({"logits": trace["logits"][:, 3].clone()}, "position 19"),
-                        ({"logits": trace["logits"] * torch.inf}, "logits diverges first"),
-                        ({"logits": torch.zeros(2, 20, 40, dtype=torch.int32)}, "holds 0")):  # fmt: skip
+    for wrong, words in (({"layers.1.attention.mask": ~mask}, "layer 1, query 9, key 9"),
+                         ({"logits": trace["logits"][:, 3].clone()}, "position 19"),
+                         ({"logits": trace["logits"] * torch.inf}, "logits diverges first"),
+                         ({"logits": torch.zeros(2, 20, 40, dtype=torch.int32)}, "holds 0")):  # fmt: skip
         save_file(wrong, tmp_path / "wrong.safetensors")
         code, out, _ = diff(capsys, tmp_path / "wrong.safetensors", HERE / "ministral" / "float64.safetensors")
-        assert code == 1 and said in out.splitlines()[0]
+        assert code == 1 and words in out.splitlines()[0]
 
 
 def test_what_is_computed_from_coarse_numbers_has_their_noise(capsys, tmp_path):
@@ -214,10 +214,10 @@ def test_what_is_computed_from_coarse_numbers_has_their_noise(capsys, tmp_path):
     assert code == 1 and "if that is its type, say --dtype bfloat16" in out.splitlines()[1]
     code, out, _ = diff(capsys, tmp_path / "head.safetensors", reference, "--dtype", "bfloat16")
     assert code == 0 and out.startswith("1 stage agrees")
-    truth, _ = load(reference)
-    assert set(computed_in(truth, truth).values()) == {torch.float64}
+    expected, _ = load(reference)
+    assert set(computed_in(expected, expected).values()) == {torch.float64}
     exact, _ = load(HERE / "ministral3" / "float32.safetensors")
-    assert set(computed_in(exact, truth).values()) == {torch.float32}
+    assert set(computed_in(exact, expected).values()) == {torch.float32}
     assert narrowest(exact["embedding"]) == torch.bfloat16  # though it was computed in float32
 
 
@@ -246,7 +246,7 @@ def test_a_right_port_agrees_without_the_model(capsys, tmp_path, name, kind):
         assert code == 0 and " stages agree" in out and "mistake" not in out
         assert ("the traces beside it" if copied else "the table in docs/numerics.md") in err
     trace, _ = load(mine)
-    save_file({"embedding": trace["embedding"] * 2}, tmp_path / "bfloat16.safetensors")  # no trace: nobody's noise
+    save_file({"embedding": trace["embedding"] * 2}, tmp_path / "bfloat16.safetensors")  # no trace: not used
     code, out, _ = diff(capsys, tmp_path / "bfloat16.safetensors", tmp_path / "float64.safetensors")
     assert code == 1 and out.startswith("embedding diverges first")
 
@@ -274,7 +274,7 @@ def test_the_fp8_copies_are_references(capsys, tmp_path, name):
         ("vision.layers.0.mlp.down", (48, 16), "vision layer 0, patch 47, number 15"),
     ],
 )
-def test_places_are_said_in_words(name, shape, words):
+def test_places_are_described(name, shape, words):
     right, wrong = torch.zeros(shape), torch.zeros(shape)
     wrong.view(-1)[-1] = torch.inf
     stage = compare({name: wrong}, {name: right.double()}, {}).stages[0]
@@ -290,7 +290,7 @@ def test_what_cannot_be_compared_comes_first_where_it_is_most(capsys, tmp_path):
     assert "1 stage agrees" in out.splitlines()[0] and "no known mistake" not in out
 
 
-def test_a_leak_through_the_mask_is_seen_however_small(capsys, tmp_path):
+def test_a_leak_through_the_mask_is_reported_however_small(capsys, tmp_path):
     trace, _ = load(HERE / "ministral3" / "bfloat16.safetensors")
     probabilities = trace["layers.0.attention.probabilities"].clone()
     probabilities[0, 2, 5, 9] = 0.001
@@ -342,9 +342,9 @@ def test_a_trace_of_ones_own(capsys, tmp_path):
     trace, about = load(tmp_path / "far.safetensors")
     assert code == 0 and trace["input.position_ids"].tolist() == [[0, 1000, 1001]] and about["dtype"] == "float64"
     assert {name.rpartition(".")[2] for name in trace if not name.startswith("input")} == {"logits", "q_scaled"}
-    truth = record(load_model(BUNDLED, torch.float64), torch.tensor([[1, 50, 60]]),
-                   position_ids=torch.tensor([[0, 1000, 1001]]))  # fmt: skip
-    assert trace["logits"].equal(truth["logits"])
+    expected = record(load_model(BUNDLED, torch.float64), torch.tensor([[1, 50, 60]]),
+                      position_ids=torch.tensor([[0, 1000, 1001]]))  # fmt: skip
+    assert trace["logits"].equal(expected["logits"])
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
-"""Which known mistake reproduces a stranger's logits: the right one, none for a right port, and none for a mistake that
-the catalogue does not have. In models that were never seen before, in bfloat16."""
+"""The known mistake that reproduces a port's logits: the right one, none for a right port, and none for a mistake that
+the catalogue does not have. The models are random and in bfloat16."""
 
 import copy
 import math
@@ -27,7 +27,7 @@ from reference.explain import explain
 from reference.mutants import MUTANTS, ROUNDING, replace, rows
 from reference.trace import dimensions, record
 from tests.cases import VOCAB, draw_case, draw_config, pair
-from tests.test_vision import draw_case as draw_seeing_case
+from tests.test_vision import draw_case as draw_vision_case
 from vision import Mistral3Config
 
 rngs = st.randoms(use_true_random=False)
@@ -46,7 +46,7 @@ def one_thread():
 def draw_model(rng, mistake):
     """A bfloat16 model of a kind that can make a mistake, its float64 copy, and an input."""
     if MUTANTS[mistake].name in ("merger_patch_by_patch", "vision_axes_swapped"):
-        case = draw_seeing_case(rng, dtype=torch.bfloat16, images=rng.randint(1, 2))
+        case = draw_vision_case(rng, dtype=torch.bfloat16, images=rng.randint(1, 2))
         model, inputs = case.ours, {name: v for name, v in case.arguments().items() if v is not None}
     else:
         family = {"yarn": "ministral3", "quer": "ministral3", "wind": "ministral"}.get(mistake[:4])
@@ -97,7 +97,7 @@ def permuted(model, rng):
 
 
 def runs(mistake, count, another_order=False):
-    """What a port with a mistake computes, for `count` random models and inputs: (its logits, model, exact, inputs).
+    """The logits of a port with a mistake, for `count` random models and inputs: (logits, model, exact, inputs).
     Models in which the mistake changes nothing are left out: where it makes no difference in exact arithmetic, and
     where the logits of the port are the right ones bit for bit, because those prove nothing."""
     seed = 0
@@ -106,36 +106,36 @@ def runs(mistake, count, another_order=False):
         rng = random.Random(f"{mistake} {seed}")
         model, exact, inputs = draw_model(rng, mistake)
         port = permuted(model, rng)[0] if another_order and "pixel_values" not in inputs else model
-        right, truth = logits_of(model, inputs), logits_of(exact, inputs)
+        right, expected = logits_of(model, inputs), logits_of(exact, inputs)
         with MUTANTS[mistake].applied():
             mine, moved = logits_of(port, inputs), logits_of(exact, inputs)
-        same = mistake not in ROUNDING and torch.allclose(moved, truth[:, -moved.shape[1] :])
+        same = mistake not in ROUNDING and torch.allclose(moved, expected[:, -moved.shape[1] :])
         if not same and not mine.equal(right[:, -mine.shape[1] :]):
             count -= 1
             yield mine, model, exact, inputs
 
 
-def named(said):
+def named(sentence):
     """The mistakes that a sentence of `explain` names: the likeliest, and those that do the same."""
-    found = re.search(r"match mutant '(\w+)'.*?(?: \(and ([\w, ]+), which do the same here\))?:", said)
-    return [] if found is None else [found[1], *(found[2] or "").split(", ")]
+    match = re.search(r"match mutant '(\w+)'.*?(?: \(and ([\w, ]+), which do the same here\))?:", sentence)
+    return [] if match is None else [match[1], *(match[2] or "").split(", ")]
 
 
 @pytest.mark.parametrize("mistake", MUTANTS)
 def test_the_right_mutant_is_named_from_logits_alone(mistake):
     """In at least 95 % of models in which it changes a bit of the logits. Here 8 models for each of the 28 mistakes,
     more with MUTANT_RUNS=n; what was measured with many is in docs/numerics.md."""
-    found = [mistake in named(explain(*run)[1]) for run in runs(mistake, RUNS)]
-    print(f"{mistake}: {sum(found)} of {len(found)}")
-    assert sum(found) >= 0.95 * len(found)
+    hits = [mistake in named(explain(*run)[1]) for run in runs(mistake, RUNS)]
+    print(f"{mistake}: {sum(hits)} of {len(hits)}")
+    assert sum(hits) >= 0.95 * len(hits)
 
 
 def test_the_right_mutant_is_named_for_a_port_that_sums_in_another_order():
     """The same for all mistakes together, for ports that have another order of hidden units."""
-    found = {mistake: [mistake in named(explain(*run)[1]) for run in runs(mistake, max(1, RUNS // 4), True)]
-             for mistake in MUTANTS}  # fmt: skip
-    hits = [hit for runs_of_one in found.values() for hit in runs_of_one]
-    print(f"{sum(hits)} of {len(hits)}; not all of {[name for name, hit in found.items() if not all(hit)]}")
+    by_name = {mistake: [mistake in named(explain(*run)[1]) for run in runs(mistake, max(1, RUNS // 4), True)]
+               for mistake in MUTANTS}  # fmt: skip
+    hits = [hit for runs_of_one in by_name.values() for hit in runs_of_one]
+    print(f"{sum(hits)} of {len(hits)}; not all of {[name for name, hit in by_name.items() if not all(hit)]}")
     assert sum(hits) >= 0.95 * len(hits) - 1  # with few runs one more than 5 % proves nothing
 
 
@@ -196,18 +196,18 @@ def another_activation(stack):
 
 
 def padding_visible(stack):
-    replace(stack, MinistralModel, "_mask", lambda right: lambda self, kind, q, k, real, packed: right(
-        self, kind, q, k, None if real is None else torch.ones_like(real), packed))  # fmt: skip
+    replace(stack, MinistralModel, "_mask", lambda right: lambda self, kind, q, k, mask, same_text: right(
+        self, kind, q, k, None if mask is None else torch.ones_like(mask), same_text))  # fmt: skip
 
 
 def next_token_visible(stack):
     def make(right):
-        def seen(self, *rest):
+        def visible(self, *rest):
             mask = right(self, *rest)
             after = torch.eye(mask.shape[-1], dtype=torch.bool).roll(1, 1).tril(1)[-mask.shape[-2] :]
             return mask | after
 
-        return seen
+        return visible
 
     replace(stack, MinistralModel, "_mask", make)
 
@@ -269,20 +269,20 @@ def made(bug):
 
 
 def accused(bug, rng, compute):
-    """Which known mistake a port with another mistake is said to have; None if none, or if that one makes the same
-    numbers here, but for noise, so that nobody could tell. (Positions doubled are another YaRN, say.)"""
+    """The known mistake that a port with another mistake is said to have. None if there is none, or if that one makes
+    the same numbers here, but for noise, so that they cannot be told apart. (Doubled positions are another YaRN.)"""
     kind = NEEDS.get(bug) or rng.choice(["yarn_missing", "window_plus_1", "positions_through_padding"])
     model, exact, inputs = draw_model(rng, kind)
     with made(bug):
         mine, wrong = compute(model, inputs), logits_of(exact, inputs)
-    right, truth = logits_of(model, inputs), logits_of(exact, inputs)
+    right, expected = logits_of(model, inputs), logits_of(exact, inputs)
     name, _ = explain(mine, model, exact, inputs)
     if name is None:
         return None
     with MUTANTS[name].applied():
         moved = logits_of(exact, inputs)
-    real = inputs.get("attention_mask", torch.ones(truth.shape[:2])).bool()
-    apart, noise = (moved - wrong)[real].norm(), (right.double() - truth)[real].norm()
+    padding_mask = inputs.get("attention_mask", torch.ones(expected.shape[:2])).bool()
+    apart, noise = (moved - wrong)[padding_mask].norm(), (right.double() - expected)[padding_mask].norm()
     return name if apart > noise else None
 
 
@@ -348,7 +348,7 @@ def sums_in_float64(stack):
     replace(stack, pretrained.Linear, "forward", lambda _: forward)
 
 
-# What fused kernels do: right, but rounded at other places.
+# Fused kernels do this: right, but rounded at other places.
 FUSED = (attention_rounded_once, product_rounded_once, norm_rounded_once, sums_in_float64)
 
 
@@ -365,13 +365,14 @@ def right_port(rng, model, inputs, fused):
 
 
 def draw_typed(rng, kind):
-    """A model of any type but float64, its float64 copy, inputs in the model's type, the truth, and what counts."""
+    """A model of any type but float64, its float64 copy, inputs in the model's type, the float64 trace, and what
+    counts."""
     model, exact, inputs = draw_model(rng, kind)
     model = model.to(rng.choice([torch.bfloat16, torch.float16, torch.float32]))
-    truth = record(exact, **typed(inputs, torch.float64))
+    expected = record(exact, **typed(inputs, torch.float64))
     padding_mask = inputs.get("attention_mask")
     counted = None if padding_mask is None else padding_mask.bool()
-    return model, exact, typed(inputs, model.dtype), truth, counted
+    return model, exact, typed(inputs, model.dtype), expected, counted
 
 
 def stages_of(report):
@@ -385,12 +386,12 @@ def test_a_right_port_diverges_nowhere():
     for seed in range(8 * RUNS):
         rng = random.Random(seed)
         kind = rng.choice(["yarn_missing", "window_plus_1", "positions_through_padding", "merger_patch_by_patch"])
-        model, _, inputs, truth, counted = draw_typed(rng, kind)
-        noise, own = measure_noise(model, truth, inputs), record(model, **inputs)
+        model, _, inputs, expected, counted = draw_typed(rng, kind)
+        noise, own = measure_noise(model, expected, inputs), record(model, **inputs)
         for count in (1, rng.randint(2, 4)):
             mine = right_port(rng, model, inputs, rng.sample(FUSED, count))
-            report = compare(mine, truth, noise, counted)
-            one_run = stages_of(compare(mine, truth, own, counted))
+            report = compare(mine, expected, noise, counted)
+            one_run = stages_of(compare(mine, expected, own, counted))
             for name, stage in stages_of(report).items():
                 if mine[name].equal(own[name]):
                     equal += 1
@@ -442,13 +443,13 @@ def test_a_port_that_loses_precision_diverges(loss):
     for seed in range(RUNS):
         rng = random.Random(seed)
         model, exact, inputs = draw_model(rng, rng.choice(["yarn_missing", "window_plus_1"]))
-        real = inputs.get("attention_mask")
-        counted = None if real is None else real.bool()
-        truth = record(exact, **inputs)
+        padding_mask = inputs.get("attention_mask")
+        counted = None if padding_mask is None else padding_mask.bool()
+        expected = record(exact, **inputs)
         model = model.float()
         with made(loss):
             mine = record(model, **inputs)
-        assert compare(mine, truth, measure_noise(model, truth, inputs), counted).first
+        assert compare(mine, expected, measure_noise(model, expected, inputs), counted).first
 
 
 def test_a_port_with_a_mistake_diverges():
@@ -460,14 +461,14 @@ def test_a_port_with_a_mistake_diverges():
         while total[mistake] < RUNS:
             seed += 1
             rng = random.Random(f"{mistake} {seed}")
-            model, exact, inputs, truth, counted = draw_typed(rng, mistake)
+            model, exact, inputs, expected, counted = draw_typed(rng, mistake)
             with MUTANTS[mistake].applied():
                 mine, moved = record(model, **inputs), record(exact, **typed(inputs, torch.float64))
             if all(name in moved and moved[name].shape == t.shape and torch.allclose(
-                    moved[name].double(), t.double()) for name, t in truth.items()):  # fmt: skip
+                    moved[name].double(), t.double()) for name, t in expected.items()):  # fmt: skip
                 continue
             total[mistake] += 1
-            report = compare(mine, truth, measure_noise(model, truth, inputs), counted)
+            report = compare(mine, expected, measure_noise(model, expected, inputs), counted)
             diverging[mistake] += not report.agrees
     print({name: f"{diverging[name]} of {total[name]}" for name in MUTANTS if total[name]})
     assert sum(diverging.values()) >= 0.9 * sum(total.values())

@@ -1,4 +1,4 @@
-"""The numerical reference: the oracle, traces, golden files, and what is said about a stranger's port."""
+"""The numerical reference: the oracle, traces and golden files."""
 
 import ast
 import hashlib
@@ -27,7 +27,7 @@ from reference.mutants import MUTANTS
 from reference.oracle import forward
 from reference.trace import LAYER, POINTS, dimensions, load, order, record
 from tests.cases import SCALES_BY_POSITION, VOCAB, draw_case, draw_config, pair, run_chunked
-from tests.test_vision import draw_case as draw_seeing_case
+from tests.test_vision import draw_case as draw_vision_case
 
 rngs = st.randoms(use_true_random=False)
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,9 +64,9 @@ def test_the_oracle_is_the_model_in_float64(rng):
     case = draw_case(rng, dtype=torch.float32)
     model, inputs = case.truth(), text_inputs(rng, case)
     trace = record(model, case.ids, **inputs)
-    truth = forward(model.config.to_dict(), numpy(model.state_dict()), case.ids.numpy(), **numpy(inputs))
-    assert list(trace) == list(truth)
-    report = compare({k: torch.from_numpy(v) for k, v in truth.items()}, trace, {}, case.real)
+    expected = forward(model.config.to_dict(), numpy(model.state_dict()), case.ids.numpy(), **numpy(inputs))
+    assert list(trace) == list(expected)
+    report = compare({k: torch.from_numpy(v) for k, v in expected.items()}, trace, {}, case.real)
     assert not report.misshapen and max(stage.relative for stage in report.stages) < FLOAT64
 
 
@@ -75,9 +75,9 @@ def test_chunks_through_the_cache_are_the_oracle(rng):
     case = draw_case(rng, dtype=torch.float32)
     case.ours = model = case.truth()
     mask = None if case.mask is None else case.mask.numpy()
-    truth = forward(model.config.to_dict(), numpy(model.state_dict()), case.ids.numpy(), mask)["logits"]
-    found = run_chunked(model, case).numpy()
-    assert np.abs(found - truth)[case.real.numpy()].max() < FLOAT64 * np.abs(truth).max()
+    expected = forward(model.config.to_dict(), numpy(model.state_dict()), case.ids.numpy(), mask)["logits"]
+    chunked = run_chunked(model, case).numpy()
+    assert np.abs(chunked - expected)[case.real.numpy()].max() < FLOAT64 * np.abs(expected).max()
 
 
 def test_the_oracle_stands_alone():
@@ -119,7 +119,7 @@ def test_recording_changes_nothing_and_leaves_nothing_behind(rng):
 
 
 def test_every_point_is_recorded_in_the_order_of_computing():
-    case = draw_seeing_case(random.Random(1), images=2)
+    case = draw_vision_case(random.Random(1), images=2)
     trace = record(case.ours, **{k: v for k, v in case.arguments().items() if v is not None})
     assert {LAYER.sub("N", name) for name in trace} == POINTS.keys()
     assert list(trace) == order(reversed(trace)) and list(trace)[-1] == "logits"
@@ -175,8 +175,8 @@ def test_every_feature_fires_in_the_golden_traces(name):
         model = load_model(HERE / name / "hf", torch.float64)
         rotary = (model.model.language_model if name == "mistral3" else model.model).rotary_emb
         plain = 100.0 ** (-torch.arange(0, 8, 2).double() / 8)
-        kept = (rotary.inverse_frequencies(torch.float64) / plain - 0.25) / 0.75
-        assert kept[0] > 0.999 and kept[-1] < 1e-3 and ((kept > 0.1) & (kept < 0.9)).any()  # the three zones
+        trained = (rotary.inverse_frequencies(torch.float64) / plain - 0.25) / 0.75
+        assert trained[0] > 0.999 and trained[-1] < 1e-3 and ((trained > 0.1) & (trained < 0.9)).any()  # three zones
         rotated, scaled = (trace[f"layers.0.attention.q_{kind}"] for kind in ("rotated", "scaled"))
         assert len((scaled / rotated)[0, 0, :, 0].round(decimals=6).unique()) >= 3
     if name != "mistral3":
@@ -190,32 +190,32 @@ def test_the_golden_weights_give_the_golden_traces(name):
     """Both layouts, and the FP8 copy; the oracle for the text models; cached in chunks longer than the window."""
     trace, given, about = golden_inputs(name)
     assert about["dtype"] == "float64" and about["dimensions"]["logits"] == "B S V"
-    real = given.get("attention_mask", torch.ones_like(given["input_ids"])).bool()
+    padding_mask = given.get("attention_mask", torch.ones_like(given["input_ids"])).bool()
     for layout in ("hf", "mistral"):
         model = load_model(HERE / name / layout, torch.float64)
-        found = record(model, **golden.arguments(given, torch.float64))
-        assert list(found) == list(trace)
-        report = compare(found, trace, {}, real)
+        computed = record(model, **golden.arguments(given, torch.float64))
+        assert list(computed) == list(trace)
+        report = compare(computed, trace, {}, padding_mask)
         assert max(stage.relative for stage in report.stages) < 1e-12
     if name != "mistral3":
         w = numpy(model.state_dict())
-        truth = forward(model.config.to_dict(), w, **numpy(given))
-        assert np.abs(truth["logits"] - trace["logits"].numpy())[real.numpy()].max() < 1e-11
+        expected = forward(model.config.to_dict(), w, **numpy(given))
+        assert np.abs(expected["logits"] - trace["logits"].numpy())[padding_mask.numpy()].max() < 1e-11
         cache, start, chunks = None, 0, (3, 9, 1, 7)
         for length in chunks:
             end = start + length
             mask, positions = given["attention_mask"][:, :end], given["position_ids"][:, start:end]
             out = model(given["input_ids"][:, start:end], mask, positions, cache, use_cache=True)
             cache, part = out.past_key_values, trace["logits"][:, start:end]
-            assert (out.logits - part)[real[:, start:end]].abs().max() < 1e-11
+            assert (out.logits - part)[padding_mask[:, start:end]].abs().max() < 1e-11
             start = end
-        assert start == real.shape[1]
+        assert start == padding_mask.shape[1]
     fp8, about = load(HERE / name / "fp8" / "float64.safetensors")
     with pytest.warns(UserWarning, match="FP8 weights become float64"):
         model = load_model(HERE / name / "fp8", torch.float64)
     logits = record(model, keep="logits".__eq__, **golden.arguments(given, torch.float64))["logits"]
-    assert (logits - fp8["logits"])[real].abs().max() < 1e-11
-    assert (logits - trace["logits"])[real].abs().max() > 1e-3  # FP8 is another model
+    assert (logits - fp8["logits"])[padding_mask].abs().max() < 1e-11
+    assert (logits - trace["logits"])[padding_mask].abs().max() > 1e-3  # FP8 is another model
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -230,18 +230,18 @@ def test_numpy_alone_reads_the_golden_weights(name):
         for tensor in load_file(HERE / name / f"{file}.safetensors").values():
             if tensor.dtype in (torch.bfloat16, torch.float8_e4m3fn):
                 data = tensor.view(torch.uint8).numpy().tobytes()
-                found = read[kind if tensor.dtype != torch.bfloat16 else "bfloat16"](data)
-                assert torch.from_numpy(found).double().equal(tensor.double().flatten())
+                numbers = read[kind if tensor.dtype != torch.bfloat16 else "bfloat16"](data)
+                assert torch.from_numpy(numbers).double().equal(tensor.double().flatten())
 
 
 @pytest.mark.parametrize("name", TINY)
 def test_the_noise_of_the_golden_traces(name):
     """float32 and bfloat16 differ from float64 as these types do: the table of docs/numerics.md."""
     trace, given, _ = golden_inputs(name)
-    real = given.get("attention_mask", torch.ones_like(given["input_ids"])).bool()
+    padding_mask = given.get("attention_mask", torch.ones_like(given["input_ids"])).bool()
     for kind, least, most in (("float32", 1e-8, 1e-5), ("bfloat16", 1e-3, 0.2)):
-        found, _ = load(HERE / name / f"{kind}.safetensors")
-        report = compare({n: t for n, t in found.items() if not n.endswith("mask")}, trace, {}, real)
+        computed, _ = load(HERE / name / f"{kind}.safetensors")
+        report = compare({n: t for n, t in computed.items() if not n.endswith("mask")}, trace, {}, padding_mask)
         worst = max(stage.relative for stage in report.stages if not stage.name.endswith((".cos", ".sin")))
         assert least < worst < most, (kind, worst)
 

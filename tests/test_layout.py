@@ -1,0 +1,162 @@
+"""The layout of the project: names that other files rely on exist, and imports run one way."""
+
+import ast
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import ministral
+from fast import flat
+from reference import golden, mutants
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# From low to high: a file imports files of lower layers only.
+LAYERS = (
+    ("checks",),
+    ("checkpoint",),
+    ("cli",),
+    ("pretrained",),
+    ("ministral",),
+    ("ministral3",),
+    ("vision", "heads", "fast"),
+    ("images", "tokenizer"),
+    ("settings", "decoder"),
+    ("generate",),
+    ("chat",),
+    ("terminal",),
+    ("command",),
+)
+LEVELS = {name: level for level, layer in enumerate(LAYERS) for name in layer}
+MODELS = {"pretrained", "ministral", "ministral3", "vision", "heads", "fast"}
+
+# Imports against that order: (file, module, whether the import is inside a function).
+EXCEPTIONS = {
+    ("checkpoint/__main__.py", "cli", False),  # a command
+    ("checkpoint/expected.py", "generate", True),  # builds the model that a configuration describes
+    ("generate.py", "command", True),  # `main`, the command line
+}
+
+
+# --------------------------------------------------------------------------------------- names of the known mistakes
+
+
+@pytest.fixture
+def replaced(monkeypatch):
+    """All (owner, name) that the known mistakes replace."""
+    pairs = set()
+    monkeypatch.setattr(mutants, "replace", lambda stack, owner, name, make: pairs.add((owner, name)))
+    for mutant in mutants.MUTANTS.values():
+        with mutant.applied():
+            pass
+    return pairs
+
+
+def test_every_name_that_a_mistake_replaces_is_defined_there(replaced):
+    """A function that only is imported, or a method that only is inherited, has callers that use another one."""
+    assert len(replaced) >= 15
+    for owner, name in replaced:
+        assert name in vars(owner), f"reference/mutants.py replaces {owner.__name__}.{name}, which does not exist"
+        value = vars(owner)[name]
+        if not isinstance(value, ModuleType):
+            module = owner.__name__ if isinstance(owner, ModuleType) else owner.__module__
+            assert value.__module__ == module, f"{owner.__name__}.{name} is defined in {value.__module__}"
+
+
+def test_the_docstring_of_ministral_lists_the_names_that_mistakes_replace(replaced):
+    expected = {"ATTENTION"}  # whose entries are replaced
+    for owner, name in replaced:
+        if owner is ministral:
+            expected.add(name)
+        elif owner.__module__ == "ministral":
+            expected.add(f"{owner.__name__}.{name}")
+    sentence = re.search(r"`reference/mutants.py` replaces (.*?);", ministral.__doc__, re.DOTALL)[1]
+    assert set(re.findall(r"`([\w.]+)`", sentence)) == expected
+
+
+# ------------------------------------------------------------------------------------------------------- fast path
+
+
+@pytest.mark.parametrize("name", ["ministral", "ministral3", "mistral3"])
+def test_the_fast_path_is_taken(name):
+    """`flat` decides by the modules of classes: it must not refuse a model because a class has moved."""
+    assert flat(golden.models()[name]) is not None
+
+
+# --------------------------------------------------------------------------------------------------------- imports
+
+
+def project_names():
+    """The modules and packages of the project."""
+    files = {path.stem for path in ROOT.glob("*.py")}
+    packages = {path.name for path in ROOT.iterdir() if path.is_dir() and any(path.glob("*.py"))}
+    return files | packages
+
+
+def layered_files():
+    """The files of all layers: path from the root -> module."""
+    files = {}
+    for name in LEVELS:
+        if (ROOT / f"{name}.py").is_file():
+            files[f"{name}.py"] = name
+        for path in (ROOT / name).glob("*.py"):
+            files[path.relative_to(ROOT).as_posix()] = name
+    return files
+
+
+def imports(path):
+    """The imports of the project's modules in a file: (module, whether the import is inside a function).
+
+    Imports for type checkers count as imports at module level."""
+    tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+    functions = [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    late = {id(node) for function in functions for node in ast.walk(function)}
+    result = set()
+    for node in ast.walk(tree):
+        modules = []
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:  # relative imports stay in their package
+            modules = [node.module]
+        result |= {(module.partition(".")[0], id(node) in late) for module in modules}
+    return {(module, is_late) for module, is_late in result if module in project_names()}
+
+
+def test_every_module_has_a_layer():
+    assert {path.stem for path in ROOT.glob("*.py")} <= LEVELS.keys()
+    assert set(LEVELS) == set(layered_files().values())
+
+
+def test_imports_run_one_way():
+    against = set()
+    for path, name in layered_files().items():
+        for module, is_late in imports(path):
+            level = LEVELS.get(module, len(LAYERS))  # reference, training, examples, tests, ... are above all layers
+            if level >= LEVELS[name] and module != name:
+                against.add((path, module, is_late))
+    assert against == EXCEPTIONS
+
+
+@pytest.mark.parametrize("name", ["images", "tokenizer"])
+def test_files_of_images_and_tokens_import_no_model(name):
+    for path, module in layered_files().items():
+        if module == name:
+            assert not MODELS & {imported for imported, _ in imports(path)}, path
+
+
+def test_checkpoint_imports_no_model_at_module_level():
+    above = set(LEVELS) - {"checks", "checkpoint", "cli"}
+    for path, module in layered_files().items():
+        if module == "checkpoint":
+            assert not above & {imported for imported, is_late in imports(path) if not is_late}, path
+
+
+def test_the_models_read_no_files():
+    """They do not import `checkpoint`; `vision.py` takes one function from it, about names."""
+    for name in ("ministral", "ministral3", "heads"):
+        assert "checkpoint" not in {module for module, _ in imports(f"{name}.py")}, name
+    nodes = ast.walk(ast.parse((ROOT / "vision.py").read_text(encoding="utf-8")))
+    attributes = [node for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)]
+    assert {node.attr for node in attributes if node.value.id == "checkpoint"} == {"text_name"}
