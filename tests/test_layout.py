@@ -21,6 +21,7 @@ LAYERS = (
     ("pretrained",),
     ("ministral",),
     ("ministral3",),
+    ("vision_config",),
     ("vision", "heads", "fast"),
     ("images", "tokenizer"),
     ("settings", "decoder"),
@@ -30,7 +31,7 @@ LAYERS = (
     ("command",),
 )
 LEVELS = {name: level for level, layer in enumerate(LAYERS) for name in layer}
-MODELS = {"pretrained", "ministral", "ministral3", "vision", "heads", "fast"}
+MODELS = {"pretrained", "ministral", "ministral3", "vision_config", "vision", "heads", "fast"}
 
 # Imports against that order: (file, module, whether the import is inside a function).
 EXCEPTIONS = {
