@@ -48,7 +48,7 @@ TILE, BLOCK = 1 << 22, 8192
 
 
 def wide_mm(x: Tensor, matrix: Tensor) -> Tensor:
-    """x (N, in) times the transpose (in, out) of a 16-bit weight, multiplied in float32: closer to the truth. Few rows,
+    """x (N, in) times the transpose (in, out) of a 16-bit weight, multiplied in float32: closer to float64. Few rows,
     bound by reading the weight, stay in 16 bits."""
     if len(x) < 8:
         return torch.mm(x.to(matrix.dtype), matrix)

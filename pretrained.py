@@ -211,9 +211,9 @@ class FrequencyCache(nn.Module):
 
     def frequencies(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The inverse frequencies on a device."""
-        kept = self._frequencies.get((dtype, device))
-        if kept is not None:
-            return kept
+        cached = self._frequencies.get((dtype, device))
+        if cached is not None:
+            return cached
         frequencies = self.inverse_frequencies(dtype).to(device)
         if not torch.compiler.is_compiling():  # a traced tensor has no values to keep
             self._frequencies[dtype, device] = frequencies
