@@ -109,7 +109,7 @@ def parse_positions(text: str, count: int) -> Tensor:
 
 
 def write_trace(options: argparse.Namespace) -> int:
-    """`record`."""
+    """Run `record`."""
     if (options.prompt is None) == (options.ids is None):
         raise ValueError("give --prompt TEXT or --ids 1,2,3, one of the two")
     if options.ids is not None and options.image:
@@ -397,7 +397,7 @@ def compare_with_model(
 
 
 def diff(options: argparse.Namespace) -> int:
-    """`diff`: 0 if all stages agree, 1 if one diverges."""
+    """Run `diff`: 0 if all stages agree, 1 if one diverges."""
     reference, inputs, about = read_reference(options)
     port = read_port(options)
     check_inputs(options, port, inputs)
@@ -443,7 +443,7 @@ def show(report: Report) -> None:
 
 
 def build(options: argparse.Namespace) -> int:
-    """`golden`, in a process of its own whose arithmetic does not depend on the processor."""
+    """Run `golden`, in a process of its own whose arithmetic does not depend on the processor."""
     if any(os.environ.get(key) != value for key, value in golden.ENVIRONMENT.items()):
         command = [sys.executable, "-m", "reference", "golden"]
         if options.check:

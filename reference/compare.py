@@ -68,7 +68,7 @@ class Stage:
 
     @property
     def judged(self) -> bool:
-        """Whether the noise of a right port is known."""
+        """True if the noise of a right port is known."""
         return not math.isnan(self.floor)
 
     def words(self) -> str:
@@ -126,7 +126,7 @@ class Report:
     fitted: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
     def to_json(self) -> str:
-        """All of it; numbers that JSON does not have are null."""
+        """The report as JSON; numbers that JSON does not have are null."""
         content = asdict(replace(self, fitted={}))
         for entry in content["stages"]:
             for key, value in entry.items():
@@ -172,7 +172,7 @@ def as_masks(tensor: Tensor) -> Iterator[Rearranged]:
 
 
 def repeats_heads(name: str, tensor: Tensor, shape: tuple[int, ...]) -> bool:
-    """Whether a tensor has a multiple of the key heads that it should have."""
+    """True if a tensor has a multiple of the key heads that it should have."""
     if " G " not in dimensions(name) or tensor.ndim != len(shape):
         return False
     axis = dimensions(name).split().index("G")
@@ -237,7 +237,7 @@ def joined(*words: str) -> str:
 
 
 def is_last_token(logits: Tensor, shape: tuple[int, ...]) -> bool:
-    """Whether logits are those of one token of each text, where the reference (B, S, V) has several."""
+    """True if logits are those of one token of each text, where the reference (B, S, V) has several."""
     if len(shape) != 3:
         return False
     B, S, V = shape

@@ -51,7 +51,7 @@ def differences(a: Tensor, b: Tensor) -> int:
 
 
 def unchanged(before: Mapping[str, Tensor], after: Mapping[str, Tensor], name: str | None) -> bool:
-    """Whether a tensor is in both traces, and the same."""
+    """True if a tensor is in both traces, and the same."""
     if name is None or name not in before or name not in after:
         return False
     return before[name].equal(after[name])

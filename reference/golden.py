@@ -194,7 +194,7 @@ def arguments(given: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Any]
 
 
 def build(directory: Path) -> None:
-    """Write everything."""
+    """Write all files of the golden traces."""
     for name, model in models().items():
         build_model(directory / name, model, inputs(name, model))
     checkpoint.write_json(directory / "manifest.json", manifest(directory))
@@ -314,5 +314,5 @@ def noise_table(directory: Path = HERE) -> str:
 
 
 def is_near(a: Mapping[str, float], b: Mapping[str, float]) -> bool:
-    """Whether the numbers of all types differ by less than a factor of 2."""
+    """True if the numbers of all types differ by less than a factor of 2."""
     return all(0.5 < a[kind] / b[kind] < 2 for kind in b)

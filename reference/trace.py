@@ -145,7 +145,7 @@ def order(names: Iterable[str]) -> list[str]:
 
 
 def is_vision(name: str) -> bool:
-    """Whether a point or a layer is part of the image encoder."""
+    """True if a point or a layer is part of the image encoder."""
     return name.startswith("vision.")
 
 
@@ -211,7 +211,7 @@ class Recorder:
     def rotate(
         self, original: Callable[..., tuple[Tensor, Tensor]], *arguments: Tensor
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """In the place of `apply_rotary_pos_emb`."""
+        """Replacement of `apply_rotary_pos_emb`."""
         q, k = original(*arguments)
         if is_vision(self.layer):
             self.add("vision.layers.N.attention.q_rotated", q[0])
@@ -225,7 +225,7 @@ class Recorder:
         self, original: Callable[..., tuple[Tensor, Tensor | None]], q: Tensor, k: Tensor, v: Tensor,
         mask: Tensor | None, scaling: float, dropout: float,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """In the place of `eager_attention`."""
+        """Replacement of `eager_attention`."""
         out, probabilities = original(q, k, v, mask, scaling, dropout)
         assert probabilities is not None
         keys = ministral.repeat_kv(k, q.shape[1] // k.shape[1])
