@@ -202,7 +202,10 @@ def rearranged(tensor: Tensor, shape: tuple[int, ...]) -> Iterator[Rearranged]:
     if tensor.ndim == len(shape) - 1 > 1 and tensor.shape == (shape[0] * shape[1], *shape[2:]):
         yield "texts split", tensor.reshape(shape)  # (B * S, E) for (B, S, E), (B * H, S, D) for (B, H, S, D)
     if len(shape) >= 2 and squeezed.ndim == len(wanted) + 1 and same_size:
-        yield "heads joined", squeezed.transpose(-3, -2).reshape(shape)  # (B, H, S, D) for (B, S, H * D)
+        heads = squeezed
+        if heads.ndim >= 3:  # (H, D) has one token only
+            heads = heads.transpose(-3, -2)
+        yield "heads joined", heads.reshape(shape)  # (B, H, S, D) for (B, S, H * D)
 
 
 def transposed(squeezed: Tensor, shape: tuple[int, ...], skip_identity: bool) -> Iterator[Rearranged]:

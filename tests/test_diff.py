@@ -120,6 +120,14 @@ def test_other_shapes_names_types_and_files(capsys, mutated, tmp_path):
     assert code == 0 and "names that the reference does not have: my.logits (see --map)" in out
 
 
+def test_heads_of_a_text_of_one_token():
+    """Without the dimensions of one, they are (H, D), which has no dimension of tokens to move."""
+    reference = {"layers.0.attention.heads": torch.arange(32, dtype=torch.float64).view(1, 1, 32)}
+    port = {"layers.0.attention.heads": torch.arange(32.0).view(4, 8)}
+    report = compare(port, reference, {})
+    assert report.stages[0].error == 0 and report.stages[0].how == "heads joined"
+
+
 def test_a_mistake_that_acts_later_than_the_first_divergence_is_not_named(capsys, mutated, tmp_path):
     expected, _ = load(HERE / "ministral" / "bfloat16.safetensors")
     logits, _ = load(mutated("ministral", "window_plus_1"))
