@@ -44,7 +44,7 @@ class Case:
     chunks: list[int]  # lengths that add up to S
 
     @property
-    def real(self) -> Tensor:
+    def padding_mask(self) -> Tensor:
         """(B, S) True where a token is not padding."""
         return torch.ones_like(self.ids, dtype=torch.bool) if self.mask is None else self.mask.bool()
 
@@ -57,7 +57,7 @@ class Case:
     def labels(self, rng: Random) -> Tensor:
         """Labels for the loss: -100 here and there, and wherever padding would have to predict."""
         labels = self.ids.clone()
-        labels[:, 1:][~(self.real[:, 1:] & self.real[:, :-1])] = -100
+        labels[:, 1:][~(self.padding_mask[:, 1:] & self.padding_mask[:, :-1])] = -100
         for _ in range(rng.randint(0, 3)):
             labels[rng.randrange(len(labels)), rng.randrange(labels.shape[1])] = -100
         return labels
@@ -113,8 +113,8 @@ def draw_config(rng: Random, family: str | None = None, **fixed: Any) -> Ministr
 def our_class(family: str, task: str) -> type[PreTrainedModel]:
     """The class of ours for a model type and a task."""
     name = ("Ministral3" if family == "ministral3" else "Ministral") + (f"For{task}" if task else "Model")
-    found = [getattr(module, name) for module in (ministral, ministral3, heads) if hasattr(module, name)]
-    return found[0]
+    classes = [getattr(module, name) for module in (ministral, ministral3, heads) if hasattr(module, name)]
+    return classes[0]
 
 
 def pair(

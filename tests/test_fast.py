@@ -28,7 +28,7 @@ def left_padded(rng, **fixed):
     """A case on the sdpa path, padded on the left or not at all, with the positions that generation gives it."""
     case = draw_case(rng, attn_implementation="sdpa", **fixed)
     case.mask = None if case.mask is None else case.mask.sort(dim=1).values
-    lengths = case.real.sum(1)
+    lengths = case.padding_mask.sum(1)
     T = case.ids.shape[1]
     first = lengths[:, None] - T
     return case, (first + torch.arange(T)).clamp(min=0), first
@@ -43,16 +43,16 @@ def truth_of(case):
 
 @torch.no_grad()
 def both(case, model, positions):
-    """Logits after each chunk, of the readable path in one run and of the fast one chunk by chunk, at real tokens."""
+    """Logits after each chunk, without padding: of the readable path in one run, of the fast path chunk by chunk."""
     readable = model(case.ids, attention_mask=case.mask, position_ids=positions, use_cache=False).logits
     forward, cache, start, pairs = flat(model), KVCache(model.config), 0, []
     for length in case.chunks:
         end = start + length
-        real = None if case.mask is None else case.mask[:, :end].bool()
-        found = forward(case.ids[:, start:end], positions[:, start:end], cache, real)
-        rows = case.real[:, end - 1]
+        padding_mask = None if case.mask is None else case.mask[:, :end].bool()
+        logits = forward(case.ids[:, start:end], positions[:, start:end], cache, padding_mask)
+        rows = case.padding_mask[:, end - 1]
         if rows.any():
-            pairs.append((readable[rows, end - 1], found[rows]))
+            pairs.append((readable[rows, end - 1], logits[rows]))
         start = end
     return pairs
 
@@ -62,8 +62,8 @@ def test_float64_equals_the_readable_path(rng):
     """Any chunks, windows, padding, both families."""
     case, positions, _ = left_padded(rng, dtype=torch.float32)
     model = case.ours.double()
-    for readable, found in both(case, model, positions):
-        torch.testing.assert_close(found, readable, rtol=0, atol=1e-12 * max(readable.abs().max().item(), 1))
+    for readable, fast_logits in both(case, model, positions):
+        torch.testing.assert_close(fast_logits, readable, rtol=0, atol=1e-12 * max(readable.abs().max().item(), 1))
 
 
 def draw_errors(dtype, cases):
@@ -72,9 +72,9 @@ def draw_errors(dtype, cases):
     for seed in range(cases):
         case, positions, _ = left_padded(random.Random(seed), dtype=dtype)
         exact, pairs = both(case, truth_of(case), positions), both(case, case.ours, positions)
-        found = torch.cat([logits.flatten() for _, logits in pairs])
+        fast_logits = torch.cat([logits.flatten() for _, logits in pairs])
         readable = torch.cat([logits.flatten() for logits, _ in pairs])
-        errors.add(found, readable, torch.cat([logits.flatten() for logits, _ in exact]))
+        errors.add(fast_logits, readable, torch.cat([logits.flatten() for logits, _ in exact]))
     return errors
 
 
@@ -123,19 +123,21 @@ def draw_steps(rng, compile, dtype=torch.float32, **fixed):
     case, positions, first = left_padded(rng, dtype=dtype, **fixed)
     model, (B, T) = case.ours.double(), case.ids.shape
     new = rng.randint(1, 12)
-    real = None if case.mask is None else torch.cat((case.mask.bool(), torch.ones(B, new, dtype=torch.bool)), dim=1)
+    padding_mask = None
+    if case.mask is not None:
+        padding_mask = torch.cat((case.mask.bool(), torch.ones(B, new, dtype=torch.bool)), dim=1)
     cache, forward = KVCache(model.config), flat(model)
     tokens = torch.randint(VOCAB, (B, new), generator=torch.Generator().manual_seed(1))
     pairs = []
     with torch.inference_mode():
-        forward(case.ids, positions, cache, None if real is None else real[:, :T])
-        step = Captured(forward, cache, T + new, first, real, compile)
+        forward(case.ids, positions, cache, None if padding_mask is None else padding_mask[:, :T])
+        step = Captured(forward, cache, T + new, first, padding_mask, compile)
         for n in range(new):
-            found = step(tokens[:, n : n + 1]).clone()
+            logits = step(tokens[:, n : n + 1]).clone()
             text = torch.cat((case.ids, tokens[:, : n + 1]), dim=1)
-            seen = None if real is None else real[:, : T + n + 1]
+            seen = None if padding_mask is None else padding_mask[:, : T + n + 1]
             places = (first + torch.arange(T + n + 1)).clamp(min=0)
-            pairs.append((found, model(text, attention_mask=seen, position_ids=places).logits[:, -1]))
+            pairs.append((logits, model(text, attention_mask=seen, position_ids=places).logits[:, -1]))
     assert cache.get_seq_length() == T + new
     return pairs
 
@@ -143,8 +145,8 @@ def draw_steps(rng, compile, dtype=torch.float32, **fixed):
 @given(rngs)
 def test_fixed_shapes_compute_the_same(rng):
     """A step that reads the whole cache, hidden slots masked, as it is recorded on a GPU; here it runs on the CPU."""
-    for found, readable in draw_steps(rng, compile=False):
-        torch.testing.assert_close(found, readable, rtol=0, atol=1e-12 * max(readable.abs().max().item(), 1))
+    for step_logits, readable in draw_steps(rng, compile=False):
+        torch.testing.assert_close(step_logits, readable, rtol=0, atol=1e-12 * max(readable.abs().max().item(), 1))
 
 
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler here")
@@ -152,8 +154,8 @@ def test_fixed_shapes_compute_the_same(rng):
 def test_a_compiled_step_computes_the_same(family):
     """`torch.compile` of the whole step, without a break in its graph."""
     for seed in (0, 1):
-        for found, readable in draw_steps(random.Random(seed), compile=True, family=family):
-            torch.testing.assert_close(found, readable, rtol=0, atol=1e-12 * max(readable.abs().max().item(), 1))
+        for step_logits, readable in draw_steps(random.Random(seed), compile=True, family=family):
+            torch.testing.assert_close(step_logits, readable, rtol=0, atol=1e-12 * max(readable.abs().max().item(), 1))
 
 
 def tiny(cls=MinistralForCausalLM, **fixed):
@@ -268,8 +270,8 @@ def test_changed_weights_are_used(change):
     forward = flat(model)
     if forward is not None:
         with torch.no_grad():
-            found = forward(ids, torch.arange(3)[None], KVCache(model.config))
-            torch.testing.assert_close(found, model(ids).logits[:, -1], rtol=0, atol=1e-12 * found.abs().max().item())
+            logits = forward(ids, torch.arange(3)[None], KVCache(model.config))
+            torch.testing.assert_close(logits, model(ids).logits[:, -1], rtol=0, atol=1e-12 * logits.abs().max().item())
     assert (forward is None) == (change in (adapt, replace_forward)) and first.shape == expected.shape
 
 
@@ -306,13 +308,13 @@ def test_wide_products_are_those_of_float32(dtype, rows, monkeypatch):
     g = torch.Generator().manual_seed(rows)
     x, weight = torch.randn(rows, 96, generator=g), torch.randn(75, 96, generator=g).to(dtype)
     monkeypatch.setattr(fast, "TILE", 96 * 32)
-    found = wide_mm(x, weight.t())
+    product = wide_mm(x, weight.t())
     if rows < 8:
-        assert torch.equal(found, torch.mm(x.to(dtype), weight.t()))
+        assert torch.equal(product, torch.mm(x.to(dtype), weight.t()))
     else:
         exact = x.double() @ weight.double().T
-        assert found.dtype == torch.float32 and found.is_contiguous()
-        assert (found - exact).abs().max() <= 1e-5 * exact.abs().max()
+        assert product.dtype == torch.float32 and product.is_contiguous()
+        assert (product - exact).abs().max() <= 1e-5 * exact.abs().max()
 
 
 def test_products_in_float32_are_closer_to_float64(monkeypatch):
@@ -335,9 +337,9 @@ def test_a_wide_batch_of_single_tokens(captured, monkeypatch):
     with torch.inference_mode():
         forward(ids[:, :-1], positions[:, :-1], cache)
         step = Captured(forward, cache, 12, torch.zeros(1, 1, dtype=torch.int64), None, compile=False)
-        found = step(ids[:, -1:]) if captured else forward(ids[:, -1:], positions[:, -1:], cache)
-    assert {layer.keys.dtype for layer in cache.layers} == {found.dtype} == {torch.bfloat16}
-    torch.testing.assert_close(found.float(), exact, rtol=0, atol=0.02 * exact.abs().max().item())
+        logits = step(ids[:, -1:]) if captured else forward(ids[:, -1:], positions[:, -1:], cache)
+    assert {layer.keys.dtype for layer in cache.layers} == {logits.dtype} == {torch.bfloat16}
+    torch.testing.assert_close(logits.float(), exact, rtol=0, atol=0.02 * exact.abs().max().item())
 
 
 def test_the_widened_types_are_those_that_gain():

@@ -72,11 +72,11 @@ def draw_model(rng, kind, dtype=None):
     config = draw_config(rng, family=family, **fixed)
     if kind == "mistral3":
         heads = rng.choice([1, 2, 3])
-        eyes = PixtralVisionConfig(
+        vision_config = PixtralVisionConfig(
             hidden_size=heads * rng.choice([4, 8]), intermediate_size=24, num_hidden_layers=2,
             num_attention_heads=heads, image_size=60, patch_size=3, hidden_act="silu",
         )  # fmt: skip
-        config = Mistral3Config(eyes, config, spatial_merge_size=2, tie_word_embeddings=rng.random() < 0.5,
+        config = Mistral3Config(vision_config, config, spatial_merge_size=2, tie_word_embeddings=rng.random() < 0.5,
                                 multimodal_projector_bias=rng.random() < 0.5)  # fmt: skip
         model = Mistral3ForConditionalGeneration(config)
     else:
@@ -287,12 +287,12 @@ def test_the_scale_of_yarn():
         assert to_params(from_params(params))["yarn"] == params["yarn"]
 
 
-@pytest.mark.parametrize("scheme, said", [("static", "TENSOR"), ("dynamic", "NO_SCALES")])
-def test_how_activations_of_fp8_are_scaled(scheme, said):
+@pytest.mark.parametrize("scheme, name", [("static", "TENSOR"), ("dynamic", "NO_SCALES")])
+def test_how_activations_of_fp8_are_scaled(scheme, name):
     config = ministral3("8B", fp8=True)
     config["quantization_config"]["activation_scheme"] = scheme
     params = to_params(config)
-    assert params["quantization"]["qscheme_act"] == said
+    assert params["quantization"]["qscheme_act"] == name
     assert from_params(params)["quantization_config"]["activation_scheme"] == scheme
 
 
@@ -366,7 +366,7 @@ def test_unknown_params_are_named():
         (None, {"projector_hidden_act": "silu"}, "no field for projector_hidden_act='silu'"),
     ],
 )
-def test_what_params_cannot_say(part, change, message):
+def test_params_have_no_field_for_it(part, change, message):
     config = ministral3("8B")
     where = config["text_config"]["rope_parameters"] if part == "rope" else config[part] if part else config
     where.update(change)
@@ -439,8 +439,8 @@ def test_fp8_is_dequantised_as_transformers_does(rng, dtype):
     weight = (torch.randn(rows, columns, generator=g) * 100).clamp(-448, 448).to(torch.float8_e4m3fn)
     scale = (torch.rand(grid or (), generator=g) * 1e-3).to(rng.choice([torch.float32, torch.bfloat16]))
     expected = dequantized(weight, scale, dtype)
-    found = dequantize(weight, scale, dtype)
-    assert found.dtype == expected.dtype == dtype and found.equal(expected)
+    computed = dequantize(weight, scale, dtype)
+    assert computed.dtype == expected.dtype == dtype and computed.equal(expected)
 
 
 @torch.no_grad()
@@ -467,10 +467,10 @@ def test_fp8_models(tmp_path, kind, grid, scale_dtype):
     ids = draw_ids(rng)
     if grid is None:  # the numbers move with their rows
         convert(tmp_path / "fp8", tmp_path / "mistral", format="mistral")
-        held = load_file(tmp_path / "mistral" / "consolidated.safetensors")
-        assert held["layers.0.attention.wq.weight"].dtype == torch.float8_e4m3fn
+        converted = load_file(tmp_path / "mistral" / "consolidated.safetensors")
+        assert converted["layers.0.attention.wq.weight"].dtype == torch.float8_e4m3fn
         for name in ("layers.0.attention.wq.qscale_weight", "layers.1.feed_forward.w2.qscale_act"):
-            assert held[name].shape == ()
+            assert converted[name].shape == ()
         with pytest.warns(UserWarning, match="FP8 weights become bfloat16"):
             other = load_model(tmp_path / "mistral")
         assert_same_weights(other, loaded)
@@ -557,25 +557,25 @@ def test_the_size_of_blocks_is_checked(tmp_path):
 
 
 def test_the_type_that_fp8_becomes(tmp_path):
-    """What config.json names, under any of its names; bfloat16 if it names none and nothing else is stored so."""
+    """The type in config.json, under each of its names; without one, the type of the other tensors, or bfloat16."""
     model = draw_model(random.Random(3), "ministral3", torch.float16)
-    for said, expected in (({"dtype": "float16"}, torch.float16), ({"torch_dtype": "float16"}, torch.float16),
+    for entry, expected in (({"dtype": "float16"}, torch.float16), ({"torch_dtype": "float16"}, torch.float16),
                            ({}, torch.float16), ({"dtype": "bfloat16"}, torch.bfloat16)):  # fmt: skip
         model.save_pretrained(tmp_path)
         quantize(tmp_path)
         config = json.loads((tmp_path / "config.json").read_text())
         del config["dtype"]
-        (tmp_path / "config.json").write_text(json.dumps(config | said))
+        (tmp_path / "config.json").write_text(json.dumps(config | entry))
         assert checkpoint.Checkpoint(tmp_path).dtype == expected
 
 
-# ---------------------------------------------------------------------------------------- ties and text without eyes
+# ----------------------------------------------------------------------------------- ties and text of vision models
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("published_names", [True, False])
-def test_a_text_model_loads_from_the_files_of_one_with_eyes(tmp_path, published_names):
-    """Transformers leaves random weights there."""
+def test_a_text_model_loads_from_the_files_of_a_vision_model(tmp_path, published_names):
+    """Transformers has random weights in this case."""
     for seed in range(4):
         model = draw_model(random.Random(seed), "mistral3", torch.float32)
         model.save_pretrained(path := tmp_path / str(seed))
@@ -595,11 +595,12 @@ def test_a_text_model_loads_from_the_files_of_one_with_eyes(tmp_path, published_
             MinistralForCausalLM.from_pretrained(path)
 
 
-@pytest.mark.parametrize("said", [True, False, None])
+@pytest.mark.parametrize("entry", [True, False, None])
 @pytest.mark.parametrize("stored", ["none", "same", "other"])
 @pytest.mark.parametrize("kind", ["ministral3", "mistral3"])
-def test_the_head_is_the_one_that_is_stored(tmp_path, recwarn, said, stored, kind):
-    """Otherwise the embeddings; config.json's word counts only for two equal tensors. A warning where they disagree."""
+def test_the_head_is_the_one_that_is_stored(tmp_path, recwarn, entry, stored, kind):
+    """Without a stored head it is the embeddings. The entry in config.json counts only for two equal tensors. A warning
+    is given where they disagree."""
     rng = random.Random(0)
     model = draw_model(rng, kind, torch.float32)
     model.save_pretrained(tmp_path)
@@ -611,15 +612,15 @@ def test_the_head_is_the_one_that_is_stored(tmp_path, recwarn, said, stored, kin
     save_file(tensors, tmp_path / "model.safetensors")
     for part in (config, config.get("text_config", {})):
         part.pop("tie_word_embeddings", None)
-    if said is not None:
-        config["tie_word_embeddings"] = said
+    if entry is not None:
+        config["tie_word_embeddings"] = entry
     (tmp_path / "config.json").write_text(json.dumps(config))
     loaded = load_model(tmp_path)
     backbone = loaded.model.language_model if kind == "mistral3" else loaded.model
-    tied = stored == "none" or (stored == "same" and said is not False)
+    tied = stored == "none" or (stored == "same" and entry is not False)
     assert loaded.config.tie_word_embeddings == tied == (loaded.lm_head.weight is backbone.embed_tokens.weight)
     assert loaded.lm_head.weight.equal(embeddings + (stored == "other"))
-    assert len(recwarn.list) == ((stored, said) in (("none", False), ("other", True)))
+    assert len(recwarn.list) == ((stored, entry) in (("none", False), ("other", True)))
 
 
 # ---------------------------------------------------------------------------------------------- convert and info
@@ -699,7 +700,7 @@ def test_names_of_transformers_in_mistrals_file_are_refused(tmp_path):
         (dict(rms_norm_eps=None), "rms_norm_eps=None"),
     ],
 )
-def test_what_the_commands_do_not_guess(tmp_path, capsys, change, message):
+def test_unclear_arguments_are_refused(tmp_path, capsys, change, message):
     """Another model, or one that leaves something to the defaults of a class, is neither converted nor described."""
     rng = random.Random(0)
     models = iter(lambda: draw_model(rng, "ministral3"), 0)
