@@ -46,7 +46,7 @@ def float64_case(rng, device="cpu", **fixed):
 @torch.no_grad()
 @given(rngs)
 def test_any_chunks_equal_one_shot_in_float64(device, rng):
-    """Windows, rings, padding, chunks longer than the window: the same function, to 1e-12."""
+    """With windows, rings, padding and chunks longer than the window, results are equal to 1e-12."""
     case = float64_case(rng, device)
     whole = case.ours(case.ids, case.mask, use_cache=False).logits
     chunked = run_chunked(case.ours, case)
@@ -55,8 +55,8 @@ def test_any_chunks_equal_one_shot_in_float64(device, rng):
 
 @torch.no_grad()
 @given(rngs)
-def test_padding_and_company_change_nothing_in_float64(device, rng):
-    """A text alone equals the same text padded on either side in a batch, whatever the other rows hold."""
+def test_padding_and_other_rows_change_nothing_in_float64(device, rng):
+    """A text alone equals the same text padded on either side in a batch, for any other rows."""
     case = float64_case(rng, device)
     for row in range(len(case.ids)):
         is_text = case.padding_mask[row]
@@ -70,7 +70,7 @@ def test_padding_and_company_change_nothing_in_float64(device, rng):
 def test_transformers_is_not_float64():
     """Transformers keeps norms, rotary tables and softmax in float32, so its float64 run is off by about 1e-5. Ours
     is not: the two differ by what float32 costs. Padding that sees nothing makes it NaN: its lowest number of float64
-    is no float32. (A statement, not a goal.)"""
+    is not a float32. (This documents Transformers' behaviour.)"""
     distances = []
     for seed in range(20):
         case = draw_case(random.Random(seed), dtype=torch.float32, attn_implementation="eager")
@@ -101,8 +101,8 @@ def test_eager_decoding_is_bit_identical_until_a_window_wraps(device, rng):
 @torch.no_grad()
 @given(rngs)
 def test_a_window_of_one_is_right(rng):
-    """Each token sees itself alone. Transformers' cached decoding is wrong here (its cache keeps all keys through a
-    slice from -0), so the uncached forward, where it is right, is the measure."""
+    """Each token sees only itself. Transformers' cached decoding is wrong here: its cache keeps all keys, because of a
+    slice from -0. So the test compares with its forward pass without a cache, which is right."""
     case = draw_case(rng, family="ministral", sliding_window=1, layer_types=None, dtype=torch.float32)
     exact = run_chunked(case.truth(), case)[case.padding_mask]
     whole = case.theirs(case.ids, attention_mask=case.mask, use_cache=False).logits[case.padding_mask]
@@ -112,7 +112,7 @@ def test_a_window_of_one_is_right(rng):
 
 @torch.no_grad()
 def test_deprecations_of_transformers_are_errors():
-    """Those that it warns of and those that it only logs: no test uses an old name of an argument or a result."""
+    """Both those that it warns about and those that it only logs. So no test uses an old name."""
     with pytest.raises(FutureWarning, match="x is deprecated"):
         warnings.warn("x is deprecated", FutureWarning, stacklevel=1)
     with pytest.raises(FutureWarning, match="x is deprecated"):
@@ -221,8 +221,8 @@ def norms_in_16_bits(stack):
         (norms_in_16_bits, torch.bfloat16, "sdpa"),
     ],
 )
-def test_a_planted_loss_of_precision_is_seen(planted, dtype, attn_implementation):
-    """The other side of the criterion. Fewer cases are enough where the loss is large."""
+def test_a_planted_loss_of_precision_is_detected(planted, dtype, attn_implementation):
+    """The criterion finds a planted error. Fewer cases are enough where the loss of precision is large."""
 
     @contextmanager
     def applied():
@@ -256,9 +256,9 @@ def test_unused_slots_are_never_read(rng):
 
 
 @given(st.integers(1, 9), st.lists(st.integers(1, 12), min_size=1, max_size=12))
-def test_a_ring_hands_out_exactly_the_window(window, chunks):
-    """Keys that carry their own position: what `update` returns is what `key_positions` announced, holds every
-    key that a query of the chunk may see, and takes no more room than window + chunk - 1."""
+def test_a_ring_returns_exactly_the_window(window, chunks):
+    """The keys are their own positions. `update` returns the positions of `key_positions`. They include every key that
+    a query of the chunk may see, and they are at most window + chunk - 1."""
     layer, start = SlidingLayerCache(window), 0
     for new in chunks:
         positions = torch.arange(start, start + new)
@@ -347,7 +347,7 @@ def test_a_row_of_nothing_but_padding_is_not_nan(device, rng):
 @torch.no_grad()
 @given(rngs)
 def test_attentions_are_in_order_of_position(rng):
-    """Also when the keys come out of a ring: each query's probabilities end with its own key."""
+    """Also when the keys are in a ring: the probabilities of each query end with its own key."""
     case = draw_case(rng, attn_implementation="eager", dtype=torch.float32)
     model = case.truth()
     case.mask, cache, start = None, KVCache(model.config), 0

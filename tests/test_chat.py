@@ -1,4 +1,4 @@
-"""Conversations <-> ids: mistral-common's in its four layouts, id for id, and where Transformers' templates differ."""
+"""Conversations <-> ids: equal to mistral-common's in its four layouts; where Transformers' templates differ."""
 
 import copy
 import functools
@@ -60,7 +60,7 @@ def tokenizers(path):
 
 @pytest.fixture(scope="module")
 def oracles(path):
-    """mistral-common's, as functions of messages and tools that give (the error of its checks or None, the
+    """mistral-common's encoders, as functions of messages and tools that return (the error of its checks or None, the
     ids). With openai=True the messages are read as those of OpenAI's interface."""
     tekkenizer, functions = Tekkenizer.from_file(path), {}
     for name in VERSIONS:
@@ -141,7 +141,7 @@ tools = st.lists(
 
 @st.composite
 def conversations(draw, version):
-    """Mostly possible ones: turns in any order, calls with results in any order, now and then one of them wrong."""
+    """Mostly valid conversations: turns in any order, calls with results in any order, sometimes with an error."""
 
     def content(*parts):
         return draw(texts | st.lists(st.one_of(words, *parts), max_size=4))
@@ -196,14 +196,14 @@ def test_conversations_equal_mistral_common(tokenizers, oracles, version, data):
 
 
 def compare(tokenizer, refused, expected, messages, given_tools):
-    """What mistral-common makes of a conversation, and what we do."""
+    """Compare our ids of a conversation with those of mistral-common."""
     try:
         ids = tokenizer.encode_chat(messages, given_tools, fixed)
     except ValueError as error:
         assert "\n" not in str(error) and (refused or re.search(STRICTER, str(error))), error
         return
     assert refused is None or re.search(FREER, refused), refused
-    assert ids == expected or (refused and expected is None)  # see `test_words_without_letters_are_none`
+    assert ids == expected or (refused and expected is None)  # see `test_text_without_letters`
 
 
 EMPTY = {"refusal": None, "audio": None, "annotations": [], "function_call": None, "name": None}
@@ -212,7 +212,7 @@ EMPTY = {"refusal": None, "audio": None, "annotations": [], "function_call": Non
 @pytest.mark.parametrize("version", VERSIONS)
 @given(data=st.data())
 def test_openai_conversations_equal_mistral_common(tokenizers, oracles, version, data):
-    """With thinking beside the content, with fields that clients send empty, and with places in a stream."""
+    """With thinking beside the content, with empty fields, and with indices of a stream."""
     messages, given_tools = data.draw(conversations(version)), data.draw(st.none() | tools)
     for place, message in enumerate(messages):
         if message["role"] == "assistant":
@@ -226,8 +226,8 @@ def test_openai_conversations_equal_mistral_common(tokenizers, oracles, version,
     compare(tokenizers[version], *oracles[version](messages, given_tools, openai=True), messages, given_tools)
 
 
-def test_words_without_letters_are_none(tokenizers, oracles):
-    """Which mistral-common refuses beside calls in V3."""
+def test_text_without_letters(tokenizers, oracles):
+    """mistral-common refuses such text beside calls in V3."""
     messages = [HI, change(CALLING, content=[words_of("")]), RESULT]
     refused, expected = oracles["v3"](messages, None)
     assert "either content or tool_calls" in refused and expected is None
@@ -300,8 +300,9 @@ def test_the_keys_are_those_of_mistral_common():
 
 
 @given(data=st.data())
-def test_an_unknown_key_is_refused_wherever_it_is(tokenizers, data):
-    """By its name and place, with what is supported; also a known key that says something and is not read."""
+def test_an_unknown_key_is_refused_in_every_place(tokenizers, data):
+    """The message has its name, its place and the supported keys. A known key with a value that is not read is refused,
+    too."""
     messages, given_tools, places = everything()
     holder, what, where, _ = places[data.draw(st.sampled_from(PLACES))]
     some_keys = [*sorted(MAY_BE_EMPTY), "thought", "reasoning_details", "cache_control"]
@@ -319,7 +320,7 @@ def test_an_unknown_key_is_refused_wherever_it_is(tokenizers, data):
 
 @pytest.mark.parametrize("place", PLACES)
 def test_known_keys_may_be_empty(tokenizers, place):
-    """As in the rows of a table, where every message has every column; and no id changes."""
+    """Empty keys, as in rows of a table in which every message has every column, change no id."""
     messages, given_tools, _ = everything()
     expected = tokenizers["v13"].encode_chat(messages, given_tools, fixed)
     for value in (None, False, "", [], {}):
@@ -398,7 +399,7 @@ def test_the_layouts_as_text(tokenizers, version):
 
 
 def test_mistral_commons_own_example_of_v13(tokenizers):
-    """Two calls, whose results come in the wrong order, and thinking in a system prompt."""
+    """Two calls with results in the other order, and thinking in a system prompt."""
     calls = [{"id": i, "type": "function", "function": {"name": f"F{i}", "arguments": "{}"}} for i in "12"]
     thinking = {"type": "thinking", "thinking": "TS", "closed": True}
     parts = [{"type": "text", "text": "S1"}, thinking, {"type": "text", "text": "S2"}]
@@ -426,7 +427,7 @@ def test_mistral_commons_own_ids_of_a_result():
 @pytest.mark.parametrize("version", VERSIONS)
 @given(data=st.data())
 def test_text_never_becomes_a_special_token(tokenizers, version, data):
-    """Whatever stands in text, arguments, results, thinking and descriptions: the special ids are the layout's."""
+    """The only special ids are those of the layout, for any text, arguments, results, thinking and descriptions."""
     tokenizer = tokenizers[version]
     some = st.lists(st.sampled_from([*tokenizer.special_tokens]), min_size=1, max_size=5).map("".join)
 
@@ -579,7 +580,7 @@ def test_impossible_tools(tokenizers, tools, message):
 
 
 def test_calls_without_ids_are_answered_in_turn(tokenizers):
-    """As `decode_chat` gives them in V13, whose layout has no ids."""
+    """As `decode_chat` returns them in V13, which has no ids of calls."""
     calls = [{"type": "function", "function": {"name": name, "arguments": {}}} for name in ("f", "g")]
     results = [{"role": "tool", "content": content} for content in ("F", "G")]
     ids = tokenizers["v13"].encode_chat([HI, {"role": "assistant", "tool_calls": calls}, *results])
@@ -609,7 +610,7 @@ junk = st.recursive(
 
 @given(data=st.data())
 def test_no_input_raises_anything_but_value_errors(tokenizers, data):
-    """Junk in the place of any value of a conversation."""
+    """Wrong values in any place of a conversation."""
     messages = copy.deepcopy([*data.draw(conversations("v13")), HI])  # places of them are overwritten
     given_tools = copy.deepcopy([TOOL])
     places = [(messages, i) for i in range(len(messages))]
@@ -760,7 +761,7 @@ def test_answers_as_messages(tokenizers, version, shown, expected):
     ],
 )
 def test_malformed_calls_are_reported(tokenizers, version, call, error):
-    """Beside what is well-formed, as it was written."""
+    """As they were written, beside the well-formed calls."""
     tokenizer = tokenizers[version]
     good = "[TOOL_CALLS]f[CALL_ID]123456789[ARGS]{}"
     words = "" if version == "v3" else "Hi"
@@ -802,7 +803,7 @@ NEW = "a new id"
     ],
 )  # fmt: skip
 def test_calls_as_models_write_them(tokenizers, version, shown, expected, rest):
-    """What is clear is read; words after a call are kept, and are words before it in the history."""
+    """Clear calls are read. Text after a call is kept; in the history it comes before the call."""
     tokenizer = tokenizers[version]
     message = tokenizer.decode_chat(ids_of(tokenizer, shown))
     if rest is None:  # brackets are no words: they may belong to the call
@@ -832,7 +833,7 @@ snippets = st.sampled_from([
 @pytest.mark.parametrize("version", VERSIONS)
 @given(data=st.data())
 def test_every_answer_is_history(tokenizers, version, data):
-    """What `decode_chat` gives is taken by `encode_chat`, whatever a model wrote; no word of it is lost."""
+    """`encode_chat` accepts every result of `decode_chat`, for any text of a model, and no word is lost."""
     tokenizer, rest = tokenizers[version], st.text(" a.{}\n", max_size=5)
     usual = st.tuples(st.just("[TOOL_CALLS]add[ARGS]"), arguments.map(json.dumps), rest).map("".join)
     shown = "".join(data.draw(st.lists(snippets | usual, max_size=8)))
@@ -847,7 +848,7 @@ def test_every_answer_is_history(tokenizers, version, data):
 
 @given(arguments, st.text(" \n.,:{}[]\"abc", max_size=8))
 def test_nothing_after_arguments_is_lost(tokenizers, given_arguments, rest):
-    """Either the call is read and the rest is kept, or all of it is kept as it was written."""
+    """Either the call is read and the rest is kept, or all of the text is kept."""
     tokenizer, written = tokenizers["v13"], json.dumps(given_arguments)
     call = ids_of(tokenizer, "[TOOL_CALLS]add[ARGS]")
     message = tokenizer.decode_chat(call + tokenizer.encode(written + rest, bos=False))
@@ -859,8 +860,8 @@ def test_nothing_after_arguments_is_lost(tokenizers, given_arguments, rest):
         assert malformed == ["[TOOL_CALLS]add[ARGS]" + written + rest]
 
 
-def test_what_encode_chat_would_refuse_is_malformed(tokenizers):
-    """Calls after words in V3; and thinking is text before V13."""
+def test_calls_that_encode_chat_refuses_are_malformed(tokenizers):
+    """Calls after text in V3. Before V13 thinking is text."""
     call = '[TOOL_CALLS][{"name": "f", "arguments": {}, "id": "123456789"}]'
     message = tokenizers["v3"].decode_chat(ids_of(tokenizers["v3"], "Hi" + call))
     assert message["content"] == "Hi" and "v3 allows one of them" in message["malformed_calls"][0]["error"]

@@ -84,7 +84,7 @@ def test_a_stop_text_ends_the_output_before_it(capsys):
 
 
 def test_a_stop_text_is_held_back_until_it_is_decided(capsys):
-    """Nothing is printed that might still become the stop text, and all of it is printed when it does not."""
+    """Text that may be the beginning of a stop text is not printed before it is clear that it is none."""
     tokenizer = Tokenizer.from_dir(BUNDLED)
     writer, seen = Writer(tokenizer, ["abcX"], print_now=True), []
     for i in tokenizer.encode("zabcabcY", bos=False):
@@ -112,7 +112,7 @@ def test_prompt_files(capsys, tmp_path, monkeypatch):
 
 @pytest.fixture
 def copy(tmp_path):
-    """A copy of the bundled model to break."""
+    """A copy of the bundled model, which tests may change."""
     return Path(shutil.copytree(BUNDLED, tmp_path / "model"))
 
 
@@ -212,7 +212,7 @@ def test_the_planned_memory_is_that_of_the_arguments(capsys):
 
 
 def test_where_settings_come_from(capsys, copy, monkeypatch):
-    """An option, then generation_config.json, then a default; the line on the screen names which."""
+    """An option, then generation_config.json, then a default. The printed line names the source."""
     asked = []
     monkeypatch.setattr(command, "generate", lambda *_, **settings: asked.append(settings))
     file = {"temperature": 0.6, "top_p": 0.9, "max_new_tokens": 7, "do_sample": True, "repetition_penalty": 1.2}
@@ -331,7 +331,7 @@ def test_a_closed_pipe_is_no_traceback():
     assert process.wait(timeout=600) == 141 and b"Traceback" not in err and b"Error" not in err
 
 
-def test_the_first_token_comes_at_once_and_nothing_heavy_is_imported():
+def test_start_up_imports_no_large_package():
     """The start-up imports neither transformers nor the Hub client. (How long it takes is printed, not asserted.)"""
     program = (
         "import sys, generate; code = generate.main(['To be', '--max-new-tokens', '1', '--device', 'cpu']);"
@@ -352,8 +352,8 @@ def test_the_first_token_comes_at_once_and_nothing_heavy_is_imported():
         (".", "Ministral-3-8B-Reasoning-2512", ["ministral", "3", "8b", "reasoning", "2512"]),
     ],
 )
-def test_the_words_of_a_name_are_the_models(tmp_path, name, directory, words):
-    """Not its owner's, and of a directory in the Hub's cache those of the repository."""
+def test_words_in_the_name_of_a_model(tmp_path, name, directory, words):
+    """Without the owner's name. For a directory in the Hub's cache, those of the repository."""
     path = tmp_path / directory
     path.mkdir(parents=True, exist_ok=True)
     assert model_words(name if "/" in name else str(path), path) == words

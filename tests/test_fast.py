@@ -1,4 +1,4 @@
-"""The fast path computes what the readable one does: in float64 to 1e-12, in other types with no larger error."""
+"""The fast path equals the readable one to 1e-12 in float64. In other types its error is no larger."""
 
 import copy
 import io
@@ -90,7 +90,7 @@ def test_error_is_no_larger_than_that_of_the_readable_path(dtype, monkeypatch):
 @pytest.mark.parametrize("block", [3, 8192])
 @pytest.mark.parametrize("window", [None, 1, 2, 3, 5, 8, 11])
 def test_attention_in_parts_equals_the_formula(window, block, monkeypatch):
-    """Every number of earlier keys and of new tokens up to 12, as a cache hands them out."""
+    """For every number of earlier keys and of new tokens up to 12, as a cache returns them."""
     monkeypatch.setattr(fast, "BLOCK", block)
     g = torch.Generator().manual_seed(0)
     for P in range(12):
@@ -144,7 +144,8 @@ def draw_steps(rng, compile, dtype=torch.float32, **fixed):
 
 @given(rngs)
 def test_fixed_shapes_compute_the_same(rng):
-    """A step that reads the whole cache, hidden slots masked, as it is recorded on a GPU; here it runs on the CPU."""
+    """A step with fixed shapes, as recorded on a GPU, reads the whole cache and masks unused slots. Here it runs on the
+    CPU."""
     for step_logits, readable in draw_steps(rng, compile=False):
         torch.testing.assert_close(step_logits, readable, rtol=0, atol=1e-12 * max(readable.abs().max().item(), 1))
 
@@ -177,7 +178,7 @@ def test_compiled_generation_gives_the_same_tokens():
 
 
 def seen_by_a_caller(model):
-    """What can be seen of a model's weights from outside."""
+    """Properties of a model's weights that are visible to a caller."""
     places = {name: (p.data_ptr(), p.storage_offset(), p.stride(), p.untyped_storage().nbytes(), p._version)
               for name, p in model.state_dict().items()}  # fmt: skip
     file = io.BytesIO()
@@ -188,7 +189,7 @@ def seen_by_a_caller(model):
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("fast", [True, False])
 def test_generation_leaves_the_model_as_it_was(tmp_path, fast, tied):
-    """Names, places and sizes of weights; what is saved, copied and pickled."""
+    """Names, addresses and sizes of weights, and the results of saving, copying and pickling."""
     model, ids = tiny(tie_word_embeddings=tied), torch.tensor([[1, 2, 3]])
     before, values = seen_by_a_caller(model), {name: p.clone() for name, p in model.state_dict().items()}
     generate(model, ids, max_new_tokens=3, fast=fast)
@@ -219,7 +220,7 @@ def scale_assigned(model):
 
 
 def scale_replaced(model):
-    """Some modules for others of the same class."""
+    """Replace some modules by others of the same class."""
     for layer in model.model.layers:
         for name in ("q_proj", "v_proj"):
             old = getattr(layer.self_attn, name)
@@ -229,7 +230,7 @@ def scale_replaced(model):
 
 
 class Adapted(torch.nn.Module):
-    """A linear layer and a product of two small matrices, as LoRA adds it."""
+    """A linear layer with an added product of two small matrices, as in LoRA."""
 
     def __init__(self, base):
         super().__init__()
@@ -247,7 +248,7 @@ def adapt(model):
 
 
 def replace_forward(model):
-    """Of one module, as some libraries do instead of hooks."""
+    """Replace the `forward` of one module, as some libraries do instead of hooks."""
     right = model.model.layers[0].mlp.forward
     model.model.layers[0].mlp.forward = lambda x: right(x) * 0.5
 
@@ -258,7 +259,7 @@ CHANGES = [scale_in_place, scale_data, scale_loaded, scale_assigned, scale_repla
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_changed_weights_are_used(change):
-    """Whatever is done to a model that has generated, the next text is that of the readable path."""
+    """After any change of a model that has generated, the next text equals that of the readable path."""
     model, ids = tiny().double(), torch.tensor([[1, 2, 3]])
     first = generate(model, ids, max_new_tokens=9, eos_token_id=())
     change(model)
@@ -284,7 +285,7 @@ def test_a_model_can_train_after_it_has_generated():
 
 
 def test_only_what_it_computes_is_taken_over():
-    """Eager attention, training, hooks and foreign parts run the readable path."""
+    """Eager attention, training, hooks and modules of other classes use the readable path."""
     assert isinstance(flat(tiny()), Flat)
     assert flat(tiny(attn_implementation="eager")) is None
     assert flat(tiny().train()) is None
@@ -304,7 +305,7 @@ def test_only_what_it_computes_is_taken_over():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rows", [1, 7, 8, 33])
 def test_wide_products_are_those_of_float32(dtype, rows, monkeypatch):
-    """Over the edges of the pieces in which a weight is widened, too; a few rows stay in 16 bits."""
+    """Also where a weight is converted in several tiles. Products of a few rows stay in 16 bits."""
     g = torch.Generator().manual_seed(rows)
     x, weight = torch.randn(rows, 96, generator=g), torch.randn(75, 96, generator=g).to(dtype)
     monkeypatch.setattr(fast, "TILE", 96 * 32)
@@ -318,7 +319,8 @@ def test_wide_products_are_those_of_float32(dtype, rows, monkeypatch):
 
 
 def test_products_in_float32_are_closer_to_float64(monkeypatch):
-    """As where float32 is faster. (Measured: 0.64 of the readable path's error. Both round logits and cache.)"""
+    """On processors on which float32 is faster. (Measured: 0.64 of the readable path's error. Both round logits and
+    cache.)"""
     monkeypatch.setattr(fast, "wide_rows", lambda dtype, device: 8)
     monkeypatch.setattr(fast, "BLOCK", 3)
     errors = draw_errors(torch.bfloat16, 60)
@@ -328,7 +330,7 @@ def test_products_in_float32_are_closer_to_float64(monkeypatch):
 
 @pytest.mark.parametrize("captured", [False, True])
 def test_a_wide_batch_of_single_tokens(captured, monkeypatch):
-    """Nine rows are enough to widen the matrices; the cache stays in 16 bits."""
+    """Nine rows are enough to compute in float32; the cache stays in 16 bits."""
     monkeypatch.setattr(fast, "wide_rows", lambda dtype, device: 8)
     model = tiny(initializer_range=0.1)
     exact = model(ids := torch.randint(VOCAB, (9, 12), generator=torch.Generator().manual_seed(0))).logits[:, -1]

@@ -1,4 +1,4 @@
-"""The sampling loop: greedy equals Transformers, rows equal themselves alone, filters equal Transformers' filters."""
+"""The sampling loop: greedy text and filters equal Transformers', and a row of a batch equals the same text alone."""
 
 import copy
 import json
@@ -27,7 +27,7 @@ def tokenizer():
 
 
 def draw_prompts(rng, dtype=torch.float32, **fixed):
-    """A case whose padding is on the left, as generation wants it."""
+    """A case with padding on the left, as generation needs it."""
     case = draw_case(rng, dtype=dtype, **fixed)
     if case.mask is not None:
         case.mask = case.mask.sort(dim=1).values
@@ -77,7 +77,7 @@ def widened(value):
 
 @given(rngs)
 def test_greedy_equals_transformers_token_for_token(device, rng):
-    """Also batched with padding, past the window, and past an end-of-sequence token that some row meets."""
+    """Also in batches with padding, beyond the window, and after an end-of-sequence token in one of the rows."""
     case = draw_prompts(rng, device=device, use_cache=True)
     if case.ours.config.sliding_window == 1:
         return  # Transformers' cache is wrong there
@@ -96,7 +96,7 @@ def test_greedy_equals_transformers_token_for_token(device, rng):
 
 @given(rngs)
 def test_the_loop_equals_the_loop_without_a_cache(rng):
-    """Greedy, any dtype, past the window, the prompt cut into any chunks."""
+    """Greedy, with any dtype, beyond the window, and with any chunks of the prompt."""
     case = draw_case(rng)
     new, text = rng.randint(1, 25), torch.ones_like(case.ids)
     settings = dict(max_new_tokens=new, eos_token_id=(), prefill_chunk_size=rng.randint(1, 50))
@@ -106,8 +106,8 @@ def test_the_loop_equals_the_loop_without_a_cache(rng):
 
 
 @given(rngs)
-def test_a_row_gets_in_a_batch_what_it_gets_alone(rng):
-    """Greedy and sampled, cut into any chunks, equal to the loop without a cache where that is defined."""
+def test_a_row_of_a_batch_equals_the_same_text_alone(rng):
+    """Greedy and sampled, with any chunks; equal to the loop without a cache where that is defined."""
     case = draw_prompts(rng)
     model = case.truth()
     model.config.attn_implementation = rng.choice(["eager", "sdpa"])
@@ -230,7 +230,7 @@ def test_models_of_another_kind_are_refused():
 
 
 def draw_settings(rng, model, ids):
-    """A generation_config.json as repositories ship it, with an end token that the model does write."""
+    """A generation_config.json as in published repositories, with an end token that the model does generate."""
     end = generate(model, ids, max_new_tokens=4, eos_token_id=())[0, -rng.randint(1, 4)].item()
     everything = {
         "eos_token_id": rng.choice([end, [2, end], [end, *rng.sample(range(VOCAB), 2)]]),
@@ -248,8 +248,8 @@ def draw_settings(rng, model, ids):
 
 @settings(max_examples=30)
 @given(rngs)
-def test_the_models_settings_count_as_in_transformers(rng):
-    """Those of generation_config.json, unless an argument says otherwise; and they are there after a save."""
+def test_the_settings_of_the_model_are_used_as_in_transformers(rng):
+    """The settings of generation_config.json are used unless an argument replaces them, and they are saved."""
     case = draw_prompts(rng, dtype=torch.float32, use_cache=True)
     if case.ours.config.sliding_window == 1:
         return  # Transformers' cache is wrong there
@@ -298,7 +298,7 @@ def test_sampling_is_on_where_call_or_file_says_so():
 
 
 def test_a_whole_context_as_max_length_takes_no_memory_at_once(monkeypatch):
-    """Ministral 3's own file says 262144."""
+    """Ministral 3's own file has 262144."""
     case = draw_case(random.Random(5), dtype=torch.float32)
     case.ours.config.max_position_embeddings = case.ours.generation_config.max_length = 262144
     rooms = []
@@ -327,7 +327,7 @@ def test_a_save_leaves_no_settings_of_another_model(tmp_path):
 
 @given(rngs)
 def test_several_continuations_of_one_row(rng):
-    """The n-th of a row is what the row gets alone with a seed n higher, padded or not."""
+    """The n-th continuation of a row equals that of the row alone with a seed that is n higher, padded or not."""
     case = draw_prompts(rng)
     model, seed, copies = case.truth(), rng.randrange(99), rng.randint(1, 4)
     settings = dict(max_new_tokens=6, eos_token_id=(), temperature=1.5)
@@ -339,8 +339,8 @@ def test_several_continuations_of_one_row(rng):
 @settings(max_examples=20)
 @given(rngs)
 def test_stop_texts_equal_transformers(tokenizer, rng):
-    """They end a row with the token that completes them, wherever in the tokens they begin and end, in the prompt
-    too. The models never draw special tokens, whose names Transformers compares with the stop texts."""
+    """A stop text ends a row with the token that completes it. It may begin and end within tokens and within the
+    prompt. The models never draw special tokens, whose names Transformers compares with the stop texts."""
     torch.manual_seed(rng.randrange(2**31))
     sizes = dict(vocab_size=2048, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
                  num_key_value_heads=1, head_dim=16, sliding_window=64, initializer_range=0.3)  # fmt: skip

@@ -44,7 +44,7 @@ PROBLEMS = ("regression", "single_label_classification", "multi_label_classifica
 
 
 def draw_head_case(rng, device="cpu", dtype=None, task=None, **fixed):
-    """A model with a head (or the causal one), texts, and the arguments that go with the task, labels included."""
+    """A model with a head (or the causal one), texts, and the arguments of the task, with labels."""
     task = task or rng.choice(HEADS)
     labels = rng.choice([1, 2, 3, 5])
     problem = rng.choice([None, *(p for p in PROBLEMS if labels > 1 or "single" not in p)])
@@ -171,8 +171,8 @@ def test_the_gradient_of_every_parameter_is_bit_identical(rng):
 
 @pytest.mark.parametrize("family", ["ministral", "ministral3"])
 def test_gradients_of_single_tokens_and_under_autocast(family):
-    """One token, grouped heads, fused attention; and products in bfloat16, where keys and values differ in dtype, with
-    a cache whose window wraps, and with gradient checkpointing."""
+    """One token with grouped heads and fused attention. Products in bfloat16, where keys and values differ in dtype,
+    with a cache whose window is full, and with gradient checkpointing."""
     for seed in range(30):
         rng = random.Random(f"{family}{seed}")
         config = draw_config(rng, family, num_attention_heads=4, num_key_value_heads=rng.choice([1, 2]), pad_token_id=0,
@@ -193,8 +193,8 @@ def test_gradients_of_single_tokens_and_under_autocast(family):
 
 @given(rngs)
 def test_gradient_checkpointing_changes_no_bit(rng):
-    """Of `use_cache=False`, whatever the configuration says of caches, dropout draws and however texts are packed; and
-    it is switched by any model, for its backbone."""
+    """The bits are those of `use_cache=False`, with dropout and packed texts and for any `use_cache` of the
+    configuration. Setting it on a model sets it on its backbone."""
     case, arguments = draw_training_case(rng)
     model, S = case.ours, case.ids.shape[1]
     if rng.random() < 0.3:
@@ -219,8 +219,8 @@ def test_gradient_checkpointing_changes_no_bit(rng):
 @pytest.mark.parametrize("task", ["", *HEADS, "CausalLM"])
 @pytest.mark.parametrize("family", ["ministral", "ministral3"])
 def test_packed_texts_do_not_see_each_other_under_gradient_checkpointing(family, task):
-    """There is no cache then, whatever `use_cache` is by default: the second text gets what it gets alone, and all
-    hidden states are Transformers' to the bit."""
+    """There is no cache, also if `use_cache` is the default. The second text has the same result as alone, and all
+    hidden states equal Transformers' to the bit."""
     for seed in range(4):
         rng = random.Random(f"{family}{task}{seed}")
         config = draw_config(rng, family, pad_token_id=0, use_cache=True)
@@ -255,7 +255,7 @@ def vision_model(**fixed):
 
 
 def test_without_gradients_nothing_is_run_again():
-    """A model generates and takes a cache in the midst of training, as Transformers' does."""
+    """During training a model can generate and use a cache, as in Transformers."""
     case = draw_case(random.Random(0), dtype=torch.float32)
     expected = generate(case.ours, case.ids, max_new_tokens=3)
     case.ours.train().gradient_checkpointing = True
@@ -309,7 +309,7 @@ def test_three_steps_of_adamw_end_in_the_same_weights(family, task):
 @torch.no_grad()
 @given(rngs)
 def test_a_text_is_classified_by_its_last_token(device, rng):
-    """In float64: padded on either side in a batch, each text gets what its last token gets when it is alone."""
+    """In float64, in a batch padded on either side, each text has the logits of its last token when it is alone."""
     case, _ = draw_head_case(rng, device, torch.float32, "SequenceClassification")
     model = case.truth()
     positions = (case.padding_mask.long().cumsum(1) - 1).clamp(min=0)
@@ -466,7 +466,7 @@ def test_label_names():
 @torch.no_grad()
 @given(rngs)
 def test_directories_go_both_ways(tmp_path_factory, rng):
-    """Saved here, loaded by Transformers; saved there, loaded here: weights, and what config.json says of labels."""
+    """Saved here and loaded by Transformers, and the reverse: equal weights, and equal labels in config.json."""
     case, arguments = draw_head_case(rng)
     run(case.ours, arguments), run(case.theirs, arguments)  # sets problem_type
     attn, cls = case.ours.config.attn_implementation, type(case.ours)
@@ -548,7 +548,7 @@ def test_labels_set_after_construction():
 
 
 def test_files_in_which_the_label_maps_differ(tmp_path):
-    """Transformers writes them when labels are named as well as counted."""
+    """Transformers writes such files if both names and number of labels are given."""
     config = MinistralConfig(50, 16, 16, 1, 2, 1)
     theirs = transformers.MinistralForCausalLM(transformers.MinistralConfig(**their_arguments(config)))
     theirs.save_pretrained(tmp_path / "base")
@@ -580,7 +580,7 @@ def traced(model, ids, arguments):
 @pytest.mark.parametrize("task", ["", *HEADS, "CausalLM"])
 @pytest.mark.parametrize("family", ["ministral", "ministral3"])
 def test_models_compile_and_export_whole(family, task):
-    """With masks and packed texts, too; a check of values is no part of the graph. The model itself is as before."""
+    """Also with masks and packed texts. Checks of values are not part of the graph. The model itself is unchanged."""
     model = our_class(family, task)(draw_config(random.Random(3), family, pad_token_id=0)).eval()
     ids = torch.randint(1, 50, (2, 9), generator=torch.Generator().manual_seed(0))
     ids[0, 0] = 0

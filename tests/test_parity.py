@@ -68,7 +68,7 @@ def test_every_combination_is_bit_identical(device, family, dtype, attn_implemen
 
 
 def test_the_drawn_models_use_every_feature():
-    """A guard for the tests above: the features they are meant to cover do occur, within the drawn lengths."""
+    """The features that the tests above are meant to cover do occur within the drawn lengths."""
     seen = set()
     for seed in range(200):
         case = draw_case(random.Random(seed))
@@ -103,7 +103,7 @@ def test_the_drawn_models_use_every_feature():
 @torch.no_grad()
 @given(rngs)
 def test_packed_texts_are_bit_identical(rng):
-    """Without mask and cache, positions that start anew hide what came before; both sides see it the same way."""
+    """Without mask and cache, positions that restart hide earlier texts, here as in Transformers."""
     case = draw_case(rng)
     S = case.ids.shape[1]
     if rng.random() < 0.5:  # a second text from position 0 on, in every row
@@ -157,8 +157,8 @@ def test_fresh_weights_are_drawn_as_transformers_draws_them():
 
 @torch.no_grad()
 @pytest.mark.parametrize("change", [-1, 1])
-def test_a_window_off_by_one_is_seen(change):
-    """The comparison would notice W - 1 or W + 1 keys: it does so in every single case that is long enough."""
+def test_a_window_off_by_one_is_detected(change):
+    """The comparison detects W - 1 or W + 1 keys, in every case that is long enough."""
     for seed in range(20):
         rng = random.Random(seed)
         window = rng.choice([2, 5, 8])

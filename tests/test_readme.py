@@ -1,4 +1,4 @@
-"""What the README shows runs as it is written there: every Python block, and every command line."""
+"""All Python blocks and command lines of the README run as they are written."""
 
 import os
 import re
@@ -43,8 +43,8 @@ def test_python_blocks_run_in_order(monkeypatch, capsys):
 
 
 @pytest.fixture
-def workplace(tmp_path):
-    """A folder with everything of this one, in which commands may write, and a `python` that is this one."""
+def working_copy(tmp_path):
+    """A copy of this folder, in which commands may write, and a `python` that is this interpreter."""
     for path in ROOT.iterdir():
         if not path.name.startswith("."):
             (tmp_path / path.name).symlink_to(path)
@@ -55,13 +55,13 @@ def workplace(tmp_path):
     return tmp_path
 
 
-def test_command_lines_run_in_order(workplace):
-    environment = os.environ | {"PATH": f"{workplace / 'bin'}{os.pathsep}{os.environ['PATH']}"}
+def test_command_lines_run_in_order(working_copy):
+    environment = os.environ | {"PATH": f"{working_copy / 'bin'}{os.pathsep}{os.environ['PATH']}"}
     ran = 0
     for line in "".join(blocks("sh")).splitlines():
         if not line.strip() or line.startswith("#") or line.startswith(tuple(NOT_RUN)):
             continue
-        done = subprocess.run(["bash", "-o", "pipefail", "-c", line], cwd=workplace, env=environment,
+        done = subprocess.run(["bash", "-o", "pipefail", "-c", line], cwd=working_copy, env=environment,
                               stdin=subprocess.DEVNULL, capture_output=True, text=True)  # fmt: skip
         assert done.returncode == 0, f"{line}\n{done.stderr}"
         ran += 1

@@ -71,7 +71,7 @@ def tiny(kind, rng):
 @torch.no_grad()
 @given(rngs)
 def test_a_cropped_cache_is_the_cache_of_the_shorter_text(rng):
-    """In float64; where a window has moved on, cropping is refused and changes nothing."""
+    """In float64. If a window is full, cropping is refused and changes nothing."""
     case = draw_case(rng)
     model, S = case.truth(), case.ids.shape[1]
     cache, start = KVCache(model.config), 0
@@ -202,7 +202,7 @@ def test_a_prefix_becomes_the_beginning_of_the_answer(tokenizer, monkeypatch):
 
 
 def test_malformed_calls_are_words_in_the_history(tokenizer, monkeypatch):
-    """Of an answer, and of one that goes on."""
+    """In an answer, and in one that continues a prefix."""
     encode, names = (lambda text: tokenizer.encode(text, bos=False)), tokenizer.special_tokens
     user = {"role": "user", "content": "Speak"}
     malformed = [names["[TOOL_CALLS]"], *encode("f{")]
@@ -240,8 +240,8 @@ def test_a_cache_must_leave_a_token_to_read():
 
 @pytest.fixture(scope="module")
 def instruct(tmp_path_factory, tokenizer):
-    """The bundled model under a name that says it knows chats, with a V13 tokenizer. (It only babbles.) Its sampling
-    settings are left out."""
+    """The bundled model under the name of an instruct model, with a V13 tokenizer. (Its answers make no sense.) It has
+    no sampling settings."""
     path = tmp_path_factory.mktemp("models") / "Tiny-Instruct"
     shutil.copytree(BUNDLED, path, ignore=shutil.ignore_patterns("generation_config.json"))
     tekken = json.loads((BUNDLED / "tekken.json").read_text())
@@ -286,7 +286,7 @@ def test_how_the_format_is_chosen(tmp_path, name, files, arguments, chat, why):
 @pytest.mark.parametrize("name", ["Tiny-Instruct", "mine"])
 @pytest.mark.parametrize("arguments", [["To be?"], ["--chat"], ["To be?", "--system", "x"]])
 def test_another_chat_layout_is_refused(capsys, instruct, tmp_path, name, arguments):
-    """In one line, which says what is there and what helps; as plain text it is continued."""
+    """In one line with the reason and the cure. As plain text the prompt is continued."""
     shutil.copytree(instruct, path := tmp_path / name)
     (path / "chat_template.jinja").write_text("<|im_start|>{{ messages[0].content }}<|im_end|>")
     code, out, err = run(capsys, "--model", path, "--max-new-tokens", 1, *arguments)
@@ -310,8 +310,8 @@ def test_advice_for_sampling():
 
 
 @pytest.mark.parametrize("prompt, arguments", [(None, []), ("Think:[THINK]so[/THINK]", ["--system", ""])])
-def test_a_reasoning_model_gets_its_advice_by_name(capsys, instruct, tmp_path, prompt, arguments):
-    """Also without the system prompt that shows how to think."""
+def test_a_reasoning_model_is_recognised_by_its_name(capsys, instruct, tmp_path, prompt, arguments):
+    """Also without the system prompt for thinking."""
     shutil.copytree(instruct, path := tmp_path / "Tiny-Reasoning")
     if prompt:
         (path / "SYSTEM_PROMPT.txt").write_text(prompt)
@@ -375,8 +375,8 @@ def test_system_messages_and_tools(capsys, instruct, tmp_path):
 
 
 def test_the_system_prompt_of_a_model_that_needs_it(capsys, instruct, tmp_path):
-    """A prompt that shows how to think is used by itself; its markers are control tokens; the advice is the one for
-    thinking. Other prompts are not."""
+    """A system prompt for thinking is used by default, its markers are control tokens, and the sampling advice is the
+    one for thinking. Other system prompts are not used by default."""
     for text, used in (("Think:[THINK]so[/THINK]Then speak.", True), ("Be kind.", False)):
         path = tmp_path / ("a" if used else "b")
         shutil.copytree(instruct, path)
@@ -460,8 +460,8 @@ def test_wrong_use_of_chats_is_one_line(capsys, instruct, tmp_path, arguments, m
 
 
 @pytest.mark.parametrize("option", [["--system", "Be brief."], ["--chat"]])
-def test_a_chat_with_a_model_that_never_learned_one(capsys, monkeypatch, option):
-    """It is warned of, and short by default."""
+def test_a_chat_with_a_model_without_chat_training(capsys, monkeypatch, option):
+    """There is a warning, and answers are short by default."""
     monkeypatch.setattr("builtins.input", lambda *_: (_ for _ in ()).throw(EOFError))
     seen = []
     monkeypatch.setattr(chat, "generate", lambda model, ids, **settings: seen.append(settings) or ids)
@@ -472,7 +472,7 @@ def test_a_chat_with_a_model_that_never_learned_one(capsys, monkeypatch, option)
 
 
 def test_fewer_tokens_where_memory_is_short(capsys, instruct, monkeypatch):
-    """What nobody asked for shrinks until it fits, but not to a few words; what was asked for is refused."""
+    """A default number is reduced until it fits, but not to a few tokens. A number that was given is refused."""
     monkeypatch.setattr(command, "available_memory", lambda device: 8_700_000)
     scripted(monkeypatch, [2])
     code, _, err = run(capsys, "x", "--model", instruct)
@@ -725,7 +725,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(instruct, tmp_path):
     assert [m["role"] for m in json.loads(saved.read_text())] == ["user", "assistant"]
 
 
-def test_start_up_of_a_chat_imports_nothing_heavy(instruct):
+def test_start_up_of_a_chat_imports_no_large_package(instruct):
     program = (
         "import sys, generate; code = generate.main(sys.argv[1:]);"
         "heavy = {'transformers', 'mistral_common', 'huggingface_hub', 'PIL', 'jinja2'} & set(sys.modules);"

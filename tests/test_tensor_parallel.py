@@ -31,7 +31,7 @@ IDS = torch.arange(1, 31).view(2, 15)
 
 
 def outputs(model):
-    """Logits of whole texts, then of a step through the cache; tokens."""
+    """Logits of whole texts, logits of a step with the cache, and generated tokens."""
     with torch.inference_mode():
         cache = KVCache(model.config)
         whole = model(IDS, past_key_values=cache).logits

@@ -143,7 +143,7 @@ def test_model_bits_is_the_sum_of_all_tokens():
 
 
 def test_the_ngram_model_is_a_probability():
-    """Over all 256 continuations the probabilities add up to 1, after seen and unseen histories alike."""
+    """The probabilities of all 256 continuations add up to 1, after known and unknown histories."""
     train_text = "the cat sat on the mat. the rat sat."
     for history in ("the ", "sat ", "zzzz", "t"):
         total = sum(
@@ -195,7 +195,7 @@ def test_figures_of_a_text():
 
 
 def shipped_settings():
-    """The sampling settings that lie beside the bundled model."""
+    """The sampling settings in the directory of the bundled model."""
     content = json.loads((BUNDLED / "generation_config.json").read_text())
     return {key: content[key] for key in ("temperature", "top_k", "top_p", "repetition_penalty")}
 
@@ -210,8 +210,8 @@ def test_the_shipped_settings_are_read_by_transformers():
 
 
 def test_text_under_the_shipped_settings_does_not_loop(monkeypatch):
-    """With room to spare: the table of models/shakespeare/README.md has no loop in 100 samples, and 0.68 distinct words
-    against 0.11 in greedy text."""
+    """The bounds are wide: in the table of models/shakespeare/README.md, 100 samples have no loop, and 0.68 of their
+    words are distinct (0.11 in greedy text)."""
     monkeypatch.setattr(samples, "PROMPTS", samples.PROMPTS[:1])
     monkeypatch.setattr(samples, "LENGTH", 120)
     model, tokenizer = load_model(BUNDLED, torch.float32), Tokenizer.from_dir(BUNDLED)

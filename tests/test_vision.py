@@ -72,7 +72,7 @@ class Case:
     sizes: list[tuple[int, int]]
 
     def arguments(self, **others):
-        """For either side's forward."""
+        """The arguments of `forward`, for either side."""
         images = {} if self.pixels is None else {"pixel_values": self.pixels, "image_sizes": self.sizes}
         return {"input_ids": self.ids, "attention_mask": self.mask} | images | others
 
@@ -84,8 +84,8 @@ class Case:
 
 
 def draw_case(rng, device="cpu", dtype=None, images=None, **fixed):
-    """A tiny model in which everything differs that can, one to three texts, and the given number of images (default
-    0 to 3) spread over them: portrait, landscape, no multiples of the patch, other sizes in one batch."""
+    """A tiny model with random values of all settings, one to three texts, and the given number of images (default 0 to
+    3) in them: portrait, landscape, no multiples of the patch size, different sizes in one batch."""
     attn = fixed.pop("attn_implementation", rng.choice(["eager", "sdpa"]))
     heads, layers = rng.choice([1, 2, 3]), rng.randint(1, 3)
     vision = PixtralVisionConfig(
@@ -216,8 +216,8 @@ def test_the_hidden_state_before_the_first_layer():
 @torch.no_grad()
 @given(rngs)
 def test_images_do_not_see_each_other(device, rng):
-    """In float64: in one batch, cut out of their padding, and one by one, they get the same embeddings, to 1e-12; and
-    nearly those of Transformers, which draws the mask of our docstring."""
+    """In float64, images in one batch, without their padding, and one by one have the same embeddings, to 1e-12. They
+    are nearly those of Transformers, which uses the mask of our docstring."""
     case = draw_case(rng, device, torch.float32, images=rng.randint(2, 3))
     model = case.truth().model
     model.vision_tower.config.attn_implementation = rng.choice(["eager", "sdpa"])
@@ -258,8 +258,9 @@ def test_the_gradient_of_every_parameter_is_bit_identical(rng):
 
 @torch.no_grad()
 @given(rngs)
-def test_decoding_after_images_and_cuts_through_them(device, rng):
-    """In float64: any cut into chunks, single tokens after images, only some rows with images: as in one shot."""
+def test_decoding_after_images_and_chunks_within_them(device, rng):
+    """In float64, all results equal those of the whole text: any chunks, single tokens after images, rows without
+    images."""
     case = draw_case(rng, device, torch.float32)
     model, pixels = case.truth(), None if case.pixels is None else case.pixels.double()
     model.config.text_config.attn_implementation = rng.choice(["eager", "sdpa"])
@@ -321,7 +322,7 @@ def test_sizes_and_tokens_are_mistral_commons(height, width):
 
 
 def test_tokens_are_mistral_commons_own(monkeypatch):
-    """The same through its encoder as a whole (whose resampling needs OpenCV)."""
+    """The same with its whole encoder (whose resampling needs OpenCV)."""
     from mistral_common.protocol.instruct.chunk import ImageChunk
 
     monkeypatch.setattr(mistral_image, "transform_image", lambda image, size: np.zeros((3, size[1], size[0])))
@@ -355,7 +356,7 @@ def test_sizes_are_transformers_where_it_has_one(height, width):
 
 
 def test_the_two_rules_differ():
-    """As often as stated, and never by more than one merged patch."""
+    """As often as documented, and never by more than one merged patch."""
     rng, differ, total = random.Random(0), 0, 20_000
     for _ in range(total):
         height, width = rng.randint(1, 6000), rng.randint(1, 6000)
@@ -411,7 +412,7 @@ def png(image):
     return data.getvalue()
 
 
-def test_where_images_come_from(tmp_path, monkeypatch):
+def test_sources_of_images(tmp_path, monkeypatch):
     image = draw_image(random.Random(0), ["RGB"])
     (tmp_path / "a.png").write_bytes(png(image))
     uri = "data:image/png;base64," + base64.b64encode(png(image)).decode()
@@ -441,7 +442,7 @@ def test_where_images_come_from(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("key", ["image", "url", "path", "base64", "image_url", "image_url url"])
 def test_images_in_messages_are_those_of_transformers_and_mistral_common(tmp_path, key):
-    """From every form of a part the same pixels."""
+    """Every form of a part gives the same pixels."""
     image = draw_image(random.Random(0), ["RGB"])
     (tmp_path / "a b.png").write_bytes(png(image))
     plain, name = base64.b64encode(png(image)).decode(), str(tmp_path / "a b.png")
@@ -470,7 +471,7 @@ def test_images_in_messages_are_those_of_transformers_and_mistral_common(tmp_pat
 
 @pytest.fixture
 def server(tmp_path):
-    """Serves files of a directory on this machine, and misbehaves on request."""
+    """A server for the files of a directory, which sends wrong answers on request."""
     class Handler(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *_):
             pass
@@ -686,7 +687,8 @@ def test_the_names_of_the_published_files(tmp_path):
 
 
 def test_configurations_of_transformers(recwarn):
-    """Read without a warning, whatever their defaults; both names of the image token; tied unless something says no."""
+    """They are read without a warning, with any defaults and both names of the image token. Weights are tied by
+    default."""
     assert Mistral3Config.from_dict(transformers.Mistral3Config().to_dict()).vision_config.hidden_act == "gelu"
     assert Mistral3Config.from_dict({"image_token_id": 11}).image_token_index == 11
     text = {"model_type": "ministral3", "num_hidden_layers": 1}
@@ -711,7 +713,7 @@ def test_the_published_model_has_the_published_size():
 
 
 class Largest(TorchDispatchMode):
-    """Remembers the number of elements of the largest tensor that any operation makes."""
+    """Records the number of elements of the largest result of any operation."""
 
     numel = 0
 
@@ -779,7 +781,7 @@ def test_the_command_reads_images(vision_directory):
 
 
 def test_messages_with_images(vision_directory):
-    """A conversation with a file and a data: URI gives what the parts give one by one, and generates."""
+    """A conversation with a file and a data: URI has the ids of its parts, and the model can answer it."""
     config = Mistral3Config.from_dict(checkpoint.read_config(vision_directory))
     tokenizer = Tokenizer.from_dir(vision_directory)
     uri = "data:image/png;base64," + base64.b64encode((vision_directory / "a.png").read_bytes()).decode()
