@@ -155,6 +155,12 @@ def check_rope_parameters(config: Any, older_name: object) -> None:
             raise ValueError(f"rope_parameters[{key!r}]={value!r}: allowed: a number not below {least}")
 
 
+def require_rope_key(config: Any, key: str) -> None:
+    """Raise ValueError unless `rope_parameters` has a value for the key."""
+    if config.rope_parameters.get(key) is None:
+        raise ValueError(f"rope_parameters[{key!r}]=None is impossible; allowed: a number not below 1")
+
+
 # -------------------------------------------------------------------------------------------- any kind of argument
 
 
@@ -350,6 +356,15 @@ def warn_of_padding(
         warnings.warn(f"{found}; {cure}", stacklevel=1)
 
 
+def warn_of_last_padding(attention_mask: Tensor | None) -> None:
+    """Warn where embeddings end in padding, which a classifier reads as text."""
+    if attention_mask is None or torch.compiler.is_compiling():
+        return
+    if not attention_mask[:, -1].all():
+        message = "inputs_embeds that end in padding: it is read as text; put padding first"
+        warnings.warn(message, stacklevel=5)  # the caller of the model
+
+
 # ----------------------------------------------------------------------------------------------------- images
 
 
@@ -420,6 +435,19 @@ def expect_classes(labels: Tensor, count: int) -> None:
     if may_read(labels) and not ((labels == -100) | (labels >= 0) & (labels < count)).all():
         found = f"{labels.min()} to {labels.max()}"
         raise ValueError(f"labels from {found}; allowed: 0 to {count - 1}, or -100 to ignore one")
+
+
+def expect_numbers(labels: Tensor, problem_type: str) -> None:
+    """Raise ValueError unless labels are floating-point numbers."""
+    if not labels.is_floating_point():
+        raise ValueError(f"labels of {labels.dtype} for {problem_type}; allowed: floating-point numbers")
+
+
+def expect_fractions(labels: Tensor, problem_type: str) -> None:
+    """Raise ValueError unless labels are floating-point numbers from 0 to 1."""
+    expect_numbers(labels, problem_type)
+    if may_read(labels) and not ((labels >= 0) & (labels <= 1)).all():
+        raise ValueError(f"labels from {labels.min()} to {labels.max()} for {problem_type}; allowed: 0 to 1")
 
 
 def expect_labels(

@@ -5,8 +5,8 @@
     token classification      every token, after dropout           score: E -> labels     cross-entropy of each token
     question answering        every token                          qa_outputs: E -> 2     cross-entropy of both ends
 
-Only the last token has seen the whole text, so that is where a decoder is asked about all of it. To fine-tune a text
-model into a classifier, load it as one (a warning names the layer that is new) and train all weights:
+A sequence is classified by its last token, because only that token has seen all others. To fine-tune a text model into
+a classifier, load it as one (a warning names the layer that is new) and train all weights:
 
     model = Ministral3ForSequenceClassification.from_pretrained(
         "models/shakespeare", dtype=torch.float32, num_labels=2, id2label={0: "prose", 1: "verse"})
@@ -17,13 +17,12 @@ model into a classifier, load it as one (a warning names the layer that is new) 
         optimizer.zero_grad()
     model.save_pretrained("verse")       # loads in Transformers too
 
-`python -m examples.verse` is this program in full, with data and held-out accuracy. Names, parameters and losses are
-those of Transformers' classes of the same names. In the shapes, N is `config.num_labels`.
+`python -m examples.verse` is this program in full, with data and the accuracy on test data. Names, parameters and
+losses are those of Transformers' classes of the same names. In the shapes, N is `config.num_labels`.
 """
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -31,12 +30,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checks import PROBLEM_TYPES, expect, expect_classes, expect_tensor, is_whole, may_read
+import checks
 from ministral import KVCache, MinistralConfig, MinistralModel
 from ministral3 import Ministral3Config, Ministral3Model
 from pretrained import Linear, PreTrainedModel, at_least_float32, exportable, init_weights
 
-REGRESSION, SINGLE_LABEL, MULTI_LABEL = PROBLEM_TYPES
+REGRESSION, SINGLE_LABEL, MULTI_LABEL = checks.PROBLEM_TYPES
 
 
 class ModelWithHead(PreTrainedModel):
@@ -49,7 +48,7 @@ class ModelWithHead(PreTrainedModel):
 
     def __init__(self, config: MinistralConfig, outputs: int, bias: bool) -> None:
         super().__init__(config)
-        config.complete_labels()  # one of the three fields may have been set
+        config.complete_labels()  # num_labels, id2label or label2id may have been set since
         self.num_labels = config.num_labels
         setattr(self, self.base_model_prefix, self.model_class(config))
         setattr(self, self.new_layer, Linear(config.hidden_size, outputs, bias))
@@ -73,42 +72,39 @@ class GenericForSequenceClassification(ModelWithHead):
         Args:
             labels: see `sequence_classification_loss`.
 
-        The token that is read is the last one of each row that is not `pad_token_id`, whatever `attention_mask` says.
-        In `inputs_embeds` no padding can be seen: there, and without a `pad_token_id`, it is the last of all.
+        The logits of a row are those of its last token that is not `pad_token_id`; `attention_mask` has no influence on
+        that. With `inputs_embeds` or without a `pad_token_id`, they are those of the last token.
 
         Raises:
             ValueError: several texts and no `pad_token_id`; impossible labels; as `MinistralModel.forward`.
         """
-        pad, text = self.config.pad_token_id, input_ids if input_ids is not None else inputs_embeds
+        pad = self.config.pad_token_id
+        text = inputs_embeds if input_ids is None else input_ids
         if pad is None and text is not None and len(text) > 1:
-            raise ValueError(f"{len(text)} texts without config.pad_token_id: set it, or give one text at a time")
-        outputs = self.base_model(
+            cure = "set it, or give one text at a time"
+            raise ValueError(f"{len(text)} texts without config.pad_token_id: {cure}")
+        out = self.base_model(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, **kwargs
         )
         # All tokens, though one is read: a product of fewer rows is rounded differently.
-        logits = self.score(outputs.last_hidden_state)  # (B, S, N)
+        logits = self.score(out.last_hidden_state)  # (B, S, N)
         B, S, _ = logits.shape
         last = torch.full((B,), S - 1, device=logits.device)
-        if pad is not None and input_ids is not None:
-            places = torch.arange(S, device=logits.device)
-            last = (places * (input_ids != pad)).argmax(-1)  # (B,), 0 for a row of nothing but padding
-        elif attention_mask is not None and input_ids is None and ends_in_padding(attention_mask):
-            warnings.warn("inputs_embeds that end in padding: it is read as text; put padding first", stacklevel=4)
+        if input_ids is not None and pad is not None:
+            indices = torch.arange(S, device=logits.device)
+            last = (indices * (input_ids != pad)).argmax(-1)  # (B,), 0 if a row is all padding
+        if input_ids is None:
+            checks.warn_of_last_padding(attention_mask)
         logits = logits[torch.arange(B, device=logits.device), last]  # (B, N)
         loss = None if labels is None else sequence_classification_loss(logits, labels, self.config)
         return SequenceClassifierOutputWithPast(
-            loss, logits, outputs.past_key_values, outputs.hidden_states, outputs.attentions
+            loss, logits, out.past_key_values, out.hidden_states, out.attentions
         )
 
 
-def ends_in_padding(attention_mask: Tensor) -> bool:
-    """Whether a row does (unknown, and so no, while torch.compile traces)."""
-    return not torch.compiler.is_compiling() and not bool(attention_mask[:, -1].all())
-
-
 def sequence_classification_loss(logits: Tensor, labels: Tensor, config: MinistralConfig) -> Tensor:
-    """The loss of `config.problem_type`, a mean over the batch. When that is None, the labels decide, and it is set,
-    so that it is saved with the model.
+    """The loss of `config.problem_type`, a mean over the batch. If that is None, the labels decide, and it is set, so
+    that it is saved with the model.
 
     problem_type                  decided by                 labels                             loss
     regression                    N = 1                      (B,) or (B, 1); (B, N) if N > 1    squared error
@@ -121,24 +117,31 @@ def sequence_classification_loss(logits: Tensor, labels: Tensor, config: Ministr
         ValueError: labels of another shape, type or range.
     """
     B, N = logits.shape
-    expect_tensor("labels", labels)
-    labels, kind = labels.to(logits.device), config.problem_type
+    checks.expect_tensor("labels", labels)
+    labels = labels.to(logits.device)
+    kind = config.problem_type
     if kind is None:
-        kind = REGRESSION if N == 1 else SINGLE_LABEL if is_whole(labels) else MULTI_LABEL
-    one_each = kind == SINGLE_LABEL or (kind == REGRESSION and N == 1)
-    expect(f"labels for {kind}", labels, *(((B,), (B, 1)) if one_each else ((B, N),)))
-    if kind == SINGLE_LABEL:
-        expect_classes(labels, N)
-        loss = F.cross_entropy(logits, labels.flatten().long())
+        kind = MULTI_LABEL
+        if checks.is_whole(labels):
+            kind = SINGLE_LABEL
+        if N == 1:
+            kind = REGRESSION
+    if kind == SINGLE_LABEL or (kind == REGRESSION and N == 1):
+        checks.expect(f"labels for {kind}", labels, (B,), (B, 1))
     else:
-        if kind == REGRESSION and is_whole(labels):
+        checks.expect(f"labels for {kind}", labels, (B, N))
+
+    if kind == SINGLE_LABEL:
+        checks.expect_classes(labels, N)
+        loss = F.cross_entropy(logits, labels.flatten().long())
+    elif kind == REGRESSION:
+        if checks.is_whole(labels):
             labels = labels.to(logits.dtype)
-        if not labels.is_floating_point():
-            raise ValueError(f"labels of {labels.dtype} for {kind}; allowed: floating-point numbers")
-        if kind == MULTI_LABEL and may_read(labels) and not ((labels >= 0) & (labels <= 1)).all():
-            raise ValueError(f"labels from {labels.min()} to {labels.max()} for {kind}; allowed: 0 to 1")
-        loss_of = F.mse_loss if kind == REGRESSION else F.binary_cross_entropy_with_logits
-        loss = loss_of(logits, labels.reshape(B, N))
+        checks.expect_numbers(labels, kind)
+        loss = F.mse_loss(logits, labels.reshape(B, N))
+    else:
+        checks.expect_fractions(labels, kind)
+        loss = F.binary_cross_entropy_with_logits(logits, labels.reshape(B, N))
     config.problem_type = kind
     return loss
 
@@ -164,17 +167,18 @@ class GenericForTokenClassification(ModelWithHead):
         Raises:
             ValueError: impossible labels; as `MinistralModel.forward`.
         """
-        outputs = self.base_model(
+        out = self.base_model(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, **kwargs
         )
-        logits = self.score(self.dropout(outputs.last_hidden_state))  # (B, S, N)
+        logits = self.score(self.dropout(out.last_hidden_state))  # (B, S, N)
         loss = None
         if labels is not None:
-            expect("labels", labels, tuple(logits.shape[:2]))
-            expect_classes(labels, logits.shape[2])
+            B, S, N = logits.shape
+            checks.expect("labels", labels, (B, S))
+            checks.expect_classes(labels, N)
             rows = logits.flatten(0, 1).to(at_least_float32(logits.dtype))
             loss = F.cross_entropy(rows, labels.flatten().long().to(rows.device))
-        return TokenClassifierOutput(loss, logits, outputs.hidden_states, outputs.attentions)
+        return TokenClassifierOutput(loss, logits, out.hidden_states, out.attentions)
 
 
 class GenericForQuestionAnswering(ModelWithHead):
@@ -195,31 +199,36 @@ class GenericForQuestionAnswering(ModelWithHead):
         """The arguments of `MinistralModel.forward`, and:
 
         Args:
-            start_positions, end_positions: (B,) or (B, 1), places of the answer's first and last token. One beyond
-                the text (the answer was cut off) is ignored; one below 0 counts as 0. The loss is the mean of both.
+            start_positions, end_positions: (B,) or (B, 1), indices of the answer's first and last token. An index
+                beyond the text (the answer was cut off) is ignored, and one below 0 counts as 0. The loss is the mean
+                of both.
 
         Raises:
             ValueError: one without the other, or no whole numbers; as `MinistralModel.forward`.
         """
         if (start_positions is None) != (end_positions is None):
             raise ValueError("give both start_positions and end_positions, or neither")
-        outputs = self.base_model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, **kwargs)
-        logits = self.qa_outputs(outputs.last_hidden_state)  # (B, S, 2)
+        out = self.base_model(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, **kwargs
+        )
+        logits = self.qa_outputs(out.last_hidden_state)  # (B, S, 2)
         start_logits, end_logits = (column.contiguous() for column in logits.unbind(-1))
         loss = None
         if start_positions is not None and end_positions is not None:
             start_loss = position_loss("start_positions", start_logits, start_positions)
-            loss = (start_loss + position_loss("end_positions", end_logits, end_positions)) / 2
-        return QuestionAnsweringModelOutput(loss, start_logits, end_logits, outputs.hidden_states, outputs.attentions)
+            end_loss = position_loss("end_positions", end_logits, end_positions)
+            loss = (start_loss + end_loss) / 2
+        return QuestionAnsweringModelOutput(loss, start_logits, end_logits, out.hidden_states, out.attentions)
 
 
 def position_loss(name: str, logits: Tensor, positions: Tensor) -> Tensor:
-    """Mean cross-entropy of the right place among S: logits (B, S), positions (B,) or (B, 1)."""
+    """Mean cross-entropy of the right index among S: logits (B, S), positions (B,) or (B, 1)."""
     B, S = logits.shape
-    expect(name, positions, (B,), (B, 1))
-    if not is_whole(positions):
+    checks.expect(name, positions, (B,), (B, 1))
+    if not checks.is_whole(positions):
         raise ValueError(f"{name} of {positions.dtype}; allowed: whole numbers")
-    return F.cross_entropy(logits, positions.flatten().long().clamp(0, S).to(logits.device), ignore_index=S)
+    targets = positions.flatten().long().clamp(0, S).to(logits.device)
+    return F.cross_entropy(logits, targets, ignore_index=S)
 
 
 # ------------------------------------------------------------------------------------------------------ results
@@ -251,7 +260,7 @@ class TokenClassifierOutput:
 @exportable
 @dataclass
 class QuestionAnsweringModelOutput:
-    """`start_logits` and `end_logits` (B, S): how likely each token is the answer's first and its last one."""
+    """`start_logits` and `end_logits` (B, S): how likely each token is the first and the last one of the answer."""
 
     loss: Tensor | None
     start_logits: Tensor
@@ -272,7 +281,7 @@ class MinistralForTokenClassification(GenericForTokenClassification):
 
 
 class MinistralForQuestionAnswering(GenericForQuestionAnswering):
-    """Ministral that finds an answer. Transformers calls its backbone `transformer`."""
+    """Ministral that marks the answer in a text. Transformers calls its backbone `transformer`."""
 
     base_model_prefix = "transformer"
 
@@ -290,6 +299,6 @@ class Ministral3ForTokenClassification(GenericForTokenClassification):
 
 
 class Ministral3ForQuestionAnswering(GenericForQuestionAnswering):
-    """Ministral 3 that finds an answer."""
+    """Ministral 3 that marks the answer in a text."""
 
     config_class, model_class = Ministral3Config, Ministral3Model

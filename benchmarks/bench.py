@@ -1,10 +1,10 @@
-"""Speed, memory and start against Transformers, on the same weights, in turn in one process; medians.
+"""Speed, memory and start in comparison with Transformers, on the same weights. Medians of alternating runs.
 
     python -m benchmarks.bench                      # all of them, about a quarter of an hour on 2 cores
     python -m benchmarks.bench decode-135m-bf16     # the cases whose names begin so
     python -m benchmarks.bench --list
 
-The ratio is the seconds of Transformers over ours: above 1, we are faster (for memory: its growth over ours).
+The ratio is Transformers' time divided by ours (for memory: its growth divided by ours). Above 1, we are faster.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ _limits: dict[torch.dtype, tuple[float, float]] = {}
 
 
 def limits(dtype: torch.dtype) -> tuple[float, float]:
-    """See `common.limits`; measured once."""
+    """`common.limits`, measured once."""
     if dtype not in _limits:
         _limits[dtype] = common.limits(dtype)
     return _limits[dtype]
@@ -62,70 +62,79 @@ def limits(dtype: torch.dtype) -> tuple[float, float]:
 
 def prompt(model: Any, length: int) -> torch.Tensor:
     """Random ids (1, length)."""
-    high = model.config.vocab_size
-    return torch.randint(3, high, (1, length), generator=torch.Generator().manual_seed(length))
+    generator = torch.Generator().manual_seed(length)
+    return torch.randint(3, model.config.vocab_size, (1, length), generator=generator)
 
 
 def decode(name: str, kind: str, new: int, rounds: int, attn: str = "sdpa", **extra: Any) -> Row:
-    """Tokens per second of `generate`, greedy, after a prompt of 32 tokens and the first new one, whose time is
-    measured, too, and taken off."""
+    """Tokens per second of greedy `generate`. The time of the prompt (32 tokens) and of the first new token is measured
+    separately and subtracted."""
     dtype = DTYPES[SHORT[kind]]
     model = common.ours(name, dtype)
-    other, ids = common.theirs(model, attn), prompt(model, 32)
+    other = common.theirs(model, attn)
+    ids = prompt(model, 32)
     runs = dict[str, Callable[[], object]]()
     for count in (1, new + 1):
         runs[f"ours {count}"] = partial(generate, model, ids, max_new_tokens=count, eos_token_id=())
         runs[f"theirs {count}"] = partial(their_generate, other, ids, count, **extra)
-    found = common.alternate(runs, rounds)
-    seconds = {side: (found[f"{side} {new + 1}"] - found[f"{side} 1"]) / new for side in ("ours", "theirs")}
-    read = sum(p.numel() * p.element_size() for p in model.parameters())
-    read -= 0 if model.config.tie_word_embeddings else model.lm_head.weight.nbytes
-    share = read / seconds["ours"] / limits(dtype)[0]
-    return Row("", f"{1 / seconds['ours']:.1f} tokens/s", f"{1 / seconds['theirs']:.1f}",
-               seconds["theirs"] / seconds["ours"], f"{share:.0%} of memory bandwidth")  # fmt: skip
+    medians = common.alternate(runs, rounds)
+    ours = (medians[f"ours {new + 1}"] - medians["ours 1"]) / new
+    theirs = (medians[f"theirs {new + 1}"] - medians["theirs 1"]) / new
+    nbytes = sum(p.nbytes for p in model.parameters())
+    if not model.config.tie_word_embeddings:
+        nbytes -= model.lm_head.weight.nbytes
+    bandwidth, _ = limits(dtype)
+    limit = f"{nbytes / ours / bandwidth:.0%} of memory bandwidth"
+    return Row("", f"{1 / ours:.1f} tokens/s", f"{1 / theirs:.1f}", theirs / ours, limit)
 
 
 def their_generate(other: Any, ids: torch.Tensor, new: int, **extra: Any) -> object:
-    """Transformers' `generate`, greedy, that many tokens."""
-    return other.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False,
-                          eos_token_id=None, pad_token_id=0, **extra)  # fmt: skip
+    """`new` tokens of Transformers' `generate`, greedy."""
+    return other.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, eos_token_id=None,
+        pad_token_id=0, **extra,
+    )  # fmt: skip
 
 
 def prefill(name: str, kind: str, length: int, rounds: int) -> Row:
-    """Tokens per second of reading a prompt, to the first new token."""
+    """Tokens per second of reading a prompt, up to the first new token."""
     dtype = DTYPES[SHORT[kind]]
     model = common.ours(name, dtype)
-    other, ids = common.theirs(model), prompt(model, length)
+    other = common.theirs(model)
+    ids = prompt(model, length)
     seconds = common.alternate({
         "ours": partial(generate, model, ids, max_new_tokens=1, eos_token_id=()),
         "theirs": partial(their_generate, other, ids, 1),
     }, rounds)  # fmt: skip
-    numbers = sum(p.numel() for name, p in model.named_parameters() if p.ndim > 1 and "embed" not in name)
-    share = 2 * numbers * length / seconds["ours"] / limits(dtype)[1]
-    limit = f"{share:.0%} of {kind} matrix rate, without attention"
-    return Row("", f"{length / seconds['ours']:.0f} tokens/s", f"{length / seconds['theirs']:.0f}",
-               seconds["theirs"] / seconds["ours"], limit)  # fmt: skip
+    ours, theirs = seconds["ours"], seconds["theirs"]
+    parameters = model.named_parameters()
+    numbers = sum(p.numel() for name, p in parameters if p.ndim > 1 and "embed" not in name)
+    operations = 2 * numbers * length
+    _, rate = limits(dtype)
+    limit = f"{operations / ours / rate:.0%} of {kind} matrix rate, without attention"
+    return Row("", f"{length / ours:.0f} tokens/s", f"{length / theirs:.0f}", theirs / ours, limit)
 
 
 @torch.inference_mode()
 def step_seconds(model: Any, length: int, steps: int, rounds: int) -> tuple[dict[str, float], int]:
     """Seconds of a token after `length` tokens of random keys and values, "ours" and "theirs", and the bytes of our
     cache."""
-    other, ids = common.theirs(model), prompt(model, 1)
-    ours, theirs = common.our_cache(model, length), common.their_cache(model, other, length)
-
-    given = {cache_name(other): theirs}
+    other = common.theirs(model)
+    ids = prompt(model, 1)
+    ours = common.our_cache(model, length)
+    cache = {cache_name(other): common.their_cache(model, other, length)}
 
     def run_theirs() -> None:
         for _ in range(steps):
-            other(ids, use_cache=True, **given)
+            other(ids, use_cache=True, **cache)
 
-    found = common.alternate({"ours": partial(more, model, ids, ours, steps), "theirs": run_theirs}, rounds)
-    return {side: seconds / steps for side, seconds in found.items()}, ours.nbytes()
+    run_ours = partial(our_steps, model, ids, ours, steps)
+    medians = common.alternate({"ours": run_ours, "theirs": run_theirs}, rounds)
+    return {side: seconds / steps for side, seconds in medians.items()}, ours.nbytes()
 
 
-def more(model: Any, ids: torch.Tensor, cache: KVCache, steps: int) -> None:
-    """Our `steps` more tokens after a full cache."""
+def our_steps(model: Any, ids: torch.Tensor, cache: KVCache, steps: int) -> None:
+    """Generate `steps` tokens after a cache that is filled already."""
     tokens = ids.expand(1, cache.get_seq_length() + 1)  # only the last one is read
     generate(model, tokens, max_new_tokens=steps, eos_token_id=(), past_key_values=cache)
 
@@ -134,46 +143,49 @@ def decode_at(name: str, length: int, steps: int, rounds: int) -> Row:
     """Milliseconds per token after `length` others, float32."""
     model = common.ours(name, torch.float32)
     seconds, cached = step_seconds(model, length, steps, rounds)
-    each = {side: f"{value * 1000:.1f} ms" for side, value in seconds.items()}
-    share = (cached + sum(p.nbytes for p in model.parameters())) / seconds["ours"] / limits(torch.float32)[0]
-    ratio = seconds["theirs"] / seconds["ours"]
-    return Row("", each["ours"], each["theirs"], ratio, f"{share:.0%} of memory bandwidth")
+    ours, theirs = seconds["ours"], seconds["theirs"]
+    nbytes = cached + sum(p.nbytes for p in model.parameters())
+    bandwidth, _ = limits(torch.float32)
+    limit = f"{nbytes / ours / bandwidth:.0%} of memory bandwidth"
+    return Row("", f"{ours * 1000:.1f} ms", f"{theirs * 1000:.1f} ms", theirs / ours, limit)
 
 
 @torch.inference_mode()
 def grows(name: str, short: int, long: int, steps: int, rounds: int) -> Row:
-    """Our time per token at a long context over that at a short one (in the column of Transformers)."""
+    """Our time per token at a long context, divided by that at a short one (in the column of Transformers)."""
     model = common.ours(name, torch.float32)
     runs: dict[str, Callable[[], object]] = {
-        str(length): partial(more, model, prompt(model, 1), common.our_cache(model, length), steps)
+        str(length): partial(our_steps, model, prompt(model, 1), common.our_cache(model, length), steps)
         for length in (short, long)
     }
     seconds = common.alternate(runs, rounds)
-    each = [f"{seconds[key] / steps * 1000:.2f} ms" for key in runs]
-    return Row("", each[1], f"(ours, {short}) {each[0]}", seconds[str(long)] / seconds[str(short)])
+    ratio = seconds[str(long)] / seconds[str(short)]
+    after_short, after_long = (f"{seconds[key] / steps * 1000:.2f} ms" for key in runs)
+    return Row("", after_long, f"(ours, {short}) {after_short}", ratio)
 
 
 def child(side: str, name: str, kind: str, length: int) -> None:
     """In a process of its own: read a prompt, print by how many bytes the peak of memory grew."""
     model = common.ours(name, DTYPES[SHORT[kind]])
     ids = prompt(model, length)
-    other = common.theirs(model) if side == "theirs" else None
-    generate(model, ids[:, :40], max_new_tokens=2, eos_token_id=())  # what libraries take once
+    measured: Callable[[], object] = partial(generate, model, ids, max_new_tokens=1, eos_token_id=())
+    if side == "theirs":
+        measured = partial(their_generate, common.theirs(model), ids, 1)
+    generate(model, ids[:, :40], max_new_tokens=2, eos_token_id=())  # libraries reserve some memory once
     before = common.reset_peak()
-    if other is None:
-        generate(model, ids, max_new_tokens=1, eos_token_id=())
-    else:
-        their_generate(other, ids, 1)
+    measured()
     print(common.peak() - before)
 
 
 def memory(name: str, kind: str, length: int) -> Row:
     """Growth of the peak of memory while a prompt is read, cache included, each in a process of its own."""
-    grown = {}
+    growth = []
     for side in ("ours", "theirs"):
         command = [sys.executable, "-m", "benchmarks.bench", "--child", side, name, kind, str(length)]
-        grown[side] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
-    return Row("", format_bytes(grown["ours"]), format_bytes(grown["theirs"]), grown["theirs"] / grown["ours"])
+        printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        growth.append(int(printed.split()[-1]))
+    ours, theirs = growth
+    return Row("", format_bytes(ours), format_bytes(theirs), theirs / ours)
 
 
 THEIR_START = """
@@ -188,11 +200,13 @@ print(out[0].tolist())
 
 
 def first_byte(*command: str) -> None:
-    """Run Python until it has printed something, its modules cached on disk as in any installation. (What a process
-    does before it ends is not counted.)"""
+    """Run Python until it has printed something. Its modules are cached on disk, as in any installation. The time that
+    the process takes to end is not counted."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
-    with subprocess.Popen([sys.executable, "-u", *command], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                          env=environment) as process:  # fmt: skip
+    arguments = [sys.executable, "-u", *command]
+    with subprocess.Popen(
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
+    ) as process:  # fmt: skip
         assert process.stdout is not None
         if not process.stdout.read(1):
             raise ValueError(f"python {' '.join(command)} printed nothing")
@@ -200,8 +214,8 @@ def first_byte(*command: str) -> None:
 
 
 def start(rounds: int) -> Row:
-    """Seconds from the start of a process to the first token, the 135-million shape in bfloat16, command line and all;
-    `import torch` alone is in the last column."""
+    """Seconds from the start of a process to the first token, with the 135-million shape in bfloat16 and through the
+    command line. The last column has `import torch` alone."""
     with tempfile.TemporaryDirectory() as directory:
         common.ours("135m", torch.bfloat16).save_pretrained(directory)
         tekken = (BUNDLED / "tekken.json").read_bytes()
@@ -209,17 +223,19 @@ def start(rounds: int) -> Row:
 
         seconds = common.alternate({
             "ours": partial(
-                first_byte, "generate.py", "--model", directory, "--max-new-tokens", "1", "--temperature", "0", "To"
+                first_byte, "generate.py", "--model", directory, "--max-new-tokens", "1",
+                "--temperature", "0", "To",
             ),
             "theirs": partial(first_byte, "-c", THEIR_START, directory),
             "torch": partial(first_byte, "-c", "import torch; print(torch)"),
         }, rounds)  # fmt: skip
-    return Row("", f"{seconds['ours']:.2f} s", f"{seconds['theirs']:.2f} s", seconds["theirs"] / seconds["ours"],
-               f"import torch {seconds['torch']:.2f} s")  # fmt: skip
+    ours, theirs = seconds["ours"], seconds["theirs"]
+    limit = f"import torch {seconds['torch']:.2f} s"
+    return Row("", f"{ours:.2f} s", f"{theirs:.2f} s", theirs / ours, limit)
 
 
 def compiled() -> dict[str, Any]:
-    """Arguments by which Transformers' `generate` compiles its step, on a CPU, too."""
+    """Arguments with which Transformers' `generate` compiles its step, also on a CPU."""
     config: Any = transformers.CompileConfig(mode="default")
     config._compile_all_devices = True
     return {"cache_implementation": "static", "compile_config": config}
@@ -229,7 +245,8 @@ CASES: dict[str, Callable[[int], Row]] = {
     "decode-bundled-f32": lambda n: decode("bundled", "f32", 128, n),
     "decode-bundled-bf16": lambda n: decode("bundled", "bf16", 128, n),
     "decode-bundled-f32, theirs eager": lambda n: decode("bundled", "f32", 128, n, "eager"),
-    "decode-bundled-f32, theirs static and compiled": lambda n: decode("bundled", "f32", 128, n, **compiled()),
+    "decode-bundled-f32, theirs static and compiled":
+        lambda n: decode("bundled", "f32", 128, n, **compiled()),
     "decode-mixed-f32": lambda n: decode("mixed", "f32", 128, n),
     "decode-135m-f32": lambda n: decode("135m", "f32", 32, n),
     "decode-135m-bf16": lambda n: decode("135m", "bf16", 32, n),
@@ -250,7 +267,7 @@ CASES: dict[str, Callable[[int], Row]] = {
 
 
 def run_case(case: str, rounds: int, threads: int) -> tuple[Row, dict[torch.dtype, tuple[float, float]]]:
-    """One row, and the limits it was held against."""
+    """One row, and the limits of the machine that it states a share of."""
     torch.set_num_threads(threads)
     row = CASES[case](rounds)
     row.case = case
@@ -258,7 +275,7 @@ def run_case(case: str, rounds: int, threads: int) -> tuple[Row, dict[torch.dtyp
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure and print, each case in a process of its own: what one leaves in memory slows the next."""
+    """Measure and print. Each case has a process of its own, because memory that one leaves behind slows the next."""
     if options.child:
         torch.set_num_threads(options.threads)
         side, name, kind, length = options.child
@@ -275,7 +292,8 @@ def run(options: argparse.Namespace) -> int:
         print(row, flush=True)
         _limits.update(limits)
     for dtype, (vector, matrix) in _limits.items():
-        print(f"\nlimits in {dtype}: {vector / 1e9:.1f} GB/s of a matrix times a vector, {matrix / 1e9:.0f} GFLOPS")
+        bandwidth = f"{vector / 1e9:.1f} GB/s of a matrix times a vector"
+        print(f"\nlimits in {dtype}: {bandwidth}, {matrix / 1e9:.0f} GFLOPS")
     return 0
 
 

@@ -1,10 +1,11 @@
-"""What the measurements share: models of ours and the same in Transformers, alternating runs, limits of the machine."""
+"""Shared by all measurements: our models and the same in Transformers, alternating runs, limits of the machine."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -22,25 +23,28 @@ from ministral import KVCache, MinistralConfig, MinistralForCausalLM
 from ministral3 import Ministral3Config, Ministral3ForCausalLM
 
 transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-# The shape of a 135-million model of today (SmolLM2), one of 5 million in three patterns of layers, and the published
-# text model of Ministral-3-3B. Weights are random: speed does not depend on them.
+# The shape of a model with 135 million parameters (SmolLM2), one of 5 million in three patterns of layers, and the
+# published text model of Ministral-3-3B. Weights are random: speed does not depend on them.
 SMALL: dict[str, Any] = dict(
-    vocab_size=4096, hidden_size=256, intermediate_size=688, num_attention_heads=8, num_key_value_heads=2, head_dim=32,
-    num_hidden_layers=6, rms_norm_eps=1e-5, tie_word_embeddings=True, sliding_window=1024,
+    vocab_size=4096, hidden_size=256, intermediate_size=688, num_attention_heads=8, num_key_value_heads=2,
+    head_dim=32, num_hidden_layers=6, rms_norm_eps=1e-5, tie_word_embeddings=True, sliding_window=1024,
     max_position_embeddings=2**19,
 )  # fmt: skip
 CONFIGS: dict[str, MinistralConfig] = {
     "135m": MinistralConfig(
-        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-        num_key_value_heads=3, head_dim=64, rms_norm_eps=1e-5, rope_theta=1e5, tie_word_embeddings=True,
-        sliding_window=2**19, layer_types=["full_attention"] * 30, max_position_embeddings=2**19,
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+        num_attention_heads=9, num_key_value_heads=3, head_dim=64, rms_norm_eps=1e-5, rope_theta=1e5,
+        tie_word_embeddings=True, sliding_window=2**19, layer_types=["full_attention"] * 30,
+        max_position_embeddings=2**19,
     ),
     "full": MinistralConfig(**SMALL | dict(layer_types=["full_attention"] * 6)),
     "sliding": MinistralConfig(**SMALL | dict(layer_types=["sliding_attention"] * 6)),
     "mixed": MinistralConfig(
         **SMALL | dict(layer_types=["full_attention", "sliding_attention", "sliding_attention"] * 2)
     ),
-    "3b": Ministral3Config(hidden_size=3072, intermediate_size=9216, num_hidden_layers=26, tie_word_embeddings=True),
+    "3b": Ministral3Config(
+        hidden_size=3072, intermediate_size=9216, num_hidden_layers=26, tie_word_embeddings=True,
+    ),
 }  # fmt: skip
 
 
@@ -51,27 +55,34 @@ def ours(name: str, dtype: torch.dtype) -> Any:
         model.generation_config = GenerationConfig()  # greedy, as the other models
         return model
     config = CONFIGS[name]
-    cls = Ministral3ForCausalLM if isinstance(config, Ministral3Config) else MinistralForCausalLM
+    cls = MinistralForCausalLM
+    if isinstance(config, Ministral3Config):
+        cls = Ministral3ForCausalLM
     with torch.device("meta"):
         model = cls(config)
-    noise = (torch.randn(2**20, generator=torch.Generator().manual_seed(0)) * 0.02).to(dtype)
+    generator = torch.Generator().manual_seed(0)
+    noise = (torch.randn(2**20, generator=generator) * 0.02).to(dtype)
     for module in model.modules():
         for key, p in module.named_parameters(recurse=False):
-            values = torch.ones(p.shape, dtype=dtype) if p.ndim == 1 else noise.repeat(p.numel() // 2**20 + 1)
-            module.register_parameter(key, torch.nn.Parameter(values[: p.numel()].view(p.shape)))
+            values = torch.ones(p.shape, dtype=dtype)
+            if p.ndim > 1:
+                values = noise.repeat(p.numel() // 2**20 + 1)[: p.numel()].view(p.shape)
+            module.register_parameter(key, torch.nn.Parameter(values))
     model.tie_weights()
     flat(model)
     return model.eval()
 
 
 def theirs(model: Any, attn: str = "sdpa") -> Any:
-    """The same model in Transformers, on the same memory."""
-    kind = type(model.config).__name__
-    values = {key: value for key, value in model.config.to_dict().items() if key != "model_type"}
-    config = getattr(transformers, kind)(**values)
+    """The same model in Transformers, with the same tensors."""
+    config_class = getattr(transformers, type(model.config).__name__)
+    model_class = getattr(transformers, type(model).__name__)
+    values = model.config.to_dict()
+    del values["model_type"]
+    config = config_class(**values)
     config._attn_implementation = attn
     with torch.device("meta"):
-        other = getattr(transformers, type(model).__name__)._from_config(config, dtype=model.dtype)
+        other = model_class._from_config(config, dtype=model.dtype)
     other.load_state_dict(model.state_dict(), assign=True)
     other.tie_weights()
     other.model.rotary_emb = type(other.model.rotary_emb)(config)  # its frequencies are not in the state
@@ -96,12 +107,13 @@ def their_cache(model: Any, other: Any, length: int) -> Any:
 
 def _keys(model: Any, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     shape = (1, model.config.num_key_value_heads, length, model.config.head_dim)
-    keys = torch.randn(shape, generator=torch.Generator().manual_seed(length)).to(model.dtype)
+    generator = torch.Generator().manual_seed(length)
+    keys = torch.randn(shape, generator=generator).to(model.dtype)
     return keys, keys.flip(2)
 
 
 def alternate(runs: Mapping[str, Callable[[], object]], rounds: int, warm: bool = True) -> dict[str, float]:
-    """Median seconds of each, all run in turn `rounds` times, after once without counting."""
+    """Median seconds of each run. All run in turn, `rounds` times, after one round that does not count (`warm`)."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for count in range(rounds + warm):
         for name, run in runs.items():
@@ -114,39 +126,47 @@ def alternate(runs: Mapping[str, Callable[[], object]], rounds: int, warm: bool 
 
 @torch.inference_mode()
 def limits(dtype: torch.dtype) -> tuple[float, float]:
-    """What this machine does at best: bytes per second of reading weights (a product of a 32768 x 4096 matrix with a
-    vector), and operations per second (a product of two matrices of 4096 with 512 rows)."""
+    """The limits of this machine: bytes per second of reading weights (in a product of a 32768 x 4096 matrix with a
+    vector), and operations per second (in a product of a 4096 x 4096 matrix with 512 rows)."""
     large = torch.randn(32768, 4096).to(dtype)
-    row, rows = torch.randn(1, 4096).to(dtype), torch.randn(512, 4096).to(dtype)
-    found = alternate({"vector": lambda: F.linear(row, large), "matrix": lambda: F.linear(rows, large[:4096])}, 5)
-    return large.numel() * large.element_size() / found["vector"], 2 * 512 * 4096 * 4096 / found["matrix"]
+    row = torch.randn(1, 4096).to(dtype)
+    rows = torch.randn(512, 4096).to(dtype)
+    products = {"vector": lambda: F.linear(row, large), "matrix": lambda: F.linear(rows, large[:4096])}
+    seconds = alternate(products, 5)
+    return large.nbytes / seconds["vector"], 2 * 512 * 4096 * 4096 / seconds["matrix"]
 
 
 def machine() -> str:
     """Hardware and versions, in a line."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        cpu = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line), cpu)
-    flags = info.read_text() if info.is_file() else ""
-    has = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
-    limit = f", held to {os.environ['ONEDNN_MAX_CPU_ISA']}" if "ONEDNN_MAX_CPU_ISA" in os.environ else ""
+    cpu = platform.processor()
+    if not cpu:
+        cpu = platform.machine()
+    info = ""
+    if Path("/proc/cpuinfo").is_file():
+        info = Path("/proc/cpuinfo").read_text()
+    named = re.search(r"model name.*?:(.*)", info)
+    if named:
+        cpu = named[1].strip()
+    features = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in info]
+    if "ONEDNN_MAX_CPU_ISA" in os.environ:
+        features.append(f"limited to {os.environ['ONEDNN_MAX_CPU_ISA']}")
     if torch.cuda.is_available():
         cpu += f", {torch.cuda.get_device_name()}"
-    return (f"{cpu} ({', '.join(has)}{limit}), {torch.get_num_threads()} threads; Python {platform.python_version()},"
-            f" torch {torch.__version__}, transformers {transformers.__version__}")  # fmt: skip
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    threads = f"{torch.get_num_threads()} threads"
+    return f"{cpu} ({', '.join(features)}), {threads}; Python {platform.python_version()}, {versions}"
 
 
 def reset_peak() -> int:
-    """Begin to measure the peak of this process's memory anew (Linux); returns the bytes in use now. What was freed
-    before goes back to the system first: taken again, it would not count."""
+    """Start to measure the peak of this process's memory (Linux); return the bytes in use now. Freed memory is given
+    back to the system first, because memory that is only used again would not count."""
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     return _status("VmRSS")
 
 
 def peak() -> int:
-    """The peak since then, in bytes."""
+    """The peak since `reset_peak`, in bytes."""
     return _status("VmHWM")
 
 

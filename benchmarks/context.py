@@ -1,10 +1,10 @@
-"""How cost grows with the context: time and memory for full, sliding and mixed layers, here and in Transformers.
+"""Cost against context: time and memory of full, sliding and mixed layers, here and in Transformers.
 
     python -m benchmarks.context          # about 15 minutes on 2 cores; draws benchmarks/context.png
 
 Six narrow layers (5 million parameters, window 1024), float32, sdpa. Left: milliseconds of a token after a context of
-1k to 256k random keys and values. Middle: seconds to read a prompt. Right: what reading takes beside weights, cache
-included, each point in a process of its own. Prompts of Transformers end at 32k: 64k would take over 20 GB.
+1k to 256k random keys and values. Middle: seconds to read a prompt. Right: memory of reading, with the cache and
+without the weights; each point has a process of its own. Prompts of Transformers end at 32k: 64k would take over 20 GB.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,38 +34,37 @@ PROMPTS = {"ours": tuple(2**n for n in range(10, 17)), "theirs": tuple(2**n for 
 def read_prompt(side: str, pattern: str, length: int) -> None:
     """In a process of its own: print the seconds a prompt takes, and the bytes by which the peak of memory grows."""
     model = common.ours(pattern, torch.float32)
-    ids, other = prompt(model, length), common.theirs(model) if side == "theirs" else None
-
-    def run(ids: torch.Tensor) -> None:
-        if other is None:
-            generate(model, ids, max_new_tokens=1, eos_token_id=())
-        else:
-            their_generate(other, ids, 1)
-
-    run(ids[:, :600])
-    before, start = common.reset_peak(), time.perf_counter()
-    run(ids)
+    ids = prompt(model, length)
+    read: Callable[[torch.Tensor], object] = partial(generate, model, max_new_tokens=1, eos_token_id=())
+    if side == "theirs":
+        read = partial(their_generate, common.theirs(model), new=1)
+    read(ids[:, :600])
+    before = common.reset_peak()
+    start = time.perf_counter()
+    read(ids)
     print(time.perf_counter() - start, common.peak() - before)
 
 
 def measure() -> dict[str, Any]:
     """All points."""
-    found: dict[str, Any] = {"machine": common.machine(), "step": {}, "prompt": {}}
+    step, read = {}, {}
     for pattern in PATTERNS:
         for length in CONTEXTS:
             model = common.ours(pattern, torch.float32)
-            found["step"][f"{pattern} {length}"], _ = step_seconds(model, length, steps=8, rounds=5)
-            print(pattern, length, found["step"][f"{pattern} {length}"], file=sys.stderr, flush=True)
+            seconds, _ = step_seconds(model, length, steps=8, rounds=5)
+            step[f"{pattern} {length}"] = seconds
+            print(pattern, length, seconds, file=sys.stderr, flush=True)
         for side, lengths in PROMPTS.items():
             for length in lengths:
                 command = [sys.executable, "-m", "benchmarks.context", "--child", side, pattern, str(length)]
-                printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
-                found["prompt"][f"{side} {pattern} {length}"] = [float(n) for n in printed[-2:]]
+                done = subprocess.run(command, check=True, capture_output=True, text=True)
+                printed = done.stdout.split()
+                read[f"{side} {pattern} {length}"] = [float(n) for n in printed[-2:]]
                 print(side, pattern, length, printed, file=sys.stderr, flush=True)
-    return found
+    return {"machine": common.machine(), "step": step, "prompt": read}
 
 
-def draw(found: dict[str, Any], path: Path) -> None:
+def draw(points: dict[str, Any], path: Path) -> None:
     """The figure."""
     import matplotlib
 
@@ -73,21 +73,23 @@ def draw(found: dict[str, Any], path: Path) -> None:
 
     pyplot.style.use(Path(__file__).resolve().parent.parent / "notebooks" / "ministral.mplstyle")
     figure, panels = pyplot.subplots(1, 3, figsize=(12, 3.6))
-    looks = dict(zip(PATTERNS, (("#1b4f8f", "o"), ("#d1740f", "s"), ("#3b8a5a", "^"))))
-    for pattern, (colour, marker) in looks.items():
-        for side, line in (("ours", "-"), ("theirs", ":")):
-            name = f"{pattern}, {'here' if side == 'ours' else 'Transformers'}"
-            look: dict[str, Any] = dict(color=colour, marker=marker, linestyle=line, label=name,
-                                        markerfacecolor=colour if side == "ours" else "none")  # fmt: skip
-            steps = [1000 * found["step"][f"{pattern} {n}"][side] for n in CONTEXTS]
-            panels[0].loglog(CONTEXTS, steps, **look)
+    styles = {"full": ("#1b4f8f", "o"), "mixed": ("#d1740f", "s"), "sliding": ("#3b8a5a", "^")}
+    for pattern, (colour, marker) in styles.items():
+        ours = dict(color=colour, marker=marker, markerfacecolor=colour)
+        ours |= dict(linestyle="-", label=f"{pattern}, here")
+        theirs = ours | dict(linestyle=":", label=f"{pattern}, Transformers", markerfacecolor="none")
+        for side, style in (("ours", ours), ("theirs", theirs)):
+            steps = [1000 * points["step"][f"{pattern} {n}"][side] for n in CONTEXTS]
+            panels[0].loglog(CONTEXTS, steps, **style)
             lengths = PROMPTS[side]
-            read = [found["prompt"][f"{side} {pattern} {n}"] for n in lengths]
-            panels[1].loglog(lengths, [seconds for seconds, _ in read], **look)
-            panels[2].loglog(lengths, [nbytes / 1e6 for _, nbytes in read], **look)
-    titles = ("one more token", "reading a prompt", "memory of reading, cache included")
-    for panel, title, unit in zip(panels, titles, ("milliseconds", "seconds", "MB beside the weights")):
-        panel.set(title=title, xlabel="tokens of context", ylabel=unit)
+            read = [points["prompt"][f"{side} {pattern} {n}"] for n in lengths]
+            panels[1].loglog(lengths, [seconds for seconds, _ in read], **style)
+            panels[2].loglog(lengths, [nbytes / 1e6 for _, nbytes in read], **style)
+    panels[0].set(title="one more token", ylabel="milliseconds")
+    panels[1].set(title="reading a prompt", ylabel="seconds")
+    panels[2].set(title="memory of reading, cache included", ylabel="MB beside the weights")
+    for panel in panels:
+        panel.set(xlabel="tokens of context")
         panel.set_xticks([2**n for n in range(10, 19, 2)], ["1k", "4k", "16k", "64k", "256k"])
         panel.minorticks_off()
     panels[0].legend(fontsize=7)
@@ -95,7 +97,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure, keep the figures, draw."""
+    """Measure, write the results to a file, draw."""
     if options.child:
         side, pattern, length = options.child
         read_prompt(side, pattern, int(length))

@@ -1,10 +1,10 @@
-"""A prompt of the full published context through the published pattern of layers, to the end.
+"""Reading a prompt as long as the published context, through the published pattern of layers.
 
     python -m benchmarks.long_prompt                # 262,144 tokens, full attention with YaRN and query scaling
     python -m benchmarks.long_prompt ministral      # 131,072 tokens, one full layer and three with a window of 32,768
 
-Narrow layers, because the work is quadratic: 2 query heads of 32 numbers over one key head, hidden size 64, float32.
-Prints the peak of memory beside the weights and what the formula says of the cache, which is most of it.
+Layers are narrow, because the work is quadratic: 2 query heads of size 32 over one key head, hidden size 64, float32.
+Prints the peak of memory beside the weights, and the size of the cache by its formula. The cache is most of the memory.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from ministral import MinistralConfig, MinistralForCausalLM
 from ministral3 import Ministral3Config, Ministral3ForCausalLM
 
 NARROW: dict[str, Any] = dict(
-    vocab_size=1024, hidden_size=64, intermediate_size=128, num_attention_heads=2, num_key_value_heads=1, head_dim=32,
+    vocab_size=1024, hidden_size=64, intermediate_size=128, num_attention_heads=2, num_key_value_heads=1,
+    head_dim=32,
 )  # fmt: skip
 
 
@@ -35,8 +36,10 @@ def build(family: str) -> tuple[MinistralForCausalLM, int]:
         config = Ministral3Config(**NARROW, num_hidden_layers=2, max_position_embeddings=262145)
         return Ministral3ForCausalLM(config), 262144
     kinds = MinistralConfig.published_layer_types(4)
-    mixed = MinistralConfig(**NARROW, num_hidden_layers=4, layer_types=kinds, sliding_window=32768, rope_theta=1e8,
-                            max_position_embeddings=131073)  # fmt: skip
+    mixed = MinistralConfig(
+        **NARROW, num_hidden_layers=4, layer_types=kinds, sliding_window=32768, rope_theta=1e8,
+        max_position_embeddings=131073,
+    )  # fmt: skip
     return MinistralForCausalLM(mixed), 131072
 
 
@@ -45,14 +48,16 @@ def run(options: argparse.Namespace) -> int:
     model, length = build(options.family)
     model.eval()
     ids = torch.randint(3, 1024, (1, length), generator=torch.Generator().manual_seed(0))
-    generate(model, ids[:, :600], max_new_tokens=2, eos_token_id=())  # what libraries take once
-    before, start = common.reset_peak(), time.perf_counter()
+    generate(model, ids[:, :600], max_new_tokens=2, eos_token_id=())  # libraries reserve some memory once
+    before = common.reset_peak()
+    start = time.perf_counter()
     generate(model, ids, max_new_tokens=1, eos_token_id=(), on_prompt=progress_bar())
-    seconds, grown = time.perf_counter() - start, common.peak() - before
-    cache = kv_cache_bytes(model.config, length, 4)
+    seconds = time.perf_counter() - start
+    growth = format_bytes(common.peak() - before)
+    cache = format_bytes(kv_cache_bytes(model.config, length, 4))
     print(common.machine())
     print(f"{options.family}, {model.config.num_hidden_layers} layers, {length:,} tokens: {seconds:.0f} s")
-    print(f"{format_bytes(grown)} beside the weights at the peak; the cache is {format_bytes(cache)} by the formula")
+    print(f"{growth} beside the weights at the peak; the cache is {cache} by the formula")
     return 0
 
 

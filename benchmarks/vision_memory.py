@@ -1,8 +1,8 @@
-"""Peak memory of encoding images with the published encoder (403 million parameters, random here, bfloat16):
+"""Peak memory of encoding images with the published encoder (403 million parameters, random here, bfloat16).
 
     python -m benchmarks.vision_memory [--edge 1540] [--images 1] [--attn sdpa]
 
-prints the resident memory before and its peak during the call, and what one mask over all patches would take.
+Prints the resident memory before the call, its peak during the call, and the size of a mask over all patches.
 """
 
 from __future__ import annotations
@@ -20,14 +20,17 @@ from vision_config import Mistral3Config
 
 def peak() -> float:
     """The highest resident memory of this process so far, in GB."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if sys.platform != "darwin":
+        highest *= 1024  # only macOS counts in bytes
+    return highest / 1e9
 
 
 @torch.inference_mode()
 def main() -> None:
     """Measure once."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--edge", type=int, default=1540, help="pixels, default: 1540, the largest image")
     parser.add_argument("--images", type=int, default=1)
     parser.add_argument("--attn", choices=("sdpa", "eager"), default="sdpa")
@@ -36,10 +39,13 @@ def main() -> None:
     torch.set_default_dtype(torch.bfloat16)
     model = PixtralVisionModel(config).eval()
     pixels = torch.zeros(options.images, 3, options.edge, options.edge)
-    before, start = peak(), time.perf_counter()
+    before = peak()
+    start = time.perf_counter()
     out = model(pixels).last_hidden_state
-    patches, seconds = out.shape[1], time.perf_counter() - start
-    print(f"{options.images} x {options.edge} x {options.edge} pixels, {patches} patches, {options.attn}, bfloat16:")
+    seconds = time.perf_counter() - start
+    patches = out.shape[1]
+    size = f"{options.images} x {options.edge} x {options.edge} pixels"
+    print(f"{size}, {patches} patches, {options.attn}, bfloat16:")
     print(f"{before:.2f} GB before, {peak() - before:.2f} GB more at the peak, {seconds:.0f} s")
     print(f"one mask over all patches would take {patches**2 * 2 / 1e9:.2f} GB")
 

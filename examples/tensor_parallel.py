@@ -1,17 +1,17 @@
-"""One model on several devices: every matrix is cut, each process holds its part of it.
+"""One model on several devices: every matrix is split, and each process has one part of it.
 
     torchrun --nproc-per-node 2 -m examples.tensor_parallel --model DIR_OR_HUB_ID "Why is the sky blue?"
 
-The 14B model in bfloat16 takes 27 GB: on two GPUs of 24 GB each holds half. PyTorch's own engine does the work
-(`torch.distributed.tensor.parallel`): a plan says how each module is cut, and the model is run as it is. Without GPUs
-the processes share the CPU (backend gloo), which shows that it works and is no faster.
+The 14B model in bfloat16 takes 27 GB. With two GPUs of 24 GB, each has half of it. The work is done by
+`torch.distributed.tensor.parallel`: a plan says how each module is split, and the model itself stays unchanged. Without
+GPUs the processes share the CPU (backend gloo), which shows that it works and is no faster.
 
-    q, k, v, gate, up     by rows: each process has some of the heads, some of the features, and needs nobody else
-    o, down               by columns: each has part of every sum; adding them up is the only exchange, two a layer
-    embeddings, head      by vocabulary: looked up where they are and added, logits gathered
+    q, k, v, gate, up     by rows: each process has some of the heads and features, and needs no other process
+    o, down               by columns: each process has part of every sum; they are added, twice in each layer
+    embeddings, head      by vocabulary: each process looks up its own ids, results are added, logits are gathered
 
-(Megatron-LM, https://arxiv.org/abs/1909.08053, cuts in this way.) From here on, the same directory is served to many at
-once by vLLM (`vllm serve DIR --tensor-parallel-size 2`) or Transformers (`from_pretrained(DIR, tp_plan="auto")`).
+Megatron-LM (https://arxiv.org/abs/1909.08053) splits in this way. To serve many users, give the same directory to vLLM
+(`vllm serve DIR --tensor-parallel-size 2`) or to Transformers (`from_pretrained(DIR, tp_plan="auto")`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Replicate
-from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    RowwiseParallel,
+    parallelize_module,
+)
 
 from cli import Parser, exit_code
 from generate import BUNDLED, generate, load_model
@@ -34,20 +39,31 @@ from tokenizer import Tokenizer
 
 
 def shard(model: Any, mesh: DeviceMesh) -> Any:
-    """Cut a causal language model in place; every process then holds its part.
+    """Split a causal language model in place. Each process then has its part.
 
     Raises:
-        ValueError: heads that cannot be shared out evenly, or a vision model.
+        ValueError: heads that cannot be divided evenly, or a vision model.
     """
-    config, processes = model.config, mesh.size()
+    processes = mesh.size()
     if not hasattr(model.model, "layers"):
-        raise ValueError(f"a {type(model).__name__} has eyes; allowed: a text model, such as Ministral3ForCausalLM")
+        found = f"{type(model).__name__} is a vision model"
+        raise ValueError(f"{found}; supported: a text model, such as Ministral3ForCausalLM")
     for name in ("num_key_value_heads", "intermediate_size", "vocab_size"):
-        if getattr(config, name) % processes:
-            raise ValueError(f"{name}={getattr(config, name)} in {processes} parts; allowed: a number that divides it")
-    rows, columns = ColwiseParallel, RowwiseParallel  # of a weight (out, in), in the names of its transpose
-    plan: dict[str, ParallelStyle] = {f"self_attn.{name}_proj": rows() for name in "qkv"}
-    plan |= {"self_attn.o_proj": columns(), "mlp.gate_proj": rows(), "mlp.up_proj": rows(), "mlp.down_proj": columns()}
+        size = getattr(model.config, name)
+        if size % processes:
+            raise ValueError(f"{name}={size} in {processes} parts; allowed: a number that divides it")
+
+    # PyTorch names these styles after the transpose: ColwiseParallel splits the rows of a weight (out, in).
+    rows, columns = ColwiseParallel, RowwiseParallel
+    plan: dict[str, ParallelStyle] = {
+        "self_attn.q_proj": rows(),
+        "self_attn.k_proj": rows(),
+        "self_attn.v_proj": rows(),
+        "self_attn.o_proj": columns(),
+        "mlp.gate_proj": rows(),
+        "mlp.up_proj": rows(),
+        "mlp.down_proj": columns(),
+    }
     for layer in model.model.layers:
         parallelize_module(layer, mesh, plan)
     parallelize_module(model, mesh, {
@@ -58,42 +74,55 @@ def shard(model: Any, mesh: DeviceMesh) -> Any:
 
 
 def run(options: argparse.Namespace) -> int:
-    """One of the processes; the first prints."""
-    cuda = torch.cuda.is_available() and not options.cpu
-    rank, local = int(os.environ.get("RANK", -1)), int(os.environ.get("LOCAL_RANK", 0))
-    if rank < 0:
-        raise ValueError("no process group; start it with: torchrun --nproc-per-node 2 -m examples.tensor_parallel ...")
-    if cuda:
-        torch.cuda.set_device(local)
+    """One of the processes."""
+    if "RANK" not in os.environ:
+        start = "torchrun --nproc-per-node 2 -m examples.tensor_parallel ..."
+        raise ValueError(f"no process group; start it with: {start}")
+    device, backend = torch.device("cpu"), "gloo"
+    if torch.cuda.is_available() and not options.cpu:
+        device, backend = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))), "nccl"
+        torch.cuda.set_device(device)
     else:
         torch.set_num_threads(1)
-    dist.init_process_group("nccl" if cuda else "gloo")
+    dist.init_process_group(backend)
     try:
-        device = torch.device("cuda", local) if cuda else torch.device("cpu")
-        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-        tokenizer = Tokenizer.from_dir(options.model)
-        model = shard(load_model(options.model), mesh).to(device)  # files are mapped: only the part is read
-        ids = torch.tensor([tokenizer.encode(options.prompt)], device=device)
-
-        def show(_: int, token: int) -> None:
-            if rank == 0:
-                print(tokenizer.decode([token]), end="", flush=True)
-
-        generate(model, ids, max_new_tokens=options.max_new_tokens, on_token=show)
-        held = sum(p.to_local().nbytes if hasattr(p, "to_local") else p.nbytes for p in model.parameters())
-        print(f"\nprocess {rank} holds {held / 1e6:,.1f} MB of weights", file=sys.stderr)
+        generate_text(options, device)
     finally:
         dist.destroy_process_group()
     return 0
 
 
+def generate_text(options: argparse.Namespace, device: torch.device) -> None:
+    """Split the model over all processes and continue the prompt. Only the first process prints the text."""
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    tokenizer = Tokenizer.from_dir(options.model)
+    model = shard(load_model(options.model), mesh).to(device)  # files are mapped: only the own part is read
+    ids = torch.tensor([tokenizer.encode(options.prompt)], device=device)
+
+    def show(_: int, token: int) -> None:
+        if dist.get_rank() == 0:
+            print(tokenizer.decode([token]), end="", flush=True)
+
+    generate(model, ids, max_new_tokens=options.max_new_tokens, on_token=show)
+    nbytes = sum(local(p).nbytes for p in model.parameters())
+    print(f"\nprocess {dist.get_rank()} holds {nbytes / 1e6:,.1f} MB of weights", file=sys.stderr)
+
+
+def local(parameter: Any) -> Any:
+    """The part of a parameter that this process has."""
+    if hasattr(parameter, "to_local"):
+        return parameter.to_local()
+    return parameter
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse and run; returns the exit code."""
-    parser = Parser(prog="examples.tensor_parallel", description="Continue a text with a model cut over processes.")
+    description = "Continue a text with a model split over processes."
+    parser = Parser(prog="examples.tensor_parallel", description=description)
     parser.add_argument("prompt", metavar="PROMPT")
     parser.add_argument("--model", default=str(BUNDLED), metavar="DIR", help="default: the bundled model")
     parser.add_argument("--max-new-tokens", type=int, default=40, metavar="N")
-    parser.add_argument("--cpu", action="store_true", help="leave GPUs alone")
+    parser.add_argument("--cpu", action="store_true", help="do not use GPUs")
     options = parser.parse_args(arguments)
     return exit_code(lambda: run(options))
 

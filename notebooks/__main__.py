@@ -1,7 +1,7 @@
-"""Execute the notebooks, every `assert` in them included.
+"""Execute the notebooks with all their assertions.
 
-    python -m notebooks                     # all of them; says how long each takes, writes nothing
-    python -m notebooks --write 02 03       # those whose names begin so, with their outputs, into the files
+    python -m notebooks                     # all of them; print the time of each, write nothing
+    python -m notebooks --write 02 03       # those whose names begin with 02 or 03; write their outputs to the files
 """
 
 from __future__ import annotations
@@ -26,22 +26,26 @@ LIMIT = 10**6  # bytes of a notebook with its outputs
 
 
 def execute(path: Path) -> Any:
-    """The notebook with fresh outputs, without anything that another run would not give again. (It saves a picture in
-    images/, too.)
+    """The notebook with new outputs, and without what would be different in another run. The notebook also saves a
+    figure in images/.
 
     Raises:
         ValueError: a cell fails; the message is its last line.
     """
     notebook: Any = nbformat.read(path, as_version=4)  # type: ignore[no-untyped-call]
-    client = NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(HERE)}},
-                            record_timing=False, extra_arguments=["--IPKernelApp.log_level=40"])  # fmt: skip
+    client = NotebookClient(
+        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(HERE)}},
+        record_timing=False, extra_arguments=["--IPKernelApp.log_level=40"],
+    )  # fmt: skip
     try:
         client.execute()
     except CellExecutionError as error:
         raise ValueError(f"{path.name}: {error.ename}: {error.evalue}") from error
-    notebook.metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    notebook.metadata = {"kernelspec": kernel}
     for number, cell in enumerate(notebook.cells):
-        cell.id, cell.metadata = f"cell-{number:02}", {}
+        cell.id = f"cell-{number:02}"
+        cell.metadata = {}
     return notebook
 
 
@@ -50,16 +54,20 @@ def _write(content: bytes, path: Path) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Execute, and write where that is asked for."""
-    paths = sorted(p for p in HERE.glob("*.ipynb") if not options.names or p.name.startswith(tuple(options.names)))
+    """Execute, and write if that is asked for."""
+    beginnings = tuple(options.names)
+    paths = sorted(HERE.glob("*.ipynb"))
+    if beginnings:
+        paths = [path for path in paths if path.name.startswith(beginnings)]
     if not paths:
-        raise ValueError(f"no notebook begins with {', '.join(options.names)}")
+        raise ValueError(f"no notebook begins with {', '.join(beginnings)}")
     for path in paths:
-        start, images = time.perf_counter(), {image: image.read_bytes() for image in HERE.glob("images/*.png")}
+        start = time.perf_counter()
+        figures = {figure: figure.read_bytes() for figure in HERE.glob("images/*.png")}
         notebook = execute(path)
         if not options.write:
-            for image, content in images.items():
-                image.write_bytes(content)
+            for figure, old in figures.items():
+                figure.write_bytes(old)
         content = f"{nbformat.writes(notebook).rstrip()}\n".encode()  # type: ignore[no-untyped-call]
         size = len(content)
         if size > LIMIT:
@@ -74,8 +82,8 @@ def run(options: argparse.Namespace) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse and run; returns the exit code."""
     parser = Parser(prog="python -m notebooks", description="Execute the notebooks.")
-    parser.add_argument("names", nargs="*", metavar="01", help="only those whose names begin so")
-    parser.add_argument("--write", action="store_true", help="write them back with their outputs")
+    parser.add_argument("names", nargs="*", metavar="01", help="only notebooks whose names begin with this")
+    parser.add_argument("--write", action="store_true", help="write the outputs to the notebooks")
     options = parser.parse_args(arguments)
     return exit_code(lambda: run(options))
 

@@ -1,7 +1,7 @@
-"""Random tiny models in which every feature fires within 40 tokens, here and in Transformers, with equal weights.
+"""Random tiny models that use every feature within 40 tokens, here and in Transformers, with equal weights.
 
-Everything is drawn from a `random.Random`: Hypothesis hands one out that it can shrink (`st.randoms`), and the
-statistical tests use seeded ones.
+Everything is drawn from a `random.Random`. In Hypothesis tests it is one that can be shrunk (`st.randoms`), in
+statistical tests a seeded one.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Case:
     chunks: list[int]  # lengths that add up to S
 
     @property
-    def real(self) -> Tensor:
+    def padding_mask(self) -> Tensor:
         """(B, S) True where a token is not padding."""
         return torch.ones_like(self.ids, dtype=torch.bool) if self.mask is None else self.mask.bool()
 
@@ -55,16 +55,16 @@ class Case:
         return model.double().to(self.ids.device).eval()
 
     def labels(self, rng: Random) -> Tensor:
-        """Labels for the loss: -100 here and there, and wherever padding would have to predict."""
+        """Labels for the loss: -100 at some random tokens, and wherever padding would be the input or the target."""
         labels = self.ids.clone()
-        labels[:, 1:][~(self.real[:, 1:] & self.real[:, :-1])] = -100
+        labels[:, 1:][~(self.padding_mask[:, 1:] & self.padding_mask[:, :-1])] = -100
         for _ in range(rng.randint(0, 3)):
             labels[rng.randrange(len(labels)), rng.randrange(labels.shape[1])] = -100
         return labels
 
 
 def draw_config(rng: Random, family: str | None = None, **fixed: Any) -> MinistralConfig:
-    """A tiny configuration of either family, or of the one named: windows from 1 to longer than the text, all three
+    """A tiny configuration of a given or a random family: windows from 1 to longer than the text, all three
     YaRN zones, every rule for its magnitude, query scales above 1, head_dim * heads different from hidden_size, GQA
     with one key head and more, tied and not."""
     groups, kv_heads = rng.choice([1, 2, 4]), rng.choice([1, 2, 3])
@@ -113,8 +113,8 @@ def draw_config(rng: Random, family: str | None = None, **fixed: Any) -> Ministr
 def our_class(family: str, task: str) -> type[PreTrainedModel]:
     """The class of ours for a model type and a task."""
     name = ("Ministral3" if family == "ministral3" else "Ministral") + (f"For{task}" if task else "Model")
-    found = [getattr(module, name) for module in (ministral, ministral3, heads) if hasattr(module, name)]
-    return found[0]
+    classes = [getattr(module, name) for module in (ministral, ministral3, heads) if hasattr(module, name)]
+    return classes[0]
 
 
 def pair(
@@ -174,7 +174,7 @@ def cache_name(model: Any) -> str:
 
 @torch.no_grad()
 def run_chunked(model: Any, case: Case, cache: Any = None) -> Tensor:
-    """Logits (B, S, V) of a text that is fed through a cache chunk by chunk, for either side's models."""
+    """Logits (B, S, V) of a text that is computed with a cache chunk by chunk, by a model of either side."""
     cache = KVCache(model.config) if cache is None and isinstance(model, MinistralForCausalLM) else cache
     name, start, logits = cache_name(model), 0, []
     for length in case.chunks:

@@ -44,7 +44,7 @@ logging.getLogger("transformers").addHandler(DeprecationHandler(logging.WARNING)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Published weights are given by the user: they are too large to come along."""
+    """Options for published weights, which are too large to be part of this repository."""
     parser.addoption("--weights-8b-2410", metavar="DIR_OR_HUB_ID", help="Ministral-8B-Instruct-2410")
     parser.addoption("--weights", metavar="DIR_OR_HUB_ID", help="any published Ministral, compared with Transformers")
 
@@ -56,7 +56,7 @@ CUDA = pytest.param(
 
 @pytest.fixture(params=["cpu", CUDA])
 def device(request: pytest.FixtureRequest) -> str:
-    """Every numerical test that takes this runs on the CPU, and on CUDA where there is one, without TF32."""
+    """Run a numerical test on the CPU, and on CUDA where there is a GPU, without TF32."""
     if request.param == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False

@@ -83,38 +83,38 @@ def text_results(rng: random.Random, family: str) -> dict[str, Any]:
     mask = torch.ones_like(ids)
     mask[0, : rng.randint(0, S - 1)] = 0
     eager = config.attn_implementation == "eager"
-    found: dict[str, Any] = {}
+    computed: dict[str, Any] = {}
     with torch.no_grad():
         out = model(ids, attention_mask=mask, labels=ids, output_hidden_states=True, output_attentions=eager)
-        found |= {"hidden states": out.hidden_states, "logits": out.logits, "loss": out.loss}
-        found["attentions"] = out.attentions or ()
+        computed |= {"hidden states": out.hidden_states, "logits": out.logits, "loss": out.loss}
+        computed["attentions"] = out.attentions or ()
         cache, logits, start = KVCache(config), [], 0
         while start < S:
             end = min(start + rng.choice([1, 1, 3, 9]), S)
             logits.append(model(ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache).logits)
             start = end
-        kept = [(layer.keys[:, :, : layer.length], layer.values[:, :, : layer.length]) for layer in cache.layers]
-        found |= {"chunks": logits, "cache": kept}
+        stored = [(layer.keys[:, :, : layer.length], layer.values[:, :, : layer.length]) for layer in cache.layers]
+        computed |= {"chunks": logits, "cache": stored}
         packed = torch.cat((torch.arange(S // 2), torch.arange(S - S // 2)))[None]
-        found["packed"] = model(ids, position_ids=packed, use_cache=False).logits
+        computed["packed"] = model(ids, position_ids=packed, use_cache=False).logits
         left = mask.sort(dim=1).values
         new = dict(max_new_tokens=8, eos_token_id=(), seed=1)
         for name, settings in (
             ("greedy", {}), ("readable", {"fast": False}), ("in chunks", {"prefill_chunk_size": 3}),
             ("drawn", dict(temperature=0.9, top_k=9, top_p=0.9, min_p=0.01, repetition_penalty=1.2)),
         ):  # fmt: skip
-            found[name] = generate(model, ids, attention_mask=left, **new, **settings)
+            computed[name] = generate(model, ids, attention_mask=left, **new, **settings)
     if model.dtype == torch.float32:
         for checkpointing in (False, True):
             model.train().zero_grad()
             model.gradient_checkpointing = checkpointing
             model(ids, labels=ids, use_cache=False).loss.backward()
-            found[f"gradients, checkpointing {checkpointing}"] = [p.grad for p in model.parameters()]
+            computed[f"gradients, checkpointing {checkpointing}"] = [p.grad for p in model.parameters()]
     with tempfile.TemporaryDirectory() as folder:
         model.eval().save_pretrained(folder)
-        found |= {f"file {path.name}": path.read_bytes() for path in sorted(Path(folder).iterdir())}
-        found["loaded"] = list(load_model(folder).state_dict().items())
-    return found
+        computed |= {f"file {path.name}": path.read_bytes() for path in sorted(Path(folder).iterdir())}
+        computed["loaded"] = list(load_model(folder).state_dict().items())
+    return computed
 
 
 def head_results(rng: random.Random, _: str) -> dict[str, Any]:
@@ -165,12 +165,12 @@ def vision_results(rng: random.Random, _: str) -> dict[str, Any]:
     images["image_sizes"] = sizes
     with torch.no_grad():
         out = model(ids, **images, labels=ids, output_hidden_states=True)
-        found = {"hidden states": out.hidden_states, "loss": out.loss, "images": out.image_hidden_states}
-        found["greedy"] = generate(model, ids, max_new_tokens=6, eos_token_id=(), **images)
+        computed = {"hidden states": out.hidden_states, "loss": out.loss, "images": out.image_hidden_states}
+        computed["greedy"] = generate(model, ids, max_new_tokens=6, eos_token_id=(), **images)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        found |= {f"file {path.name}": path.read_bytes() for path in sorted(Path(folder).iterdir())}
-    return found
+        computed |= {f"file {path.name}": path.read_bytes() for path in sorted(Path(folder).iterdir())}
+    return computed
 
 
 def bundled_results(tree: Path) -> dict[str, Any]:
@@ -184,7 +184,7 @@ def bundled_results(tree: Path) -> dict[str, Any]:
     bundled = tree / "models" / "shakespeare"
     model, tokenizer = load_model(bundled, torch.float32), Tokenizer.from_dir(bundled)
     ids = torch.tensor([tokenizer.encode("To be, or not to be")])
-    found: dict[str, Any] = {"greedy": generate(model, ids, max_new_tokens=60, temperature=0)}
+    computed: dict[str, Any] = {"greedy": generate(model, ids, max_new_tokens=60, temperature=0)}
     tool = {"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {}}}
     call = {"id": "abcdefghi", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
     messages = [
@@ -200,13 +200,13 @@ def bundled_results(tree: Path) -> dict[str, Any]:
                 ids_of_chat = Tokenizer(tokenizer.backend, version).encode_chat(messages, [tool])
             except ValueError as error:
                 ids_of_chat = [str(error)]
-        found[f"conversation {version}"] = ids_of_chat
+        computed[f"conversation {version}"] = ids_of_chat
     with tempfile.TemporaryDirectory() as folder:
         for format in ("mistral", "hf"):
             checkpoint.convert(bundled, Path(folder, format), format=format)
             written = sorted(Path(folder, format).iterdir())
-            found |= {f"converted {format} {path.name}": path.read_bytes() for path in written}
-    return found
+            computed |= {f"converted {format} {path.name}": path.read_bytes() for path in written}
+    return computed
 
 
 def probe(tree: Path, models: int) -> None:
@@ -216,12 +216,12 @@ def probe(tree: Path, models: int) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     parts = {"ministral": text_results, "ministral3": text_results, "heads": head_results, "vision": vision_results}
-    found = {f"bundled, {name}": digest(value) for name, value in bundled_results(tree).items()}
+    hashes = {f"bundled, {name}": digest(value) for name, value in bundled_results(tree).items()}
     for number in range(models):
         family = FAMILIES[number % len(FAMILIES)]
         results = parts[family](random.Random(number), family)
-        found |= {f"{family} {number}, {name}": digest(value) for name, value in results.items()}
-    print(json.dumps(found))
+        hashes |= {f"{family} {number}, {name}": digest(value) for name, value in results.items()}
+    print(json.dumps(hashes))
 
 
 # ------------------------------------------------------------------------------------------------------ two versions
@@ -232,8 +232,8 @@ def results(tree: Path, models: int) -> dict[str, str]:
     command = [sys.executable, str(Path(__file__).resolve()), "--probe", str(tree), "--models", str(models)]
     environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(command, cwd=tree, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    found: dict[str, str] = json.loads(done.stdout)
-    return found
+    hashes: dict[str, str] = json.loads(done.stdout)
+    return hashes
 
 
 def main() -> int:

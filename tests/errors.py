@@ -1,4 +1,4 @@
-"""Is one implementation's rounding error larger than another's? Two noisy numbers, compared as such.
+"""A statistical test: is the rounding error of one implementation larger than that of another?
 
 A case is one random model with one input. Both sides compute it, and float64 gives the exact result. The two errors of
 a case differ by chance, by a factor of 2 now and then. One case proves nothing, and a median beside a median proves
@@ -70,17 +70,17 @@ class Errors:
 
     @property
     def room(self) -> float:
-        """By how much the mean logarithm stays below its bound. Negative: our error is larger."""
+        """The distance of the mean logarithm below its bound. Negative: our error is larger."""
         return math.log(MEAN_RATIO) + SIGMAS * self.standard_error - statistics.mean(self.mean)
 
     @property
     def no_larger(self) -> bool:
-        """Whether nothing says that our error is larger."""
+        """Whether our error is not significantly larger."""
         return self.room >= 0 and max(self.largest) <= math.log(LARGEST_RATIO)
 
     @property
     def smaller(self) -> bool:
-        """Whether our error is smaller, beyond chance."""
+        """Whether our error is significantly smaller."""
         return statistics.mean(self.mean) + SIGMAS * self.standard_error < 0
 
     def __str__(self) -> str:

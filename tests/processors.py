@@ -44,7 +44,7 @@ def run(setting: dict[str, str], arguments: list[str]) -> tuple[int, str]:
 
 
 def main(arguments: list[str]) -> int:
-    """Run pytest under every setting; 1 if one is red."""
+    """Run pytest under every setting; return 1 if one fails."""
     if not any(argument.startswith("--hypothesis-profile") for argument in arguments):
         arguments = ["--hypothesis-profile=quick", *arguments]
     if not any(argument.startswith("tests/") for argument in arguments):

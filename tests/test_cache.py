@@ -46,22 +46,23 @@ def float64_case(rng, device="cpu", **fixed):
 @torch.no_grad()
 @given(rngs)
 def test_any_chunks_equal_one_shot_in_float64(device, rng):
-    """Windows, rings, padding, chunks longer than the window: the same function, to 1e-12."""
+    """With windows, rings, padding and chunks longer than the window, results are equal to 1e-12."""
     case = float64_case(rng, device)
     whole = case.ours(case.ids, case.mask, use_cache=False).logits
-    torch.testing.assert_close(run_chunked(case.ours, case)[case.real], whole[case.real], rtol=1e-12, atol=1e-12)
+    chunked = run_chunked(case.ours, case)
+    torch.testing.assert_close(chunked[case.padding_mask], whole[case.padding_mask], rtol=1e-12, atol=1e-12)
 
 
 @torch.no_grad()
 @given(rngs)
-def test_padding_and_company_change_nothing_in_float64(device, rng):
-    """A text alone equals the same text padded on either side in a batch, whatever the other rows hold."""
+def test_padding_and_other_rows_change_nothing_in_float64(device, rng):
+    """A text alone equals the same text padded on either side in a batch, for any other rows."""
     case = float64_case(rng, device)
     for row in range(len(case.ids)):
-        real = case.real[row]
-        positions = (real.cumsum(0) - 1).clamp(min=0)[None]
-        alone = case.ours(case.ids[row][real][None]).logits[0]
-        batch = case.ours(case.ids, case.mask, position_ids=positions).logits[row][real]
+        is_text = case.padding_mask[row]
+        positions = (is_text.cumsum(0) - 1).clamp(min=0)[None]
+        alone = case.ours(case.ids[row][is_text][None]).logits[0]
+        batch = case.ours(case.ids, case.mask, position_ids=positions).logits[row][is_text]
         torch.testing.assert_close(batch, alone, rtol=1e-12, atol=1e-12)
 
 
@@ -69,17 +70,17 @@ def test_padding_and_company_change_nothing_in_float64(device, rng):
 def test_transformers_is_not_float64():
     """Transformers keeps norms, rotary tables and softmax in float32, so its float64 run is off by about 1e-5. Ours
     is not: the two differ by what float32 costs. Padding that sees nothing makes it NaN: its lowest number of float64
-    is no float32. (A statement, not a goal.)"""
+    is not a float32. (This documents Transformers' behaviour.)"""
     distances = []
     for seed in range(20):
         case = draw_case(random.Random(seed), dtype=torch.float32, attn_implementation="eager")
         theirs = case.theirs.double()(case.ids, attention_mask=case.mask).logits
         ours = case.truth()(case.ids, case.mask).logits
         assert ours.isfinite().all()
-        if theirs[case.real].isnan().any():
-            assert not case.real.all()
+        if theirs[case.padding_mask].isnan().any():
+            assert not case.padding_mask.all()
         else:
-            distances.append((ours - theirs)[case.real].abs().max().item())
+            distances.append((ours - theirs)[case.padding_mask].abs().max().item())
     assert len(distances) >= 10 and 1e-8 < statistics.median(distances) < 1e-4, distances
 
 
@@ -94,24 +95,24 @@ def test_eager_decoding_is_bit_identical_until_a_window_wraps(device, rng):
     ours, theirs = run_chunked(case.ours, case), run_chunked(case.theirs, case)
     assert case.ours.config.sliding_window is not None
     same = slice(0, case.ours.config.sliding_window)
-    assert_same(ours[:, same], theirs[:, same], case.real[:, same])
+    assert_same(ours[:, same], theirs[:, same], case.padding_mask[:, same])
 
 
 @torch.no_grad()
 @given(rngs)
 def test_a_window_of_one_is_right(rng):
-    """Each token sees itself alone. Transformers' cached decoding is wrong here (its cache keeps all keys through a
-    slice from -0), so the uncached forward, where it is right, is the measure."""
+    """Each token sees only itself. Transformers' cached decoding is wrong here: its cache keeps all keys, because of a
+    slice from -0. So the test compares with its forward pass without a cache, which is right."""
     case = draw_case(rng, family="ministral", sliding_window=1, layer_types=None, dtype=torch.float32)
-    exact = run_chunked(case.truth(), case)[case.real]
-    whole = case.theirs(case.ids, attention_mask=case.mask, use_cache=False).logits[case.real]
+    exact = run_chunked(case.truth(), case)[case.padding_mask]
+    whole = case.theirs(case.ids, attention_mask=case.mask, use_cache=False).logits[case.padding_mask]
     # (Another window would change the logits by their own size.)
     assert (whole - exact).norm() < 1e-2 * exact.norm()
 
 
 @torch.no_grad()
 def test_deprecations_of_transformers_are_errors():
-    """Those that it warns of and those that it only logs: no test uses an old name of an argument or a result."""
+    """Both those that it warns about and those that it only logs. So no test uses an old name."""
     with pytest.raises(FutureWarning, match="x is deprecated"):
         warnings.warn("x is deprecated", FutureWarning, stacklevel=1)
     with pytest.raises(FutureWarning, match="x is deprecated"):
@@ -145,16 +146,16 @@ def draw_errors(device, dtype, attn_implementation, cases, chunked=True, planted
         seed += 1
         rng = random.Random(seed)
         case = draw_case(rng, device, dtype, attn_implementation=attn_implementation)
-        if case.ours.config.sliding_window == 1 or case.real.sum() < 10:
+        if case.ours.config.sliding_window == 1 or case.padding_mask.sum() < 10:
             continue
         length = case.ids.shape[1]
-        exact = case.truth()(case.ids, case.mask).logits[case.real]
+        exact = case.truth()(case.ids, case.mask).logits[case.padding_mask]
         case.chunks = draw_chunks(rng, length) if chunked else [length]
         with planted():
-            ours = run_chunked(case.ours, case)[case.real]
+            ours = run_chunked(case.ours, case)[case.padding_mask]
         assert ours.isfinite().all()
         case.chunks = draw_chunks(rng, length) if chunked else [length]
-        theirs = run_chunked(case.theirs, case)[case.real]
+        theirs = run_chunked(case.theirs, case)[case.padding_mask]
         if theirs.isfinite().all():
             errors.add(ours, theirs, exact)
     return errors
@@ -220,8 +221,8 @@ def norms_in_16_bits(stack):
         (norms_in_16_bits, torch.bfloat16, "sdpa"),
     ],
 )
-def test_a_planted_loss_of_precision_is_seen(planted, dtype, attn_implementation):
-    """The other side of the criterion. Fewer cases are enough where the loss is large."""
+def test_a_planted_loss_of_precision_is_detected(planted, dtype, attn_implementation):
+    """The criterion finds a planted error. Fewer cases are enough where the loss of precision is large."""
 
     @contextmanager
     def applied():
@@ -255,18 +256,18 @@ def test_unused_slots_are_never_read(rng):
 
 
 @given(st.integers(1, 9), st.lists(st.integers(1, 12), min_size=1, max_size=12))
-def test_a_ring_hands_out_exactly_the_window(window, chunks):
-    """Keys that carry their own position: what `update` returns is what `key_positions` announced, holds every
-    key that a query of the chunk may see, and takes no more room than window + chunk - 1."""
+def test_a_ring_returns_exactly_the_window(window, chunks):
+    """The keys are their own positions. `update` returns the positions of `key_positions`. They include every key that
+    a query of the chunk may see, and they are at most window + chunk - 1."""
     layer, start = SlidingLayerCache(window), 0
     for new in chunks:
         positions = torch.arange(start, start + new)
         announced = layer.key_positions(new)
         keys, values = layer.update(positions.view(1, 1, -1, 1).double(), -positions.view(1, 1, -1, 1).double())
-        held = keys[0, 0, :, 0].long()
-        assert torch.equal(held, announced) and torch.equal(-values[0, 0, :, 0].long(), announced)
+        returned = keys[0, 0, :, 0].long()
+        assert torch.equal(returned, announced) and torch.equal(-values[0, 0, :, 0].long(), announced)
         needed = set(range(max(0, start - window + 1), start + new))
-        assert needed <= set(held.tolist()) and len(held) <= window + new - 1
+        assert needed <= set(returned.tolist()) and len(returned) <= window + new - 1
         assert layer.keys.shape[2] <= window
         start += new
 
@@ -346,7 +347,7 @@ def test_a_row_of_nothing_but_padding_is_not_nan(device, rng):
 @torch.no_grad()
 @given(rngs)
 def test_attentions_are_in_order_of_position(rng):
-    """Also when the keys come out of a ring: each query's probabilities end with its own key."""
+    """Also when the keys are in a ring: the probabilities of each query end with its own key."""
     case = draw_case(rng, attn_implementation="eager", dtype=torch.float32)
     model = case.truth()
     case.mask, cache, start = None, KVCache(model.config), 0

@@ -1,4 +1,4 @@
-"""Model directories: round trips with Transformers in both directions, shards, ties, and every way of being broken."""
+"""Model directories: round trips with Transformers in both directions, shards, ties, and broken files."""
 
 import json
 import os
@@ -49,7 +49,7 @@ def test_a_directory_saved_here_loads_in_transformers(tmp_path_factory, rng):
     again = load_model(path, attn_implementation=case.ours.config.attn_implementation)
     assert type(again) is type(case.ours) and again.config == case.ours.config and not again.training
     assert_same_weights(case.ours, again)
-    assert_same(again(case.ids, case.mask).logits, theirs(case.ids, case.mask).logits, case.real)
+    assert_same(again(case.ids, case.mask).logits, theirs(case.ids, case.mask).logits, case.padding_mask)
 
 
 @torch.no_grad()
@@ -112,7 +112,7 @@ def rewrite(path, change):
 
 
 def test_the_head_that_is_stored_is_used(saved):
-    """config.json says tied, the file holds another head: the file is right, and a warning says so."""
+    """If config.json says tied and the file has another head, the head of the file is used, with a warning."""
     model, path = saved
     config = json.loads((path / "config.json").read_text()) | {"tie_word_embeddings": True}
     (path / "config.json").write_text(json.dumps(config))
@@ -147,7 +147,7 @@ def test_wrong_tensors_are_named(saved, change, message):
 
 @pytest.mark.parametrize("cls", [MinistralForCausalLM, None], ids=["from_pretrained", "load_model"])
 def test_types_and_devices_as_text(saved, cls):
-    """Under both names of each argument; what is no type or no device here is refused."""
+    """Under both names of each argument. Other text is refused."""
     model, path = saved
     load = load_model if cls is None else cls.from_pretrained
     for value in ("float64", "torch.float64", torch.float64):
@@ -213,8 +213,8 @@ def test_names_of_the_other_layout_and_of_adapters_are_shown(saved):
 
 
 @pytest.mark.parametrize("config", [False, True])
-def test_a_lora_adapter_is_told_from_a_model(saved, config):
-    """Also where the base's config.json lies beside it, as training programs leave it."""
+def test_a_lora_adapter_is_not_a_model(saved, config):
+    """Also if the config.json of the base model is in the same directory, as training programs write it."""
     _, path = saved
     (path / "model.safetensors").rename(path / "adapter_model.safetensors")
     (path / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "owner/base"}')
@@ -312,7 +312,7 @@ def test_a_failed_save_leaves_nothing_half_written(saved, monkeypatch):
 
 
 def test_shards_are_replaced_all_or_none(saved, monkeypatch):
-    """A second save that fails in the middle leaves the first one."""
+    """If a second save fails in the middle, the first one remains."""
     model, path = saved
     model.save_pretrained(path, max_shard_bytes=600)
     before = {name: (path / name).read_bytes() for name in os.listdir(path)}
@@ -359,7 +359,7 @@ def test_a_file_is_no_model(saved):
 
 @pytest.mark.parametrize("fp8", [False, True])
 def test_loading_peaks_at_the_weights_plus_one_tensor(tmp_path, fp8):
-    """Measured in a process of its own: 64 MB of float32 weights, cast to bfloat16 on the way, or 16 MB of FP8."""
+    """Measured in a process of its own: 64 MB of float32 weights, cast to bfloat16 while loading, or 16 MB of FP8."""
     config = MinistralConfig(hidden_size=512, num_attention_heads=8, num_key_value_heads=8, num_hidden_layers=8,
                              intermediate_size=512, vocab_size=1024)  # fmt: skip
     MinistralForCausalLM(config).save_pretrained(tmp_path)
@@ -401,7 +401,7 @@ print(sum(parameters), max(parameters), max(peak, anonymous()) - before)
 @torch.no_grad()
 @pytest.mark.parametrize("case", ["no query scale", "tied, not said", "tied, denied"])
 def test_transformers_runs_what_comes_back_from_mistrals_layout(tmp_path, case):
-    """Transformers reads llama_4_scaling_beta without asking whether it is there, and believes a file about ties."""
+    """Transformers needs llama_4_scaling_beta, and ties weights only if the file says so."""
     rng = random.Random(3)
     config = draw_config(rng, family="ministral3", hidden_act="silu", sliding_window=None,
                          tie_word_embeddings=case != "no query scale")  # fmt: skip

@@ -47,7 +47,7 @@ def test_text_is_streamed_and_then_one_line_of_figures(capsys, monkeypatch):
     assert figures.startswith("20 tokens, ") and f"tokens/s, {BUNDLED}, " in figures and "bfloat16" in figures
 
 
-def test_products_in_another_type_are_told(capsys, monkeypatch):
+def test_products_in_another_type_are_reported(capsys, monkeypatch):
     monkeypatch.setattr(command, "wide_rows", lambda dtype, device: 8)
     line = "8 tokens or more at once are computed in float32, faster here than bfloat16\n"
     assert line in run(capsys, "To be, or not to be, that is the question", "--max-new-tokens", 1)[2]
@@ -84,7 +84,7 @@ def test_a_stop_text_ends_the_output_before_it(capsys):
 
 
 def test_a_stop_text_is_held_back_until_it_is_decided(capsys):
-    """Nothing is printed that might still become the stop text, and all of it is printed when it does not."""
+    """Text that may be the beginning of a stop text is not printed before it is clear that it is none."""
     tokenizer = Tokenizer.from_dir(BUNDLED)
     writer, seen = Writer(tokenizer, ["abcX"], print_now=True), []
     for i in tokenizer.encode("zabcabcY", bos=False):
@@ -112,7 +112,7 @@ def test_prompt_files(capsys, tmp_path, monkeypatch):
 
 @pytest.fixture
 def copy(tmp_path):
-    """A copy of the bundled model to break."""
+    """A copy of the bundled model, which tests may change."""
     return Path(shutil.copytree(BUNDLED, tmp_path / "model"))
 
 
@@ -197,7 +197,7 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(capsys, monkey
     assert code == 2 and "this takes " in err and "has 5.0 MB free" in err and out == ""
 
 
-def test_what_is_planned_is_what_is_asked_for(capsys):
+def test_the_planned_memory_is_that_of_the_arguments(capsys):
     """Tokens beyond the context are not counted, --dtype is, and neither needs the memory of what was asked."""
     plans = {}
     for name, arguments in {"": [], "float64": ["--dtype", "float64"], "long": ["--max-new-tokens", 10**9]}.items():
@@ -212,12 +212,12 @@ def test_what_is_planned_is_what_is_asked_for(capsys):
 
 
 def test_where_settings_come_from(capsys, copy, monkeypatch):
-    """An option, then generation_config.json, then a default; the line on the screen names which."""
+    """An option, then generation_config.json, then a default. The printed line names the source."""
     asked = []
     monkeypatch.setattr(command, "generate", lambda *_, **settings: asked.append(settings))
     file = {"temperature": 0.6, "top_p": 0.9, "max_new_tokens": 7, "do_sample": True, "repetition_penalty": 1.2}
 
-    def said(content, *arguments):
+    def stated(content, *arguments):
         (copy / "generation_config.json").write_text(json.dumps(content))
         code, _, err = run(capsys, "To be", "--model", copy, *arguments)
         assert code == 0, err
@@ -227,20 +227,20 @@ def test_where_settings_come_from(capsys, copy, monkeypatch):
 
     from_file = "(generation_config.json)"
     usual = "temperature 0.8 (default), 200 new tokens at most (default)"
-    assert said({}) == (usual, (0.8, None, None, None, 1.0, 200))
-    assert said(file) == (
+    assert stated({}) == (usual, (0.8, None, None, None, 1.0, 200))
+    assert stated(file) == (
         f"temperature 0.6 {from_file}, top-p 0.9 {from_file}, repetition-penalty 1.2 {from_file},"
         f" 7 new tokens at most {from_file}", (0.6, None, 0.9, None, 1.2, 7)
     )  # fmt: skip
-    line, values = said(file, "--temperature", 0.3, "--max-new-tokens", 3, "--top-k", 5)
+    line, values = stated(file, "--temperature", 0.3, "--max-new-tokens", 3, "--top-k", 5)
     assert "temperature 0.3 (--temperature), top-k 5 (--top-k), top-p 0.9 (gen" in line and "at most (--max-new" in line
     assert values == (0.3, 5, 0.9, None, 1.2, 3)
-    assert said(file, "--top-p", 1, "--repetition-penalty", 1)[0].startswith(f"temperature 0.6 {from_file}, 7 new")
-    assert said(file | {"do_sample": False})[1] == (0, None, None, None, 1.2, 7)
-    assert said({"do_sample": True})[0].startswith(f"temperature 1.0 {from_file}")
-    assert said({"max_length": 12})[1][-1] == 12 - 3 and said({"max_length": 1024})[1][-1] == 200
-    assert said({"max_length": 12}, "--max-new-tokens", 50)[1][-1] == 50
-    assert said({"temperature": 0.5}, "--temperature", 0)[1][:3] == (0, None, None)
+    assert stated(file, "--top-p", 1, "--repetition-penalty", 1)[0].startswith(f"temperature 0.6 {from_file}, 7 new")
+    assert stated(file | {"do_sample": False})[1] == (0, None, None, None, 1.2, 7)
+    assert stated({"do_sample": True})[0].startswith(f"temperature 1.0 {from_file}")
+    assert stated({"max_length": 12})[1][-1] == 12 - 3 and stated({"max_length": 1024})[1][-1] == 200
+    assert stated({"max_length": 12}, "--max-new-tokens", 50)[1][-1] == 50
+    assert stated({"temperature": 0.5}, "--temperature", 0)[1][:3] == (0, None, None)
 
 
 def test_a_setting_without_effect_is_named(capsys):
@@ -331,7 +331,7 @@ def test_a_closed_pipe_is_no_traceback():
     assert process.wait(timeout=600) == 141 and b"Traceback" not in err and b"Error" not in err
 
 
-def test_the_first_token_comes_at_once_and_nothing_heavy_is_imported():
+def test_start_up_imports_no_large_package():
     """The start-up imports neither transformers nor the Hub client. (How long it takes is printed, not asserted.)"""
     program = (
         "import sys, generate; code = generate.main(['To be', '--max-new-tokens', '1', '--device', 'cpu']);"
@@ -352,8 +352,8 @@ def test_the_first_token_comes_at_once_and_nothing_heavy_is_imported():
         (".", "Ministral-3-8B-Reasoning-2512", ["ministral", "3", "8b", "reasoning", "2512"]),
     ],
 )
-def test_the_words_of_a_name_are_the_models(tmp_path, name, directory, words):
-    """Not its owner's, and of a directory in the Hub's cache those of the repository."""
+def test_words_in_the_name_of_a_model(tmp_path, name, directory, words):
+    """Without the owner's name. For a directory in the Hub's cache, those of the repository."""
     path = tmp_path / directory
     path.mkdir(parents=True, exist_ok=True)
     assert model_words(name if "/" in name else str(path), path) == words
@@ -365,6 +365,6 @@ def test_only_long_prompts_show_a_bar(capsys, seconds):
     show(512, 1536)
     time.sleep(seconds)
     show(1024, 1536)
-    said = capsys.readouterr().err
-    assert ("reading:  67%" in said) == (seconds > 2), said
+    printed = capsys.readouterr().err
+    assert ("reading:  67%" in printed) == (seconds > 2), printed
     show(1536, 1536)

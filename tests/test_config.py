@@ -1,4 +1,4 @@
-"""Configurations: defaults, published files of every dialect, what is refused, and the forward's own checks."""
+"""Configurations: defaults, published files in every format, refused values, and the checks of `forward`."""
 
 import dataclasses
 import json
@@ -119,7 +119,7 @@ def test_foreign_models_of_the_same_function(kind, rng):
 
 
 @torch.no_grad()
-def test_what_transformers_crashes_on():
+def test_configurations_on_which_transformers_fails():
     """Ministral with its own defaults (head_dim None), without any window; Ministral 3 with plain RoPE, or without
     query scaling."""
     tiny = dict(hidden_size=16, intermediate_size=8, num_hidden_layers=2, num_attention_heads=4,
@@ -290,9 +290,9 @@ def test_a_mask_may_be_of_any_type_of_ones_and_zeros():
 
 
 @torch.no_grad()
-def test_a_batch_padded_without_a_mask_is_warned_of():
-    """At the start of a row, where all that follows sees it; in generation at its end, too. Never in a decode step,
-    with a mask, or where the id also begins or ends texts."""
+def test_padding_without_a_mask_gives_a_warning():
+    """At the start of a row, because all later tokens see it; in generation also at its end. Never in a decode step,
+    with a mask, or if the id also begins or ends texts."""
     case = draw_case(random.Random(3), dtype=torch.float32, family="ministral3", pad_token_id=0)
     left, right = torch.tensor([[0, 0, 5], [5, 6, 7]]), torch.tensor([[5, 0, 0], [5, 6, 7]])
     model, message = case.ours, "a row is padded with pad_token_id 0, which is read as text; give attention_mask"

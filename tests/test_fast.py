@@ -1,4 +1,4 @@
-"""The fast path computes what the readable one does: in float64 to 1e-12, in other types with no larger error."""
+"""The fast path equals the readable one to 1e-12 in float64. In other types its error is no larger."""
 
 import copy
 import io
@@ -28,7 +28,7 @@ def left_padded(rng, **fixed):
     """A case on the sdpa path, padded on the left or not at all, with the positions that generation gives it."""
     case = draw_case(rng, attn_implementation="sdpa", **fixed)
     case.mask = None if case.mask is None else case.mask.sort(dim=1).values
-    lengths = case.real.sum(1)
+    lengths = case.padding_mask.sum(1)
     T = case.ids.shape[1]
     first = lengths[:, None] - T
     return case, (first + torch.arange(T)).clamp(min=0), first
@@ -43,16 +43,16 @@ def truth_of(case):
 
 @torch.no_grad()
 def both(case, model, positions):
-    """Logits after each chunk, of the readable path in one run and of the fast one chunk by chunk, at real tokens."""
+    """Logits after each chunk, without padding: of the readable path in one run, of the fast path chunk by chunk."""
     readable = model(case.ids, attention_mask=case.mask, position_ids=positions, use_cache=False).logits
     forward, cache, start, pairs = flat(model), KVCache(model.config), 0, []
     for length in case.chunks:
         end = start + length
-        real = None if case.mask is None else case.mask[:, :end].bool()
-        found = forward(case.ids[:, start:end], positions[:, start:end], cache, real)
-        rows = case.real[:, end - 1]
+        padding_mask = None if case.mask is None else case.mask[:, :end].bool()
+        logits = forward(case.ids[:, start:end], positions[:, start:end], cache, padding_mask)
+        rows = case.padding_mask[:, end - 1]
         if rows.any():
-            pairs.append((readable[rows, end - 1], found[rows]))
+            pairs.append((readable[rows, end - 1], logits[rows]))
         start = end
     return pairs
 
@@ -62,8 +62,8 @@ def test_float64_equals_the_readable_path(rng):
     """Any chunks, windows, padding, both families."""
     case, positions, _ = left_padded(rng, dtype=torch.float32)
     model = case.ours.double()
-    for readable, found in both(case, model, positions):
-        torch.testing.assert_close(found, readable, rtol=0, atol=1e-12 * max(readable.abs().max().item(), 1))
+    for readable, fast_logits in both(case, model, positions):
+        torch.testing.assert_close(fast_logits, readable, rtol=0, atol=1e-12 * max(readable.abs().max().item(), 1))
 
 
 def draw_errors(dtype, cases):
@@ -72,9 +72,9 @@ def draw_errors(dtype, cases):
     for seed in range(cases):
         case, positions, _ = left_padded(random.Random(seed), dtype=dtype)
         exact, pairs = both(case, truth_of(case), positions), both(case, case.ours, positions)
-        found = torch.cat([logits.flatten() for _, logits in pairs])
+        fast_logits = torch.cat([logits.flatten() for _, logits in pairs])
         readable = torch.cat([logits.flatten() for logits, _ in pairs])
-        errors.add(found, readable, torch.cat([logits.flatten() for logits, _ in exact]))
+        errors.add(fast_logits, readable, torch.cat([logits.flatten() for logits, _ in exact]))
     return errors
 
 
@@ -90,7 +90,7 @@ def test_error_is_no_larger_than_that_of_the_readable_path(dtype, monkeypatch):
 @pytest.mark.parametrize("block", [3, 8192])
 @pytest.mark.parametrize("window", [None, 1, 2, 3, 5, 8, 11])
 def test_attention_in_parts_equals_the_formula(window, block, monkeypatch):
-    """Every number of earlier keys and of new tokens up to 12, as a cache hands them out."""
+    """For every number of earlier keys and of new tokens up to 12, as a cache returns them."""
     monkeypatch.setattr(fast, "BLOCK", block)
     g = torch.Generator().manual_seed(0)
     for P in range(12):
@@ -123,28 +123,31 @@ def draw_steps(rng, compile, dtype=torch.float32, **fixed):
     case, positions, first = left_padded(rng, dtype=dtype, **fixed)
     model, (B, T) = case.ours.double(), case.ids.shape
     new = rng.randint(1, 12)
-    real = None if case.mask is None else torch.cat((case.mask.bool(), torch.ones(B, new, dtype=torch.bool)), dim=1)
+    padding_mask = None
+    if case.mask is not None:
+        padding_mask = torch.cat((case.mask.bool(), torch.ones(B, new, dtype=torch.bool)), dim=1)
     cache, forward = KVCache(model.config), flat(model)
     tokens = torch.randint(VOCAB, (B, new), generator=torch.Generator().manual_seed(1))
     pairs = []
     with torch.inference_mode():
-        forward(case.ids, positions, cache, None if real is None else real[:, :T])
-        step = Captured(forward, cache, T + new, first, real, compile)
+        forward(case.ids, positions, cache, None if padding_mask is None else padding_mask[:, :T])
+        step = Captured(forward, cache, T + new, first, padding_mask, compile)
         for n in range(new):
-            found = step(tokens[:, n : n + 1]).clone()
+            logits = step(tokens[:, n : n + 1]).clone()
             text = torch.cat((case.ids, tokens[:, : n + 1]), dim=1)
-            seen = None if real is None else real[:, : T + n + 1]
+            seen = None if padding_mask is None else padding_mask[:, : T + n + 1]
             places = (first + torch.arange(T + n + 1)).clamp(min=0)
-            pairs.append((found, model(text, attention_mask=seen, position_ids=places).logits[:, -1]))
+            pairs.append((logits, model(text, attention_mask=seen, position_ids=places).logits[:, -1]))
     assert cache.get_seq_length() == T + new
     return pairs
 
 
 @given(rngs)
 def test_fixed_shapes_compute_the_same(rng):
-    """A step that reads the whole cache, hidden slots masked, as it is recorded on a GPU; here it runs on the CPU."""
-    for found, readable in draw_steps(rng, compile=False):
-        torch.testing.assert_close(found, readable, rtol=0, atol=1e-12 * max(readable.abs().max().item(), 1))
+    """A step with fixed shapes, as recorded on a GPU, reads the whole cache and masks unused slots. Here it runs on the
+    CPU."""
+    for step_logits, readable in draw_steps(rng, compile=False):
+        torch.testing.assert_close(step_logits, readable, rtol=0, atol=1e-12 * max(readable.abs().max().item(), 1))
 
 
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler here")
@@ -152,8 +155,8 @@ def test_fixed_shapes_compute_the_same(rng):
 def test_a_compiled_step_computes_the_same(family):
     """`torch.compile` of the whole step, without a break in its graph."""
     for seed in (0, 1):
-        for found, readable in draw_steps(random.Random(seed), compile=True, family=family):
-            torch.testing.assert_close(found, readable, rtol=0, atol=1e-12 * max(readable.abs().max().item(), 1))
+        for step_logits, readable in draw_steps(random.Random(seed), compile=True, family=family):
+            torch.testing.assert_close(step_logits, readable, rtol=0, atol=1e-12 * max(readable.abs().max().item(), 1))
 
 
 def tiny(cls=MinistralForCausalLM, **fixed):
@@ -175,7 +178,7 @@ def test_compiled_generation_gives_the_same_tokens():
 
 
 def seen_by_a_caller(model):
-    """What can be seen of a model's weights from outside."""
+    """Properties of a model's weights that are visible to a caller."""
     places = {name: (p.data_ptr(), p.storage_offset(), p.stride(), p.untyped_storage().nbytes(), p._version)
               for name, p in model.state_dict().items()}  # fmt: skip
     file = io.BytesIO()
@@ -186,7 +189,7 @@ def seen_by_a_caller(model):
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("fast", [True, False])
 def test_generation_leaves_the_model_as_it_was(tmp_path, fast, tied):
-    """Names, places and sizes of weights; what is saved, copied and pickled."""
+    """Names, addresses and sizes of weights, and the results of saving, copying and pickling."""
     model, ids = tiny(tie_word_embeddings=tied), torch.tensor([[1, 2, 3]])
     before, values = seen_by_a_caller(model), {name: p.clone() for name, p in model.state_dict().items()}
     generate(model, ids, max_new_tokens=3, fast=fast)
@@ -217,7 +220,7 @@ def scale_assigned(model):
 
 
 def scale_replaced(model):
-    """Some modules for others of the same class."""
+    """Replace some modules by others of the same class."""
     for layer in model.model.layers:
         for name in ("q_proj", "v_proj"):
             old = getattr(layer.self_attn, name)
@@ -227,7 +230,7 @@ def scale_replaced(model):
 
 
 class Adapted(torch.nn.Module):
-    """A linear layer and a product of two small matrices, as LoRA adds it."""
+    """A linear layer with an added product of two small matrices, as in LoRA."""
 
     def __init__(self, base):
         super().__init__()
@@ -245,7 +248,7 @@ def adapt(model):
 
 
 def replace_forward(model):
-    """Of one module, as some libraries do instead of hooks."""
+    """Replace the `forward` of one module, as some libraries do instead of hooks."""
     right = model.model.layers[0].mlp.forward
     model.model.layers[0].mlp.forward = lambda x: right(x) * 0.5
 
@@ -256,7 +259,7 @@ CHANGES = [scale_in_place, scale_data, scale_loaded, scale_assigned, scale_repla
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_changed_weights_are_used(change):
-    """Whatever is done to a model that has generated, the next text is that of the readable path."""
+    """After any change of a model that has generated, the next text equals that of the readable path."""
     model, ids = tiny().double(), torch.tensor([[1, 2, 3]])
     first = generate(model, ids, max_new_tokens=9, eos_token_id=())
     change(model)
@@ -268,8 +271,8 @@ def test_changed_weights_are_used(change):
     forward = flat(model)
     if forward is not None:
         with torch.no_grad():
-            found = forward(ids, torch.arange(3)[None], KVCache(model.config))
-            torch.testing.assert_close(found, model(ids).logits[:, -1], rtol=0, atol=1e-12 * found.abs().max().item())
+            logits = forward(ids, torch.arange(3)[None], KVCache(model.config))
+            torch.testing.assert_close(logits, model(ids).logits[:, -1], rtol=0, atol=1e-12 * logits.abs().max().item())
     assert (forward is None) == (change in (adapt, replace_forward)) and first.shape == expected.shape
 
 
@@ -282,7 +285,7 @@ def test_a_model_can_train_after_it_has_generated():
 
 
 def test_only_what_it_computes_is_taken_over():
-    """Eager attention, training, hooks and foreign parts run the readable path."""
+    """Eager attention, training, hooks and modules of other classes use the readable path."""
     assert isinstance(flat(tiny()), Flat)
     assert flat(tiny(attn_implementation="eager")) is None
     assert flat(tiny().train()) is None
@@ -302,21 +305,22 @@ def test_only_what_it_computes_is_taken_over():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rows", [1, 7, 8, 33])
 def test_wide_products_are_those_of_float32(dtype, rows, monkeypatch):
-    """Over the edges of the pieces in which a weight is widened, too; a few rows stay in 16 bits."""
+    """Also where a weight is converted in several tiles. Products of a few rows stay in 16 bits."""
     g = torch.Generator().manual_seed(rows)
     x, weight = torch.randn(rows, 96, generator=g), torch.randn(75, 96, generator=g).to(dtype)
     monkeypatch.setattr(fast, "TILE", 96 * 32)
-    found = wide_mm(x, weight.t())
+    product = wide_mm(x, weight.t())
     if rows < 8:
-        assert torch.equal(found, torch.mm(x.to(dtype), weight.t()))
+        assert torch.equal(product, torch.mm(x.to(dtype), weight.t()))
     else:
         exact = x.double() @ weight.double().T
-        assert found.dtype == torch.float32 and found.is_contiguous()
-        assert (found - exact).abs().max() <= 1e-5 * exact.abs().max()
+        assert product.dtype == torch.float32 and product.is_contiguous()
+        assert (product - exact).abs().max() <= 1e-5 * exact.abs().max()
 
 
 def test_products_in_float32_are_closer_to_float64(monkeypatch):
-    """As where float32 is faster. (Measured: 0.64 of the readable path's error. Both round logits and cache.)"""
+    """On processors on which float32 is faster. (Measured: 0.64 of the readable path's error. Both round logits and
+    cache.)"""
     monkeypatch.setattr(fast, "wide_rows", lambda dtype, device: 8)
     monkeypatch.setattr(fast, "BLOCK", 3)
     errors = draw_errors(torch.bfloat16, 60)
@@ -326,7 +330,7 @@ def test_products_in_float32_are_closer_to_float64(monkeypatch):
 
 @pytest.mark.parametrize("captured", [False, True])
 def test_a_wide_batch_of_single_tokens(captured, monkeypatch):
-    """Nine rows are enough to widen the matrices; the cache stays in 16 bits."""
+    """Nine rows are enough to compute in float32; the cache stays in 16 bits."""
     monkeypatch.setattr(fast, "wide_rows", lambda dtype, device: 8)
     model = tiny(initializer_range=0.1)
     exact = model(ids := torch.randint(VOCAB, (9, 12), generator=torch.Generator().manual_seed(0))).logits[:, -1]
@@ -335,9 +339,9 @@ def test_a_wide_batch_of_single_tokens(captured, monkeypatch):
     with torch.inference_mode():
         forward(ids[:, :-1], positions[:, :-1], cache)
         step = Captured(forward, cache, 12, torch.zeros(1, 1, dtype=torch.int64), None, compile=False)
-        found = step(ids[:, -1:]) if captured else forward(ids[:, -1:], positions[:, -1:], cache)
-    assert {layer.keys.dtype for layer in cache.layers} == {found.dtype} == {torch.bfloat16}
-    torch.testing.assert_close(found.float(), exact, rtol=0, atol=0.02 * exact.abs().max().item())
+        logits = step(ids[:, -1:]) if captured else forward(ids[:, -1:], positions[:, -1:], cache)
+    assert {layer.keys.dtype for layer in cache.layers} == {logits.dtype} == {torch.bfloat16}
+    torch.testing.assert_close(logits.float(), exact, rtol=0, atol=0.02 * exact.abs().max().item())
 
 
 def test_the_widened_types_are_those_that_gain():

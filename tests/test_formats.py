@@ -1,5 +1,5 @@
-"""Published layouts: Mistral's own files against Transformers' and against Mistral's formulas, FP8 against
-Transformers, the Hub, and the commands that convert and describe."""
+"""Published layouts: Mistral's own files compared with Transformers' and with Mistral's formulas, FP8 compared with
+Transformers, the Hub, and the commands `convert` and `info`."""
 
 import copy
 import dataclasses
@@ -72,11 +72,11 @@ def draw_model(rng, kind, dtype=None):
     config = draw_config(rng, family=family, **fixed)
     if kind == "mistral3":
         heads = rng.choice([1, 2, 3])
-        eyes = PixtralVisionConfig(
+        vision_config = PixtralVisionConfig(
             hidden_size=heads * rng.choice([4, 8]), intermediate_size=24, num_hidden_layers=2,
             num_attention_heads=heads, image_size=60, patch_size=3, hidden_act="silu",
         )  # fmt: skip
-        config = Mistral3Config(eyes, config, spatial_merge_size=2, tie_word_embeddings=rng.random() < 0.5,
+        config = Mistral3Config(vision_config, config, spatial_merge_size=2, tie_word_embeddings=rng.random() < 0.5,
                                 multimodal_projector_bias=rng.random() < 0.5)  # fmt: skip
         model = Mistral3ForConditionalGeneration(config)
     else:
@@ -161,7 +161,7 @@ def see(w, p, pixels):
 
 def mistrals_logits(directory, ids, pixels, frequencies, factor):
     """Logits (S, V) in float64 from params.json and consolidated.safetensors alone, by Mistral's formulas; only the
-    rotary frequencies and their magnitude are handed in."""
+    rotary frequencies and their magnitude are arguments."""
     p = json.loads((directory / "params.json").read_text())
     w = {name: t.double() for name, t in load_file(directory / "consolidated.safetensors").items()}
     x, S = w["tok_embeddings.weight"][ids], len(ids)
@@ -181,8 +181,8 @@ def mistrals_logits(directory, ids, pixels, frequencies, factor):
 
 @torch.no_grad()
 @given(rngs, st.sampled_from(["ministral", "ministral3", "mistral3"]))
-def test_mistrals_files_mean_what_mistrals_formulas_say(tmp_path_factory, rng, kind):
-    """So names, order of rows, windows and YaRN are right, and not only undone by the way back."""
+def test_mistrals_files_equal_mistrals_formulas(tmp_path_factory, rng, kind):
+    """So names, order of rows, windows and YaRN are right, and a round trip does not only undo its own mistakes."""
     path, model = tmp_path_factory.mktemp("formulas"), draw_model(rng, kind, torch.float32)
     model.save_pretrained(path / "hf")
     convert(path / "hf", path / "mistral", format="mistral")
@@ -200,7 +200,7 @@ def test_mistrals_files_mean_what_mistrals_formulas_say(tmp_path_factory, rng, k
 
 @torch.no_grad()
 def test_biases_of_the_projector(tmp_path):
-    """Mistral's `adapter_bias`: an image is seen the same in both layouts, and not as without them."""
+    """Mistral's `adapter_bias`: both layouts give the same result, and it differs from that without biases."""
     drawn = (draw_model(random.Random(seed), "mistral3", torch.float32) for seed in itertools.count())
     model = next(m for m in drawn if m.config.multimodal_projector_bias)
     model.save_pretrained(tmp_path / "hf")
@@ -232,7 +232,7 @@ def test_the_order_of_rows(rng):
 
 
 def test_every_tensor_has_one_name_in_each_layout():
-    """The table against all parameters of a vision model, in both generations of Transformers' names."""
+    """The table of names covers all parameters of a vision model, in both generations of Transformers' names."""
     models = (draw_model(random.Random(seed), "mistral3") for seed in itertools.count())
     model = next(m for m in models if not m.config.tie_word_embeddings and m.config.multimodal_projector_bias)
     names = [name for name, _ in model.named_parameters()]
@@ -252,7 +252,8 @@ def test_every_tensor_has_one_name_in_each_layout():
 
 
 def test_the_published_params_are_the_published_configs():
-    """What both files of the 8B models say is the same, but for the pattern of Ministral-8B: config.json lacks it."""
+    """Both files of the 8B models are the same configuration, except that config.json of Ministral-8B has no pattern of
+    layers."""
     new = Mistral3Config.from_dict(from_params(MINISTRAL3_8B_PARAMS))
     old = Mistral3Config.from_dict(ministral3("8B"))
     assert new == old
@@ -278,7 +279,7 @@ def test_the_published_params_are_the_published_configs():
 
 
 def test_the_scale_of_yarn():
-    """`apply_scale` is whether scores are multiplied by (0.1 ln 16 + 1)^2; the published models say no."""
+    """`apply_scale` decides if scores are multiplied by (0.1 ln 16 + 1)^2. It is false in the published models."""
     for apply, factor in ((False, 1.0), (True, 0.1 * math.log(16) + 1)):
         params = copy.deepcopy(MINISTRAL3_8B_PARAMS)
         params["yarn"]["apply_scale"] = apply
@@ -287,12 +288,12 @@ def test_the_scale_of_yarn():
         assert to_params(from_params(params))["yarn"] == params["yarn"]
 
 
-@pytest.mark.parametrize("scheme, said", [("static", "TENSOR"), ("dynamic", "NO_SCALES")])
-def test_how_activations_of_fp8_are_scaled(scheme, said):
+@pytest.mark.parametrize("scheme, name", [("static", "TENSOR"), ("dynamic", "NO_SCALES")])
+def test_how_activations_of_fp8_are_scaled(scheme, name):
     config = ministral3("8B", fp8=True)
     config["quantization_config"]["activation_scheme"] = scheme
     params = to_params(config)
-    assert params["quantization"]["qscheme_act"] == said
+    assert params["quantization"]["qscheme_act"] == name
     assert from_params(params)["quantization_config"]["activation_scheme"] == scheme
 
 
@@ -366,7 +367,7 @@ def test_unknown_params_are_named():
         (None, {"projector_hidden_act": "silu"}, "no field for projector_hidden_act='silu'"),
     ],
 )
-def test_what_params_cannot_say(part, change, message):
+def test_params_have_no_field_for_it(part, change, message):
     config = ministral3("8B")
     where = config["text_config"]["rope_parameters"] if part == "rope" else config[part] if part else config
     where.update(change)
@@ -375,7 +376,7 @@ def test_what_params_cannot_say(part, change, message):
 
 
 def test_one_set_of_files_is_read_and_never_both(tmp_path):
-    """Transformers' where it is complete, whatever else lies there; Mistral's where only that one is."""
+    """Transformers' files if they are complete, whatever other files there are. Otherwise Mistral's."""
     first, second = (draw_model(random.Random(seed), "ministral", torch.float32) for seed in (5, 6))
     first.save_pretrained(tmp_path / "both")
     second.save_pretrained(tmp_path / "second")
@@ -394,7 +395,7 @@ def test_one_set_of_files_is_read_and_never_both(tmp_path):
 
 
 def test_shards_in_mistrals_layout_and_what_is_left_out(tmp_path):
-    """Large models of Mistral's come in shards with an index; ranges of fake quantisation are no weights."""
+    """Large models in Mistral's layout are shards with an index. Ranges of fake quantisation are not weights."""
     model = draw_model(random.Random(1), "ministral3", torch.float32)
     model.save_pretrained(tmp_path / "hf")
     convert(tmp_path / "hf", path := tmp_path / "mistral", format="mistral")
@@ -420,7 +421,7 @@ def test_shards_in_mistrals_layout_and_what_is_left_out(tmp_path):
 
 
 def dequantized(weight, scale, dtype):
-    """By Transformers; by the formula where its version cannot take scales without dimensions."""
+    """Dequantise with Transformers, or by the formula if its version does not support scales without dimensions."""
     theirs = finegrained_fp8.Fp8Dequantize(None)
     if hasattr(theirs, "_dequantize_one"):
         return theirs._dequantize_one(weight, scale, dtype)
@@ -439,15 +440,15 @@ def test_fp8_is_dequantised_as_transformers_does(rng, dtype):
     weight = (torch.randn(rows, columns, generator=g) * 100).clamp(-448, 448).to(torch.float8_e4m3fn)
     scale = (torch.rand(grid or (), generator=g) * 1e-3).to(rng.choice([torch.float32, torch.bfloat16]))
     expected = dequantized(weight, scale, dtype)
-    found = dequantize(weight, scale, dtype)
-    assert found.dtype == expected.dtype == dtype and found.equal(expected)
+    computed = dequantize(weight, scale, dtype)
+    assert computed.dtype == expected.dtype == dtype and computed.equal(expected)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["ministral3", "mistral3"])
 @pytest.mark.parametrize("grid, scale_dtype", [(None, torch.float32), (None, torch.bfloat16), ((2, 2), torch.float32)])
 def test_fp8_models(tmp_path, kind, grid, scale_dtype):
-    """Both layouts load to the same bits: the product of numbers and scales, and everything else as it is."""
+    """Both layouts load to the same bits: products of numbers and scales, and all other tensors unchanged."""
     rng = random.Random(3)
     model = draw_model(rng, kind, torch.bfloat16)
     model.save_pretrained(tmp_path / "fp8")
@@ -467,10 +468,10 @@ def test_fp8_models(tmp_path, kind, grid, scale_dtype):
     ids = draw_ids(rng)
     if grid is None:  # the numbers move with their rows
         convert(tmp_path / "fp8", tmp_path / "mistral", format="mistral")
-        held = load_file(tmp_path / "mistral" / "consolidated.safetensors")
-        assert held["layers.0.attention.wq.weight"].dtype == torch.float8_e4m3fn
+        converted = load_file(tmp_path / "mistral" / "consolidated.safetensors")
+        assert converted["layers.0.attention.wq.weight"].dtype == torch.float8_e4m3fn
         for name in ("layers.0.attention.wq.qscale_weight", "layers.1.feed_forward.w2.qscale_act"):
-            assert held[name].shape == ()
+            assert converted[name].shape == ()
         with pytest.warns(UserWarning, match="FP8 weights become bfloat16"):
             other = load_model(tmp_path / "mistral")
         assert_same_weights(other, loaded)
@@ -540,7 +541,8 @@ def test_broken_fp8_is_refused(tmp_path):
 
 
 def test_the_size_of_blocks_is_checked(tmp_path):
-    """A grid for other blocks than config.json says would be misread where both divide the matrix."""
+    """A grid for blocks of another size than in config.json would give wrong numbers if both sizes divide the
+    matrix."""
     model = Ministral3ForCausalLM(Ministral3Config(hidden_size=8, intermediate_size=12, num_hidden_layers=1,
         num_attention_heads=2, num_key_value_heads=1, head_dim=4, vocab_size=50))  # fmt: skip
     model.save_pretrained(tmp_path)
@@ -557,25 +559,25 @@ def test_the_size_of_blocks_is_checked(tmp_path):
 
 
 def test_the_type_that_fp8_becomes(tmp_path):
-    """What config.json names, under any of its names; bfloat16 if it names none and nothing else is stored so."""
+    """The type in config.json, under each of its names; without one, the type of the other tensors, or bfloat16."""
     model = draw_model(random.Random(3), "ministral3", torch.float16)
-    for said, expected in (({"dtype": "float16"}, torch.float16), ({"torch_dtype": "float16"}, torch.float16),
+    for entry, expected in (({"dtype": "float16"}, torch.float16), ({"torch_dtype": "float16"}, torch.float16),
                            ({}, torch.float16), ({"dtype": "bfloat16"}, torch.bfloat16)):  # fmt: skip
         model.save_pretrained(tmp_path)
         quantize(tmp_path)
         config = json.loads((tmp_path / "config.json").read_text())
         del config["dtype"]
-        (tmp_path / "config.json").write_text(json.dumps(config | said))
+        (tmp_path / "config.json").write_text(json.dumps(config | entry))
         assert checkpoint.Checkpoint(tmp_path).dtype == expected
 
 
-# ---------------------------------------------------------------------------------------- ties and text without eyes
+# ----------------------------------------------------------------------------------- ties and text of vision models
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("published_names", [True, False])
-def test_a_text_model_loads_from_the_files_of_one_with_eyes(tmp_path, published_names):
-    """Transformers leaves random weights there."""
+def test_a_text_model_loads_from_the_files_of_a_vision_model(tmp_path, published_names):
+    """Transformers has random weights in this case."""
     for seed in range(4):
         model = draw_model(random.Random(seed), "mistral3", torch.float32)
         model.save_pretrained(path := tmp_path / str(seed))
@@ -595,11 +597,12 @@ def test_a_text_model_loads_from_the_files_of_one_with_eyes(tmp_path, published_
             MinistralForCausalLM.from_pretrained(path)
 
 
-@pytest.mark.parametrize("said", [True, False, None])
+@pytest.mark.parametrize("entry", [True, False, None])
 @pytest.mark.parametrize("stored", ["none", "same", "other"])
 @pytest.mark.parametrize("kind", ["ministral3", "mistral3"])
-def test_the_head_is_the_one_that_is_stored(tmp_path, recwarn, said, stored, kind):
-    """Otherwise the embeddings; config.json's word counts only for two equal tensors. A warning where they disagree."""
+def test_the_head_is_the_one_that_is_stored(tmp_path, recwarn, entry, stored, kind):
+    """Without a stored head it is the embeddings. The entry in config.json counts only for two equal tensors. A warning
+    is given where they disagree."""
     rng = random.Random(0)
     model = draw_model(rng, kind, torch.float32)
     model.save_pretrained(tmp_path)
@@ -611,15 +614,15 @@ def test_the_head_is_the_one_that_is_stored(tmp_path, recwarn, said, stored, kin
     save_file(tensors, tmp_path / "model.safetensors")
     for part in (config, config.get("text_config", {})):
         part.pop("tie_word_embeddings", None)
-    if said is not None:
-        config["tie_word_embeddings"] = said
+    if entry is not None:
+        config["tie_word_embeddings"] = entry
     (tmp_path / "config.json").write_text(json.dumps(config))
     loaded = load_model(tmp_path)
     backbone = loaded.model.language_model if kind == "mistral3" else loaded.model
-    tied = stored == "none" or (stored == "same" and said is not False)
+    tied = stored == "none" or (stored == "same" and entry is not False)
     assert loaded.config.tie_word_embeddings == tied == (loaded.lm_head.weight is backbone.embed_tokens.weight)
     assert loaded.lm_head.weight.equal(embeddings + (stored == "other"))
-    assert len(recwarn.list) == ((stored, said) in (("none", False), ("other", True)))
+    assert len(recwarn.list) == ((stored, entry) in (("none", False), ("other", True)))
 
 
 # ---------------------------------------------------------------------------------------------- convert and info
@@ -636,7 +639,7 @@ def run(capsys, *arguments):
 
 
 def test_the_convert_command(tmp_path, capsys):
-    """The bundled model, there and back, with its tokenizer."""
+    """The bundled model in both directions, with its tokenizer."""
     code, out, err = run(capsys, "convert", BUNDLED, tmp_path / "m", "--format", "mistral", "--dtype", "fp32")
     assert (code, out, err) == (0, "", "")
     assert {p.name for p in (tmp_path / "m").iterdir()} == {"consolidated.safetensors", "params.json", "tekken.json",
@@ -669,7 +672,7 @@ def test_a_failed_conversion_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_names_of_transformers_in_mistrals_file_are_refused(tmp_path):
-    """Their rows would be reordered once too often."""
+    """Their rows are in Transformers' order already."""
     model = draw_model(random.Random(0), "ministral3", torch.float32)
     model.save_pretrained(tmp_path / "hf")
     convert(tmp_path / "hf", tmp_path / "mistral", format="mistral")
@@ -699,8 +702,8 @@ def test_names_of_transformers_in_mistrals_file_are_refused(tmp_path):
         (dict(rms_norm_eps=None), "rms_norm_eps=None"),
     ],
 )
-def test_what_the_commands_do_not_guess(tmp_path, capsys, change, message):
-    """Another model, or one that leaves something to the defaults of a class, is neither converted nor described."""
+def test_unclear_arguments_are_refused(tmp_path, capsys, change, message):
+    """Models of other types, and configurations that leave out required fields, are not converted or described."""
     rng = random.Random(0)
     models = iter(lambda: draw_model(rng, "ministral3"), 0)
     model = next(m for m in models if m.config.num_hidden_layers == 2 and m.config.sliding_window is None)
@@ -718,7 +721,7 @@ junk = st.sampled_from([None, 0, -1, 1, 3, 2.5, True, "x", "", [], [1], [None], 
 
 @given(rngs, st.sampled_from(["ministral", "ministral3", "mistral3"]), st.data())
 def test_no_configuration_is_a_traceback(tmp_path_factory, rng, kind, data):
-    """Any value in any place of a config.json or params.json: it works, or it is a ValueError of one line."""
+    """Every value in every place of a config.json or params.json works, or gives a ValueError of one line."""
     path = tmp_path_factory.mktemp("junk")
     draw_model(rng, kind, torch.float32).save_pretrained(path / "hf")
     convert(path / "hf", path / "mistral", format="mistral")
@@ -756,8 +759,8 @@ def test_heads_that_the_rows_do_not_have(tmp_path):
 
 
 def test_where_a_conversion_may_go(tmp_path, capsys):
-    """Inside the source, through a link, with folders in the source that look like files to take along; the usual
-    permissions."""
+    """Inside the source, through a link, with folders in the source named like files that are copied. Permissions are
+    the usual ones."""
     source = tmp_path / "source"
     shutil.copytree(BUNDLED, source)
     (source / "LICENSES").mkdir()
@@ -875,7 +878,7 @@ def test_info_of_half_a_configuration(tmp_path, capsys):
 
 
 class Hub:
-    """Stands in for `snapshot_download`: copies what the patterns ask for."""
+    """A replacement of `snapshot_download`, which copies the files that match the patterns."""
 
     def __init__(self, remote, local):
         self.remote, self.local, self.asked = remote, local, []

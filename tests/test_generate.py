@@ -1,4 +1,4 @@
-"""The sampling loop: greedy equals Transformers, rows equal themselves alone, filters equal Transformers' filters."""
+"""The sampling loop: greedy text and filters equal Transformers', and a row of a batch equals the same text alone."""
 
 import copy
 import json
@@ -27,7 +27,7 @@ def tokenizer():
 
 
 def draw_prompts(rng, dtype=torch.float32, **fixed):
-    """A case whose padding is on the left, as generation wants it."""
+    """A case with padding on the left, as generation needs it."""
     case = draw_case(rng, dtype=dtype, **fixed)
     if case.mask is not None:
         case.mask = case.mask.sort(dim=1).values
@@ -44,25 +44,25 @@ def naive(model, ids, new, ends=()):
 
 
 @torch.no_grad()
-def assert_same_tokens(models, exact, ids, real, found, penalty=1.0, **images):
+def assert_same_tokens(models, exact, ids, padding_mask, tokens, penalty=1.0, **images):
     """Equal tokens in every row. From the first tie on, a row may differ: where the logits of the two tokens in float64
     are no further apart than ten times the largest error of the two models for this text.
 
     Args:
         models: our model and Transformers'.
         exact: ours in float64.
-        ids, real: the prompt (B, T), and where it is not padding.
-        found: the tokens (B, T + new) of both models.
+        ids, padding_mask: the prompt (B, T), True where it is not padding.
+        tokens: the tokens (B, T + new) of both models.
     """
-    ours, theirs = found
+    ours, theirs = tokens
     length = min(ours.shape[1], theirs.shape[1])
     assert ours.shape == theirs.shape or not torch.equal(ours[:, :length], theirs[:, :length])
-    for row, kept in enumerate(real):
+    for row, is_text in enumerate(padding_mask):
         different = (ours[row, :length] != theirs[row, :length]).nonzero()
         if len(different) == 0:
             continue
         place = int(different[0])
-        text = torch.cat((ids[row][kept], ours[row, len(kept) : place]))
+        text = torch.cat((ids[row][is_text], ours[row, len(is_text) : place]))
         right = exact(text[None], **{name: widened(value) for name, value in images.items()}).logits[0, -1]
         errors = [(model(text[None], **images).logits[0, -1] - right).abs().max() for model in models]
         logits = penalize_repetition(right, text, penalty)
@@ -77,7 +77,7 @@ def widened(value):
 
 @given(rngs)
 def test_greedy_equals_transformers_token_for_token(device, rng):
-    """Also batched with padding, past the window, and past an end-of-sequence token that some row meets."""
+    """Also in batches with padding, beyond the window, and after an end-of-sequence token in one of the rows."""
     case = draw_prompts(rng, device=device, use_cache=True)
     if case.ours.config.sliding_window == 1:
         return  # Transformers' cache is wrong there
@@ -91,23 +91,23 @@ def test_greedy_equals_transformers_token_for_token(device, rng):
     )  # fmt: skip
     case.ours.config.pad_token_id = 0
     ours = generate(case.ours, case.ids, mask, max_new_tokens=new, eos_token_id=ends, repetition_penalty=penalty)
-    assert_same_tokens((case.ours, case.theirs), case.truth(), case.ids, case.real, (ours, theirs), penalty)
+    assert_same_tokens((case.ours, case.theirs), case.truth(), case.ids, case.padding_mask, (ours, theirs), penalty)
 
 
 @given(rngs)
 def test_the_loop_equals_the_loop_without_a_cache(rng):
-    """Greedy, any dtype, past the window, the prompt cut into any chunks."""
+    """Greedy, with any dtype, beyond the window, and with any chunks of the prompt."""
     case = draw_case(rng)
     new, text = rng.randint(1, 25), torch.ones_like(case.ids)
     settings = dict(max_new_tokens=new, eos_token_id=(), prefill_chunk_size=rng.randint(1, 50))
-    found = generate(case.ours, case.ids, text, **settings, fast=False)
+    tokens = generate(case.ours, case.ids, text, **settings, fast=False)
     expected = generate_naive(case.ours, case.ids, new)
-    assert_same_tokens((case.ours, case.ours), case.truth(), case.ids, text.bool(), (found, expected))
+    assert_same_tokens((case.ours, case.ours), case.truth(), case.ids, text.bool(), (tokens, expected))
 
 
 @given(rngs)
-def test_a_row_gets_in_a_batch_what_it_gets_alone(rng):
-    """Greedy and sampled, cut into any chunks, equal to the loop without a cache where that is defined."""
+def test_a_row_of_a_batch_equals_the_same_text_alone(rng):
+    """Greedy and sampled, with any chunks; equal to the loop without a cache where that is defined."""
     case = draw_prompts(rng)
     model = case.truth()
     model.config.attn_implementation = rng.choice(["eager", "sdpa"])
@@ -122,8 +122,8 @@ def test_a_row_gets_in_a_batch_what_it_gets_alone(rng):
     )
     settings |= dict(max_new_tokens=new, eos_token_id=ends, seed=rng.randrange(99))
     batch = generate(model, case.ids, case.mask, prefill_chunk_size=rng.randint(1, 50), **settings)
-    for row, real in enumerate(case.real):
-        prompt = case.ids[row][real]
+    for row, is_text in enumerate(case.padding_mask):
+        prompt = case.ids[row][is_text]
         alone = generate(model, prompt[None], **settings)[0].tolist()
         together = batch[row].tolist()[case.ids.shape[1] - len(prompt) :]
         assert together[: len(alone)] == alone
@@ -230,7 +230,7 @@ def test_models_of_another_kind_are_refused():
 
 
 def draw_settings(rng, model, ids):
-    """A generation_config.json as repositories ship it, with an end token that the model does write."""
+    """A generation_config.json as in published repositories, with an end token that the model does generate."""
     end = generate(model, ids, max_new_tokens=4, eos_token_id=())[0, -rng.randint(1, 4)].item()
     everything = {
         "eos_token_id": rng.choice([end, [2, end], [end, *rng.sample(range(VOCAB), 2)]]),
@@ -248,8 +248,8 @@ def draw_settings(rng, model, ids):
 
 @settings(max_examples=30)
 @given(rngs)
-def test_the_models_settings_count_as_in_transformers(rng):
-    """Those of generation_config.json, unless an argument says otherwise; and they are there after a save."""
+def test_the_settings_of_the_model_are_used_as_in_transformers(rng):
+    """The settings of generation_config.json are used unless an argument replaces them, and they are saved."""
     case = draw_prompts(rng, dtype=torch.float32, use_cache=True)
     if case.ours.config.sliding_window == 1:
         return  # Transformers' cache is wrong there
@@ -270,8 +270,8 @@ def test_the_models_settings_count_as_in_transformers(rng):
     there = {"eos_token_id": model.config.eos_token_id} if "eos_token_id" not in stored else {}
     if "pad_token_id" not in stored:
         there["pad_token_id"] = model.config.pad_token_id
-    real = torch.ones_like(case.ids)  # Transformers would penalise padding
-    theirs = case.theirs.generate(case.ids, attention_mask=real, **there | given)
+    ones = torch.ones_like(case.ids)  # Transformers would penalise padding
+    theirs = case.theirs.generate(case.ids, attention_mask=ones, **there | given)
     assert torch.equal(generate(model, case.ids, **given), theirs)
 
 
@@ -280,8 +280,8 @@ def test_sampling_is_on_where_call_or_file_says_so():
     model, ids = case.ours, case.ids[:1]
 
     def texts(**settings):
-        found = [generate(model, ids, max_new_tokens=12, eos_token_id=(), seed=s, **settings)[0] for s in range(3)]
-        return [text.tolist() for text in found]
+        texts = [generate(model, ids, max_new_tokens=12, eos_token_id=(), seed=s, **settings)[0] for s in range(3)]
+        return [text.tolist() for text in texts]
 
     greedy, drawn = texts(temperature=0), texts(temperature=1.0)
     assert greedy[0] == greedy[1] and drawn[0] != drawn[1]
@@ -298,7 +298,7 @@ def test_sampling_is_on_where_call_or_file_says_so():
 
 
 def test_a_whole_context_as_max_length_takes_no_memory_at_once(monkeypatch):
-    """Ministral 3's own file says 262144."""
+    """Ministral 3's own file has 262144."""
     case = draw_case(random.Random(5), dtype=torch.float32)
     case.ours.config.max_position_embeddings = case.ours.generation_config.max_length = 262144
     rooms = []
@@ -327,20 +327,20 @@ def test_a_save_leaves_no_settings_of_another_model(tmp_path):
 
 @given(rngs)
 def test_several_continuations_of_one_row(rng):
-    """The n-th of a row is what the row gets alone with a seed n higher, padded or not."""
+    """The n-th continuation of a row equals that of the row alone with a seed that is n higher, padded or not."""
     case = draw_prompts(rng)
     model, seed, copies = case.truth(), rng.randrange(99), rng.randint(1, 4)
     settings = dict(max_new_tokens=6, eos_token_id=(), temperature=1.5)
-    found = generate(model, case.ids, case.mask, seed=seed, num_return_sequences=copies, **settings)
+    tokens = generate(model, case.ids, case.mask, seed=seed, num_return_sequences=copies, **settings)
     for n in range(copies):
-        assert torch.equal(found[n::copies], generate(model, case.ids, case.mask, seed=seed + n, **settings))
+        assert torch.equal(tokens[n::copies], generate(model, case.ids, case.mask, seed=seed + n, **settings))
 
 
 @settings(max_examples=20)
 @given(rngs)
 def test_stop_texts_equal_transformers(tokenizer, rng):
-    """They end a row with the token that completes them, wherever in the tokens they begin and end, in the prompt
-    too. The models never draw special tokens, whose names Transformers compares with the stop texts."""
+    """A stop text ends a row with the token that completes it. It may begin and end within tokens and within the
+    prompt. The models never draw special tokens, whose names Transformers compares with the stop texts."""
     torch.manual_seed(rng.randrange(2**31))
     sizes = dict(vocab_size=2048, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
                  num_key_value_heads=1, head_dim=16, sliding_window=64, initializer_range=0.3)  # fmt: skip
@@ -360,9 +360,9 @@ def test_stop_texts_equal_transformers(tokenizer, rng):
     expected = theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, tokenizer=both, **settings)
     ours.config.pad_token_id = 11
     del settings["pad_token_id"]
-    found = generate(ours, ids, tokenizer=tokenizer, **settings)
+    tokens = generate(ours, ids, tokenizer=tokenizer, **settings)
     exact = copy.deepcopy(ours).double()
-    assert_same_tokens((ours, theirs), exact, ids, torch.ones_like(ids, dtype=torch.bool), (found, expected))
+    assert_same_tokens((ours, theirs), exact, ids, torch.ones_like(ids, dtype=torch.bool), (tokens, expected))
 
 
 def test_stop_texts_do_not_see_special_tokens(tokenizer):
@@ -432,8 +432,8 @@ def test_sampling_draws_from_the_distribution():
 def test_sixteen_bit_logits_are_filtered_in_float32():
     """Probabilities of bfloat16 logits are not rounded to bfloat16: 0.9 of 1000 equal tokens is 900 of them."""
     logits, settings = torch.zeros(20_000, 1000, dtype=torch.bfloat16), Sampling(temperature=1.0, top_p=0.9)
-    kept = sample(logits, settings, torch.Generator().manual_seed(0)).unique()
-    assert 890 < len(kept) <= 901
+    drawn = sample(logits, settings, torch.Generator().manual_seed(0)).unique()
+    assert 890 < len(drawn) <= 901
 
 
 def test_sampling_is_a_pure_function():

@@ -44,7 +44,7 @@ PROBLEMS = ("regression", "single_label_classification", "multi_label_classifica
 
 
 def draw_head_case(rng, device="cpu", dtype=None, task=None, **fixed):
-    """A model with a head (or the causal one), texts, and the arguments that go with the task, labels included."""
+    """A model with a head (or the causal one), texts, and the arguments of the task, with labels."""
     task = task or rng.choice(HEADS)
     labels = rng.choice([1, 2, 3, 5])
     problem = rng.choice([None, *(p for p in PROBLEMS if labels > 1 or "single" not in p)])
@@ -53,7 +53,7 @@ def draw_head_case(rng, device="cpu", dtype=None, task=None, **fixed):
     (B, S), N, kind = case.ids.shape, case.ours.config.num_labels, case.ours.config.problem_type
     g = torch.Generator().manual_seed(rng.randrange(2**31))
     whole = torch.randint(0, N, (B, S), generator=g)
-    real = torch.rand(B, N, generator=g).to(case.ours.dtype)
+    numbers = torch.rand(B, N, generator=g).to(case.ours.dtype)
     # In float16 Transformers' eager scores overflow in rows that see only padding (see assert_same), so nothing must
     # read those: labels ignore padding then, and where a loss reads all tokens, nothing is padding.
     eager = case.ours.config.attn_implementation == "eager" or device == "cuda"  # see check_case
@@ -62,14 +62,14 @@ def draw_head_case(rng, device="cpu", dtype=None, task=None, **fixed):
         labels = {"labels": case.labels(rng) if overflows or rng.random() < 0.5 else case.ids}
     elif task == "TokenClassification":
         ignored = torch.rand(B, S, generator=g) < rng.choice([0, 0.3])
-        labels = {"labels": whole.masked_fill(ignored | ~case.real.cpu() if overflows else ignored, -100)}
+        labels = {"labels": whole.masked_fill(ignored | ~case.padding_mask.cpu() if overflows else ignored, -100)}
     elif task == "QuestionAnswering":
         places = torch.randint(-2, S + 3, (2, B), generator=g)
         labels = {"start_positions": places[0], "end_positions": rng.choice([places[1], places[1][:, None]])}
     elif kind == "single_label_classification" or (kind is None and N > 1 and rng.random() < 0.5):
         labels = {"labels": whole[:, 0].masked_fill(torch.arange(B) > rng.choice([0, 1, 2]), -100)}
     else:
-        labels = {"labels": real[:, 0] if N == 1 and kind != "multi_label_classification" else real}
+        labels = {"labels": numbers[:, 0] if N == 1 and kind != "multi_label_classification" else numbers}
     arguments = {name: tensor.to(device) for name, tensor in labels.items()}
     arguments |= {"input_ids": case.ids, "attention_mask": case.mask}
     if rng.random() < 0.2:
@@ -102,12 +102,12 @@ def check_case(rng, device, dtype=None, **fixed):
     for name in ("logits", "start_logits", "end_logits"):
         assert hasattr(a, name) == hasattr(b, name)
         if hasattr(a, name):
-            assert_same(getattr(a, name), getattr(b, name), None if sequence else case.real)
+            assert_same(getattr(a, name), getattr(b, name), None if sequence else case.padding_mask)
     if not b.loss.isnan():  # NaN: nothing but ignored labels
         assert a.loss.dtype == b.loss.dtype and torch.equal(a.loss, b.loss)
     assert case.ours.config.problem_type == case.theirs.config.problem_type
     for x, y in zip(a.hidden_states, b.hidden_states, strict=True):
-        assert_same(x, y, case.real)
+        assert_same(x, y, case.padding_mask)
     assert (a.attentions is not None) == eager
     ours, theirs = ({field.name for field in fields(out)} for out in (a, b))
     assert (cache_name(case.ours) in ours) == (cache_name(case.theirs) in theirs)
@@ -171,8 +171,8 @@ def test_the_gradient_of_every_parameter_is_bit_identical(rng):
 
 @pytest.mark.parametrize("family", ["ministral", "ministral3"])
 def test_gradients_of_single_tokens_and_under_autocast(family):
-    """One token, grouped heads, fused attention; and products in bfloat16, where keys and values differ in dtype, with
-    a cache whose window wraps, and with gradient checkpointing."""
+    """One token with grouped heads and fused attention. Products in bfloat16, where keys and values differ in dtype,
+    with a cache whose window is full, and with gradient checkpointing."""
     for seed in range(30):
         rng = random.Random(f"{family}{seed}")
         config = draw_config(rng, family, num_attention_heads=4, num_key_value_heads=rng.choice([1, 2]), pad_token_id=0,
@@ -181,20 +181,20 @@ def test_gradients_of_single_tokens_and_under_autocast(family):
         for length, autocast in ((1, False), (rng.choice([1, 3, 9]), True)):
             arguments = {"input_ids": torch.randint(1, 50, (3, length)), "labels": torch.tensor([0, 1, 2])}
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                found = [gradients(model, arguments) for model in (ours, theirs)]
+                results = [gradients(model, arguments) for model in (ours, theirs)]
                 ours.train().gradient_checkpointing = True
                 checkpoint_theirs(theirs.train(), True)
-                found += [gradients(model, arguments) for model in (ours, theirs)]
+                results += [gradients(model, arguments) for model in (ours, theirs)]
                 ours.eval().gradient_checkpointing = False
                 checkpoint_theirs(theirs.eval(), False)
-            for name, gradient in found[0].items():
-                assert torch.equal(gradient, found[1][name]) and torch.equal(found[2][name], found[3][name]), name
+            for name, gradient in results[0].items():
+                assert torch.equal(gradient, results[1][name]) and torch.equal(results[2][name], results[3][name]), name
 
 
 @given(rngs)
 def test_gradient_checkpointing_changes_no_bit(rng):
-    """Of `use_cache=False`, whatever the configuration says of caches, dropout draws and however texts are packed; and
-    it is switched by any model, for its backbone."""
+    """The bits are those of `use_cache=False`, with dropout and packed texts and for any `use_cache` of the
+    configuration. Setting it on a model sets it on its backbone."""
     case, arguments = draw_training_case(rng)
     model, S = case.ours, case.ids.shape[1]
     if rng.random() < 0.3:
@@ -219,8 +219,8 @@ def test_gradient_checkpointing_changes_no_bit(rng):
 @pytest.mark.parametrize("task", ["", *HEADS, "CausalLM"])
 @pytest.mark.parametrize("family", ["ministral", "ministral3"])
 def test_packed_texts_do_not_see_each_other_under_gradient_checkpointing(family, task):
-    """There is no cache then, whatever `use_cache` is by default: the second text gets what it gets alone, and all
-    hidden states are Transformers' to the bit."""
+    """There is no cache, also if `use_cache` is the default. The second text has the same result as alone, and all
+    hidden states equal Transformers' to the bit."""
     for seed in range(4):
         rng = random.Random(f"{family}{task}{seed}")
         config = draw_config(rng, family, pad_token_id=0, use_cache=True)
@@ -229,13 +229,13 @@ def test_packed_texts_do_not_see_each_other_under_gradient_checkpointing(family,
         ours.train().gradient_checkpointing = True
         checkpoint_theirs(theirs.train(), True)
         arguments = dict(position_ids=positions, output_hidden_states=True)
-        found = ours(ids, **arguments)
-        for x, y in zip(found.hidden_states, theirs(ids, **arguments).hidden_states, strict=True):
+        output = ours(ids, **arguments)
+        for x, y in zip(output.hidden_states, theirs(ids, **arguments).hidden_states, strict=True):
             assert torch.equal(x, y)
         alone = ours.double()(ids[:, 8:], output_hidden_states=True).hidden_states
         for x, y in zip(ours(ids, **arguments).hidden_states, alone):
             torch.testing.assert_close(x[:, 8:], y, rtol=1e-12, atol=1e-12)
-        assert getattr(found, "past_key_values", None) is None
+        assert getattr(output, "past_key_values", None) is None
 
 
 def test_packed_texts_after_images_do_not_see_each_other_under_gradient_checkpointing():
@@ -255,7 +255,7 @@ def vision_model(**fixed):
 
 
 def test_without_gradients_nothing_is_run_again():
-    """A model generates and takes a cache in the midst of training, as Transformers' does."""
+    """During training a model can generate and use a cache, as in Transformers."""
     case = draw_case(random.Random(0), dtype=torch.float32)
     expected = generate(case.ours, case.ids, max_new_tokens=3)
     case.ours.train().gradient_checkpointing = True
@@ -272,15 +272,15 @@ def saved_numbers(model, ids):
 
 
 def test_gradient_checkpointing_saves_memory():
-    """Tensors kept for the backward pass: with it, hardly more for eight layers than for two."""
-    kept = {}
+    """Tensors stored for the backward pass: with checkpointing, hardly more for eight layers than for two."""
+    numbers = {}
     for layers in (2, 8):
         for on in (False, True):
             config = MinistralConfig(50, 32, 64, layers, 4, 2, num_labels=3, pad_token_id=0)
             model = MinistralForTokenClassification(config).train()
             model.gradient_checkpointing = on
-            kept[layers, on] = saved_numbers(model, torch.ones(2, 64, dtype=torch.long))
-    assert kept[8, False] - kept[2, False] > 10 * (kept[8, True] - kept[2, True]) > 0
+            numbers[layers, on] = saved_numbers(model, torch.ones(2, 64, dtype=torch.long))
+    assert numbers[8, False] - numbers[2, False] > 10 * (numbers[8, True] - numbers[2, True]) > 0
 
 
 @pytest.mark.parametrize("task", [*HEADS, "CausalLM"])
@@ -309,13 +309,13 @@ def test_three_steps_of_adamw_end_in_the_same_weights(family, task):
 @torch.no_grad()
 @given(rngs)
 def test_a_text_is_classified_by_its_last_token(device, rng):
-    """In float64: padded on either side in a batch, each text gets what its last token gets when it is alone."""
+    """In float64, in a batch padded on either side, each text has the logits of its last token when it is alone."""
     case, _ = draw_head_case(rng, device, torch.float32, "SequenceClassification")
     model = case.truth()
-    positions = (case.real.long().cumsum(1) - 1).clamp(min=0)
+    positions = (case.padding_mask.long().cumsum(1) - 1).clamp(min=0)
     batch = model(case.ids, case.mask, positions).logits
-    for row, real in enumerate(case.real):
-        hidden = model.model(case.ids[row][real][None]).last_hidden_state[0, -1]
+    for row, is_text in enumerate(case.padding_mask):
+        hidden = model.model(case.ids[row][is_text][None]).last_hidden_state[0, -1]
         torch.testing.assert_close(batch[row], model.score(hidden), rtol=1e-12, atol=1e-12)
 
 
@@ -466,7 +466,7 @@ def test_label_names():
 @torch.no_grad()
 @given(rngs)
 def test_directories_go_both_ways(tmp_path_factory, rng):
-    """Saved here, loaded by Transformers; saved there, loaded here: weights, and what config.json says of labels."""
+    """Saved here and loaded by Transformers, and the reverse: equal weights, and equal labels in config.json."""
     case, arguments = draw_head_case(rng)
     run(case.ours, arguments), run(case.theirs, arguments)  # sets problem_type
     attn, cls = case.ours.config.attn_implementation, type(case.ours)
@@ -548,7 +548,7 @@ def test_labels_set_after_construction():
 
 
 def test_files_in_which_the_label_maps_differ(tmp_path):
-    """Transformers writes them when labels are named as well as counted."""
+    """Transformers writes such files if both names and number of labels are given."""
     config = MinistralConfig(50, 16, 16, 1, 2, 1)
     theirs = transformers.MinistralForCausalLM(transformers.MinistralConfig(**their_arguments(config)))
     theirs.save_pretrained(tmp_path / "base")
@@ -580,16 +580,16 @@ def traced(model, ids, arguments):
 @pytest.mark.parametrize("task", ["", *HEADS, "CausalLM"])
 @pytest.mark.parametrize("family", ["ministral", "ministral3"])
 def test_models_compile_and_export_whole(family, task):
-    """With masks and packed texts, too; a check of values is no part of the graph. The model itself is as before."""
+    """Also with masks and packed texts. Checks of values are not part of the graph. The model itself is unchanged."""
     model = our_class(family, task)(draw_config(random.Random(3), family, pad_token_id=0)).eval()
     ids = torch.randint(1, 50, (2, 9), generator=torch.Generator().manual_seed(0))
     ids[0, 0] = 0
     mask, packed = (ids != 0).long(), torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
     variants = [{"attention_mask": mask}, {}, {"position_ids": packed}]
-    for more in variants if task == "CausalLM" else variants[:1]:
-        found = traced(model, ids, {"use_cache": False} | more)
-        for other in found[1:]:
-            torch.testing.assert_close(other, found[0], rtol=1e-5, atol=1e-5)
+    for variant in variants if task == "CausalLM" else variants[:1]:
+        results = traced(model, ids, {"use_cache": False} | variant)
+        for other in results[1:]:
+            torch.testing.assert_close(other, results[0], rtol=1e-5, atol=1e-5)
     fresh = our_class(family, task)(model.config).eval()
     fresh.load_state_dict(model.state_dict())
     torch.export.export(fresh, (ids,), {"use_cache": False}, strict=False)
@@ -606,23 +606,23 @@ def test_an_exported_model_takes_texts_of_other_lengths():
     ids, other = torch.ones(1, 9, dtype=torch.long), torch.randint(1, 50, (1, 13))
     shapes = {"input_ids": {1: torch.export.Dim.DYNAMIC}, "use_cache": None}
     program = torch.export.export(model, (ids,), {"use_cache": False}, dynamic_shapes=shapes, strict=False)
-    found = program.module()(other, use_cache=False).logits
-    torch.testing.assert_close(found, model(other).logits, rtol=1e-5, atol=1e-5)
+    logits = program.module()(other, use_cache=False).logits
+    torch.testing.assert_close(logits, model(other).logits, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
 def test_a_vision_model_compiles_and_exports_whole():
     pixels = dict(pixel_values=torch.randn(1, 3, 16, 16), image_sizes=[(16, 16)], use_cache=False)
-    found = traced(vision_model(), torch.tensor([[1, 3, 3, 3, 3, 7]]), pixels)
-    for other in found[1:]:
-        torch.testing.assert_close(other, found[0], rtol=1e-5, atol=1e-5)
+    results = traced(vision_model(), torch.tensor([[1, 3, 3, 3, 3, 7]]), pixels)
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=1e-5, atol=1e-5)
 
 
 # --------------------------------------------------------------------------------------------------- example
 
 
 def test_the_example():
-    """Its data are what it says they are, and a short run beats the baseline on the held-out plays."""
+    """The data are as described, and a short run is better than the baseline on the held-out plays."""
     train, test = verse.load_data()
     assert len(train) > 6600 and len(test) == 391 and not {text for text, _ in train} & {text for text, _ in test}
     by_text = dict(test)
@@ -636,6 +636,6 @@ def test_the_example():
     rare = [speech for speech in train if speech[1] == 0]
     verse.fine_tune(model, tokenizer, rare[:300] + [s for s in train if s[1] == 1][::20], epochs=1)
     balanced = [s for s in test if s[1] == 0] + [s for s in test if s[1] == 1][: sum(label == 0 for _, label in test)]
-    found = verse.probabilities(model, tokenizer, balanced) > 0.5
-    right = (found == torch.tensor([label for _, label in balanced])).float().mean()
+    is_verse = verse.probabilities(model, tokenizer, balanced) > 0.5
+    right = (is_verse == torch.tensor([label for _, label in balanced])).float().mean()
     assert right > 0.6, right

@@ -13,15 +13,15 @@ from tests.cases import DTYPES, SCALES_BY_POSITION, draw_case, draw_config, pair
 rngs = st.randoms(use_true_random=False)
 
 
-def assert_same(ours, theirs, real=None):
-    """Equal bits, NaN nowhere, wherever `real` is True."""
+def assert_same(ours, theirs, padding_mask=None):
+    """Equal bits and no NaN wherever `padding_mask` is True."""
     assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
-    if real is not None:
-        ours, theirs = ours[real], theirs[real]
-    if ours.dtype == torch.float16 and real is not None and theirs.isnan().any():
+    if padding_mask is not None:
+        ours, theirs = ours[padding_mask], theirs[padding_mask]
+    if ours.dtype == torch.float16 and padding_mask is not None and theirs.isnan().any():
         # In float16 Transformers' eager path overflows in rows that are all padding (score + lowest number = -inf),
-        # and their NaN spreads to real tokens. There is nothing to equal then; ours stays finite.
-        assert not real.all() and not ours.isnan().any()
+        # and their NaN spreads to tokens of the text. There is nothing to compare then. Ours is finite.
+        assert not padding_mask.all() and not ours.isnan().any()
         return
     assert torch.equal(ours, theirs), f"largest difference {(ours.double() - theirs.double()).abs().max():.3g}"
 
@@ -42,12 +42,12 @@ def check_case(rng, device, dtype=None, **fixed):
     a, b = case.ours(**arguments), case.theirs(**arguments)
     assert len(a.hidden_states) == len(b.hidden_states) == case.ours.config.num_hidden_layers + 1
     for x, y in zip(a.hidden_states, b.hidden_states):
-        assert_same(x, y, case.real)
-    assert_same(a.logits, b.logits, case.real)
+        assert_same(x, y, case.padding_mask)
+    assert_same(a.logits, b.logits, case.padding_mask)
     if eager:
         assert len(a.attentions) == len(b.attentions) == case.ours.config.num_hidden_layers
         for x, y in zip(a.attentions, b.attentions):
-            assert_same(x.transpose(1, 2), y.transpose(1, 2), case.real)
+            assert_same(x.transpose(1, 2), y.transpose(1, 2), case.padding_mask)
     if (labels[:, 1:] != -100).any():
         assert b.logits.isnan().any() or torch.equal(a.loss, b.loss)
     assert not any(x.isnan().any() for x in (*a.hidden_states, a.logits, *(a.attentions or ())))
@@ -68,7 +68,7 @@ def test_every_combination_is_bit_identical(device, family, dtype, attn_implemen
 
 
 def test_the_drawn_models_use_every_feature():
-    """A guard for the tests above: the features they are meant to cover do occur, within the drawn lengths."""
+    """The features that the tests above are meant to cover do occur within the drawn lengths."""
     seen = set()
     for seed in range(200):
         case = draw_case(random.Random(seed))
@@ -77,12 +77,12 @@ def test_the_drawn_models_use_every_feature():
             seen |= {f"window wraps in {kind}" for kind in config.layer_types if config.sliding_window < S}
         elif config.rope_parameters["original_max_position_embeddings"] < S:
             seen |= {"query scale > 1"} if config.rope_parameters["llama_4_scaling_beta"] else set()
-            kept = case.ours.model.rotary_emb.inverse_frequencies(torch.float64) * config.rope_theta ** (
+            ratio = case.ours.model.rotary_emb.inverse_frequencies(torch.float64) * config.rope_theta ** (
                 torch.arange(0, config.head_dim, 2) / config.head_dim
             )  # 1 where YaRN leaves a frequency alone, 1/factor where it stretches it in full
             low = 1 / config.rope_parameters["factor"]
-            zones = {"fast": (kept > 1 - 1e-6).any(), "slow": (kept < low + 1e-6).any()}
-            zones["between"] = ((kept < 1 - 1e-6) & (kept > low + 1e-6)).any()
+            zones = {"fast": (ratio > 1 - 1e-6).any(), "slow": (ratio < low + 1e-6).any()}
+            zones["between"] = ((ratio < 1 - 1e-6) & (ratio > low + 1e-6)).any()
             seen |= {"three YaRN zones"} if all(zones.values()) else set()
             seen |= {f"magnitude {'1' if case.ours.model.rotary_emb.attention_factor() == 1 else 'not 1'}"}
         seen |= {"GQA"} if config.num_key_value_heads < config.num_attention_heads else set()
@@ -103,7 +103,7 @@ def test_the_drawn_models_use_every_feature():
 @torch.no_grad()
 @given(rngs)
 def test_packed_texts_are_bit_identical(rng):
-    """Without mask and cache, positions that start anew hide what came before; both sides see it the same way."""
+    """Without mask and cache, positions that restart hide earlier texts, here as in Transformers."""
     case = draw_case(rng)
     S = case.ids.shape[1]
     if rng.random() < 0.5:  # a second text from position 0 on, in every row
@@ -123,8 +123,8 @@ def test_logits_to_keep(rng):
     S = case.ids.shape[1]
     keep = rng.choice([0, 1, rng.randint(1, S), torch.tensor(sorted(rng.sample(range(S), rng.randint(1, S))))])
     a, b = (m(case.ids, case.mask, logits_to_keep=keep).logits for m in (case.ours, case.theirs))
-    kept = keep if torch.is_tensor(keep) else slice(-keep, None)
-    assert_same(a, b, None if case.mask is None else case.real[:, kept])
+    positions = keep if torch.is_tensor(keep) else slice(-keep, None)
+    assert_same(a, b, None if case.mask is None else case.padding_mask[:, positions])
 
 
 @given(rngs)
@@ -135,8 +135,9 @@ def test_dropout_draws_the_same_numbers(rng):
     for model in (case.ours.train(), case.theirs.train()):
         torch.manual_seed(5)
         outputs.append(model(case.ids, case.mask).logits)
-    assert_same(*outputs, case.real)
-    assert_same(case.ours.eval()(case.ids, case.mask).logits, case.theirs.eval()(case.ids, case.mask).logits, case.real)
+    assert_same(*outputs, case.padding_mask)
+    without_dropout = [model.eval()(case.ids, case.mask).logits for model in (case.ours, case.theirs)]
+    assert_same(*without_dropout, case.padding_mask)
     if case.ids.shape[1] > 9 and case.mask is None:
         assert not torch.equal(case.ours(case.ids).logits, outputs[0])
 
@@ -156,8 +157,8 @@ def test_fresh_weights_are_drawn_as_transformers_draws_them():
 
 @torch.no_grad()
 @pytest.mark.parametrize("change", [-1, 1])
-def test_a_window_off_by_one_is_seen(change):
-    """The comparison would notice W - 1 or W + 1 keys: it does so in every single case that is long enough."""
+def test_a_window_off_by_one_is_detected(change):
+    """The comparison detects W - 1 or W + 1 keys, in every case that is long enough."""
     for seed in range(20):
         rng = random.Random(seed)
         window = rng.choice([2, 5, 8])
@@ -185,7 +186,7 @@ def test_casting_a_model_keeps_the_rotary_frequencies():
 
 @torch.no_grad()
 def test_published_shapes():
-    """The published 8B and 3B configurations, with narrow layers and few of them: real YaRN values, real window,
+    """The published 8B and 3B configurations, with narrow layers and few of them: the published YaRN values and window,
     positions up to the end of the context."""
     small = dict(hidden_size=64, intermediate_size=32, num_hidden_layers=2, vocab_size=50)
     heads = dict(num_attention_heads=4, num_key_value_heads=1, head_dim=128)

@@ -49,8 +49,8 @@ def test_python_blocks_run_in_order(monkeypatch, capsys, page):
 
 
 @pytest.fixture
-def workplace(tmp_path):
-    """A folder with everything of this one, in which commands may write, and a `python` that is this one."""
+def working_copy(tmp_path):
+    """A copy of this folder, in which commands may write, and a `python` that is this interpreter."""
     for path in ROOT.iterdir():
         if not path.name.startswith("."):
             (tmp_path / path.name).symlink_to(path)
@@ -68,10 +68,10 @@ def commands(page):
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)])
-def test_command_lines_run_in_order(workplace, page):
-    environment = os.environ | {"PATH": f"{workplace / 'bin'}{os.pathsep}{os.environ['PATH']}"}
+def test_command_lines_run_in_order(working_copy, page):
+    environment = os.environ | {"PATH": f"{working_copy / 'bin'}{os.pathsep}{os.environ['PATH']}"}
     for line in commands(page):
-        done = subprocess.run(["bash", "-o", "pipefail", "-c", line], cwd=workplace, env=environment,
+        done = subprocess.run(["bash", "-o", "pipefail", "-c", line], cwd=working_copy, env=environment,
                               stdin=subprocess.DEVNULL, capture_output=True, text=True)  # fmt: skip
         assert done.returncode == 0, f"{line}\n{done.stderr}"
 

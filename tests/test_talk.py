@@ -1,4 +1,4 @@
-"""Conversations with a model: the cache is kept and changes nothing, and the command line's chat."""
+"""Conversations with a model: the stored cache changes no answer. The chat of the command line."""
 
 import copy
 import datetime
@@ -51,15 +51,15 @@ def draw_image(rng):
 
 
 def tiny(kind, rng):
-    """A model that babbles, for the vocabulary above: "full", "window" (of 5), "eyes", or "eyes and window"."""
+    """A random model for the vocabulary above: "full", "window" (of 5), "vision", or "vision and window"."""
     torch.manual_seed(rng.randrange(2**31))
     sizes = dict(vocab_size=2052, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
                  num_key_value_heads=1, head_dim=16, max_position_embeddings=4096, initializer_range=0.3)  # fmt: skip
-    if "eyes" in kind:
-        eyes = PixtralVisionConfig(16, 16, 2, 2, image_size=64, patch_size=4, initializer_range=0.3)
+    if "vision" in kind:
+        vision_config = PixtralVisionConfig(16, 16, 2, 2, image_size=64, patch_size=4, initializer_range=0.3)
         text = sizes | {"model_type": "ministral3", "tie_word_embeddings": False}
         text |= {"sliding_window": 5 if "window" in kind else None}
-        return Mistral3ForConditionalGeneration(Mistral3Config(eyes, text)).double().eval()
+        return Mistral3ForConditionalGeneration(Mistral3Config(vision_config, text)).double().eval()
     window = 5 if kind == "window" else None
     kinds = ["full_attention", "sliding_attention"] if window else None
     return MinistralForCausalLM(MinistralConfig(**sizes, sliding_window=window, layer_types=kinds)).double().eval()
@@ -71,91 +71,91 @@ def tiny(kind, rng):
 @torch.no_grad()
 @given(rngs)
 def test_a_cropped_cache_is_the_cache_of_the_shorter_text(rng):
-    """In float64; where a window has moved on, cropping is refused and changes nothing."""
+    """In float64. If a window is full, cropping is refused and changes nothing."""
     case = draw_case(rng)
     model, S = case.truth(), case.ids.shape[1]
     cache, start = KVCache(model.config), 0
     for length in case.chunks:
         model(case.ids[:, start : start + length], past_key_values=cache)
         start += length
-    kept = rng.randint(0, S)
-    other = torch.cat((case.ids[:, :kept], torch.randint(1, 50, (len(case.ids), 12))), 1)
+    shorter = rng.randint(0, S)
+    other = torch.cat((case.ids[:, :shorter], torch.randint(1, 50, (len(case.ids), 12))), 1)
     for impossible in (-1, S + 1):
         with pytest.raises(ValueError, match=f"max_length={impossible} is impossible; allowed: 0 to {S}"):
             cache.crop(impossible)
     wrapped = any(layer.window is not None and layer.window < S for layer in cache.layers)
-    if wrapped and kept < S:
+    if wrapped and shorter < S:
         with pytest.raises(ValueError, match="a window that is full cannot be cropped"):
-            cache.crop(kept)
-        kept, other = S, torch.cat((case.ids, other[:, -12:]), 1)
+            cache.crop(shorter)
+        shorter, other = S, torch.cat((case.ids, other[:, -12:]), 1)
     else:
-        cache.crop(kept)
-    assert cache.get_seq_length() == kept
-    found = torch.cat([model(chunk, past_key_values=cache).logits for chunk in other[:, kept:].split(
-        draw_chunks(rng, other.shape[1] - kept), 1)], 1)  # fmt: skip
-    expected = model(other).logits[:, kept:]
-    assert (found - expected).abs().max() < 1e-11 * expected.abs().max()
+        cache.crop(shorter)
+    assert cache.get_seq_length() == shorter
+    logits = torch.cat([model(chunk, past_key_values=cache).logits for chunk in other[:, shorter:].split(
+        draw_chunks(rng, other.shape[1] - shorter), 1)], 1)  # fmt: skip
+    expected = model(other).logits[:, shorter:]
+    assert (logits - expected).abs().max() < 1e-11 * expected.abs().max()
 
 
 @torch.no_grad()
-@given(rngs, st.sampled_from(["full", "window", "eyes", "eyes and window"]))
-def test_a_kept_cache_changes_no_answer(tokenizer, rng, kind):
-    """Turn after turn, with messages changed in between, what a conversation without memory answers; and what is in
-    the cache already is not read again."""
+@given(rngs, st.sampled_from(["full", "window", "vision", "vision and window"]))
+def test_a_stored_cache_changes_no_answer(tokenizer, rng, kind):
+    """In every turn, also after messages were changed, the answer is that of a conversation without a cache. Tokens in
+    the cache are not computed again."""
     model, read = tiny(kind, rng), []
-    kept = Conversation(tokenizer, model.config, [])
+    conversation = Conversation(tokenizer, model.config, [])
     model.register_forward_pre_hook(
         lambda _, __, named: read.append(named.get("input_ids", named.get("inputs_embeds")).shape[1]), with_kwargs=True
     )
     for turn in range(4):
         content = [{"type": "text", "text": rng.choice(["To be?", "Speak, speak.", "No.", "[INST]"])}]
-        if "eyes" in kind and rng.random() < 0.5:
+        if "vision" in kind and rng.random() < 0.5:
             content.insert(0, {"type": "image", "image": draw_image(rng)})
-        kept.messages.append({"role": "user", "content": content})
+        conversation.messages.append({"role": "user", "content": content})
         edit = rng.choice(["", "", "text", "image", "fail"]) if turn else ""
         if edit == "text":
-            kept.messages[0] = {"role": "user", "content": "Begin anew!"}
-        for part in [part for m in kept.messages[:-1] if m["role"] == "user" and isinstance(m["content"], list)
+            conversation.messages[0] = {"role": "user", "content": "Begin anew!"}
+        for part in [part for m in conversation.messages[:-1] if m["role"] == "user" and isinstance(m["content"], list)
                      for part in m["content"] if part["type"] == "image" and edit == "image"][:1]:  # fmt: skip
             part["image"] = draw_image(rng)  # of the same size as the old one, or another
         if edit == "fail":  # broken off in the middle
             with pytest.raises(KeyboardInterrupt):
-                kept.answer(model, on_token=lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        fresh = Conversation(tokenizer, model.config, copy.deepcopy(kept.messages))
+                conversation.answer(model, on_token=lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        fresh = Conversation(tokenizer, model.config, copy.deepcopy(conversation.messages))
         settings = dict(max_new_tokens=rng.randint(1, 8), eos_token_id=())
-        expected, held = fresh.answer(model, **settings), list(kept._cached_ids)
-        ids, _ = kept.encode()
+        expected, cached_ids = fresh.answer(model, **settings), list(conversation._cached_ids)
+        ids, _ = conversation.encode()
         read.clear()
-        assert kept.answer(model, **settings) == expected
-        assert kept.messages == fresh.messages
+        assert conversation.answer(model, **settings) == expected
+        assert conversation.messages == fresh.messages
         prompt = sum(read) - (settings["max_new_tokens"] - 1)
-        if not edit and ids[: len(held)] == held:
-            assert prompt == len(ids) - len(held)
+        if not edit and ids[: len(cached_ids)] == cached_ids:
+            assert prompt == len(ids) - len(cached_ids)
 
 
-def test_a_image_is_loaded_and_encoded_once(tokenizer, tmp_path, monkeypatch):
+def test_an_image_is_loaded_and_encoded_once(tokenizer, tmp_path, monkeypatch):
     Image.new("RGB", (20, 20), "red").save(tmp_path / "a.png")
-    model, loaded, encoded = tiny("eyes", random.Random(0)), [], []
+    model, loaded, encoded = tiny("vision", random.Random(0)), [], []
     load, forward = chat.load_image, PixtralVisionModel.forward
     monkeypatch.setattr(chat, "load_image", lambda source: loaded.append(source) or load(source))
     monkeypatch.setattr(PixtralVisionModel, "forward", lambda self, pixels, *rest: encoded.append(len(pixels)) or
                         forward(self, pixels, *rest))  # fmt: skip
-    talk = Conversation(tokenizer, model.config, [])
+    conversation = Conversation(tokenizer, model.config, [])
     for turn in range(3):
         content = [{"type": "image", "image": str(tmp_path / "a.png")}] * (turn != 1)
-        talk.messages.append({"role": "user", "content": [*content, {"type": "text", "text": "What?"}]})
-        talk.answer(model, max_new_tokens=3, eos_token_id=())
+        conversation.messages.append({"role": "user", "content": [*content, {"type": "text", "text": "What?"}]})
+        conversation.answer(model, max_new_tokens=3, eos_token_id=())
     assert loaded == [str(tmp_path / "a.png")] and encoded == [1, 1]
 
 
 def scripted(monkeypatch, *answers):
-    """Let the model say these ids, one list for each answer; KeyboardInterrupt stands for Ctrl-C twice. Returns a list
-    that gets the images that it sees, for each answer."""
-    said, seen = iter(answers), []
+    """Let the model generate these ids, one list for each answer. KeyboardInterrupt stands for pressing Ctrl-C twice.
+    Returns a list to which the images of each answer are appended."""
+    remaining, seen = iter(answers), []
 
     def fake(model, input_ids, on_token=None, pixel_values=None, **_):
         seen.append([] if pixel_values is None else [*pixel_values])
-        ids = next(said)
+        ids = next(remaining)
         if ids is KeyboardInterrupt:
             raise ids
         for i in ids:
@@ -172,7 +172,7 @@ def test_a_prefix_becomes_the_beginning_of_the_answer(tokenizer, monkeypatch):
     text, think = (lambda t: {"type": "text", "text": t}), (lambda t, closed: {"type": "thinking", "thinking": t,
                                                                                "closed": closed})  # fmt: skip
     model = tiny("full", random.Random(0))
-    for begun, ids, content in (
+    for prefix, ids, content in (
         ("To be", encode(" or not"), "To be or not"),
         ([think("a", False)], [*encode("b"), names["[/THINK]"], *encode("c")], [think("ab", True), text("c")]),
         ([think("a", True)], encode("c"), [think("a", True), text("c")]),
@@ -180,47 +180,48 @@ def test_a_prefix_becomes_the_beginning_of_the_answer(tokenizer, monkeypatch):
         ([think([text("a")], False)], encode("b"), [think("ab", False)]),
     ):
         user = {"role": "user", "content": "Speak"}
-        talk = Conversation(tokenizer, model.config, [user, {"role": "assistant", "content": begun, "prefix": True}])
+        beginning = {"role": "assistant", "content": prefix, "prefix": True}
+        conversation = Conversation(tokenizer, model.config, [user, beginning])
         scripted(monkeypatch, [*ids, 2])
-        assert talk.answer(model)["content"] == content
-        assert talk.messages == [user, {"role": "assistant", "content": content}]
+        assert conversation.answer(model)["content"] == content
+        assert conversation.messages == [user, {"role": "assistant", "content": content}]
     call = {"type": "function", "function": {"name": "f", "arguments": {}}}
-    begun = {"role": "assistant", "content": None, "tool_calls": [call], "prefix": True}
+    prefix = {"role": "assistant", "content": None, "tool_calls": [call], "prefix": True}
     scripted(monkeypatch, [2])
-    talk = Conversation(tokenizer, model.config, [user, begun])
-    assert talk.answer(model)["tool_calls"] == [call] and talk.messages[-1]["tool_calls"] == [call]
+    conversation = Conversation(tokenizer, model.config, [user, prefix])
+    assert conversation.answer(model)["tool_calls"] == [call] and conversation.messages[-1]["tool_calls"] == [call]
     for key in ("reasoning", "reasoning_content"):
-        begun = {"role": "assistant", "content": "c", key: "t", "prefix": True}
+        prefix = {"role": "assistant", "content": "c", key: "t", "prefix": True}
         scripted(monkeypatch, [*encode("d"), 2])
-        talk = Conversation(tokenizer, model.config, [user, begun])
+        conversation = Conversation(tokenizer, model.config, [user, prefix])
         content = [think("t", True), text("cd")]
-        assert talk.answer(model)["content"] == content == talk.messages[-1]["content"]
+        assert conversation.answer(model)["content"] == content == conversation.messages[-1]["content"]
     scripted(monkeypatch, [2])
-    talk = Conversation(tokenizer, model.config, [user])
-    assert talk.answer(model)["content"] == "" and talk.messages == [user]  # nothing was said
+    conversation = Conversation(tokenizer, model.config, [user])
+    assert conversation.answer(model)["content"] == "" and conversation.messages == [user]  # an empty answer
 
 
 def test_malformed_calls_are_words_in_the_history(tokenizer, monkeypatch):
-    """Of an answer, and of one that goes on."""
+    """In an answer, and in one that continues a prefix."""
     encode, names = (lambda text: tokenizer.encode(text, bos=False)), tokenizer.special_tokens
     user = {"role": "user", "content": "Speak"}
     malformed = [names["[TOOL_CALLS]"], *encode("f{")]
-    talk = Conversation(tokenizer, tiny("full", random.Random(0)).config, [user])
+    conversation = Conversation(tokenizer, tiny("full", random.Random(0)).config, [user])
     scripted(monkeypatch, [*encode("Well"), *malformed, 2], [*encode("!"), *malformed, 2])
     model = tiny("full", random.Random(0))
-    assert talk.answer(model)["malformed_calls"] == talk.messages[-1]["malformed_calls"]
-    talk.messages.append(user)
+    assert conversation.answer(model)["malformed_calls"] == conversation.messages[-1]["malformed_calls"]
+    conversation.messages.append(user)
     start = tokenizer.encode_chat([user])
-    assert talk.encode()[0] == [*start, *encode("Well"), *encode("[TOOL_CALLS]f{"), 2, *start[1:]]
-    talk.messages[1:] = [talk.messages[1] | {"prefix": True}]
-    assert [call["text"] for call in talk.answer(model)["malformed_calls"]] == ["[TOOL_CALLS]f{"] * 2
+    assert conversation.encode()[0] == [*start, *encode("Well"), *encode("[TOOL_CALLS]f{"), 2, *start[1:]]
+    conversation.messages[1:] = [conversation.messages[1] | {"prefix": True}]
+    assert [call["text"] for call in conversation.answer(model)["malformed_calls"]] == ["[TOOL_CALLS]f{"] * 2
 
 
-def test_nothing_said_is_no_message(tokenizer, monkeypatch):
+def test_an_empty_answer_is_no_message(tokenizer, monkeypatch):
     model, user = tiny("full", random.Random(0)), {"role": "user", "content": "Speak"}
     scripted(monkeypatch, [2])
-    talk = Conversation(tokenizer, model.config, [user])
-    assert talk.answer(model)["content"] == "" and talk.messages == [user]  # nothing was said
+    conversation = Conversation(tokenizer, model.config, [user])
+    assert conversation.answer(model)["content"] == "" and conversation.messages == [user]  # an empty answer
 
 
 def test_a_cache_must_leave_a_token_to_read():
@@ -239,8 +240,8 @@ def test_a_cache_must_leave_a_token_to_read():
 
 @pytest.fixture(scope="module")
 def instruct(tmp_path_factory, tokenizer):
-    """The bundled model under a name that says it knows chats, with a V13 tokenizer. (It only babbles.) Its sampling
-    settings are left out."""
+    """The bundled model under the name of an instruct model, with a V13 tokenizer. (Its answers make no sense.) It has
+    no sampling settings."""
     path = tmp_path_factory.mktemp("models") / "Tiny-Instruct"
     shutil.copytree(BUNDLED, path, ignore=shutil.ignore_patterns("generation_config.json"))
     tekken = json.loads((BUNDLED / "tekken.json").read_text())
@@ -285,7 +286,7 @@ def test_how_the_format_is_chosen(tmp_path, name, files, arguments, chat, why):
 @pytest.mark.parametrize("name", ["Tiny-Instruct", "mine"])
 @pytest.mark.parametrize("arguments", [["To be?"], ["--chat"], ["To be?", "--system", "x"]])
 def test_another_chat_layout_is_refused(capsys, instruct, tmp_path, name, arguments):
-    """In one line, which says what is there and what helps; as plain text it is continued."""
+    """In one line with the reason and the cure. As plain text the prompt is continued."""
     shutil.copytree(instruct, path := tmp_path / name)
     (path / "chat_template.jinja").write_text("<|im_start|>{{ messages[0].content }}<|im_end|>")
     code, out, err = run(capsys, "--model", path, "--max-new-tokens", 1, *arguments)
@@ -309,8 +310,8 @@ def test_advice_for_sampling():
 
 
 @pytest.mark.parametrize("prompt, arguments", [(None, []), ("Think:[THINK]so[/THINK]", ["--system", ""])])
-def test_a_reasoning_model_gets_its_advice_by_name(capsys, instruct, tmp_path, prompt, arguments):
-    """Also without the system prompt that shows how to think."""
+def test_a_reasoning_model_is_recognised_by_its_name(capsys, instruct, tmp_path, prompt, arguments):
+    """Also without the system prompt for thinking."""
     shutil.copytree(instruct, path := tmp_path / "Tiny-Reasoning")
     if prompt:
         (path / "SYSTEM_PROMPT.txt").write_text(prompt)
@@ -374,8 +375,8 @@ def test_system_messages_and_tools(capsys, instruct, tmp_path):
 
 
 def test_the_system_prompt_of_a_model_that_needs_it(capsys, instruct, tmp_path):
-    """A prompt that shows how to think is used by itself; its markers are control tokens; the advice is the one for
-    thinking. Other prompts are not."""
+    """A system prompt for thinking is used by default, its markers are control tokens, and the sampling advice is the
+    one for thinking. Other system prompts are not used by default."""
     for text, used in (("Think:[THINK]so[/THINK]Then speak.", True), ("Be kind.", False)):
         path = tmp_path / ("a" if used else "b")
         shutil.copytree(instruct, path)
@@ -394,10 +395,10 @@ def test_thinking_and_calls_on_the_screen(capsys, instruct, monkeypatch, tmp_pat
     encode, names = (lambda text: ours.encode(text, bos=False)), ours.special_tokens
     call = [names["[TOOL_CALLS]"], *encode("add"), names["[ARGS]"], *encode('{"a": 1}')]
     broken = [names["[TOOL_CALLS]"], *encode("add"), names["[ARGS]"], *encode("{a")]
-    said = [names["[THINK]"], *encode("hm"), names["[/THINK]"], *encode("I add."), *call, *broken, 2]
+    answer = [names["[THINK]"], *encode("hm"), names["[/THINK]"], *encode("I add."), *call, *broken, 2]
     calls = [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]
     arguments = ["To be?", "--model", instruct, "--max-new-tokens", 40]
-    scripted(monkeypatch, said, said, said)
+    scripted(monkeypatch, answer, answer, answer)
     code, out, err = run(capsys, *arguments)
     assert code == 0 and out.splitlines() == ["I add.", json.dumps(calls)]
     assert "malformed tool call '[TOOL_CALLS]add[ARGS]{a'" in err
@@ -405,7 +406,7 @@ def test_thinking_and_calls_on_the_screen(capsys, instruct, monkeypatch, tmp_pat
     assert out.splitlines() == ["[THINK]hm[/THINK]", "I add.", json.dumps(calls)]
     result = json.loads(run(capsys, *arguments, "--json")[1])
     assert result["message"]["tool_calls"] == calls and result["text"] == "I add."
-    scripted(monkeypatch, said)
+    scripted(monkeypatch, answer)
     result = json.loads(run(capsys, *arguments, "--json", "--stop", "dd")[1])
     words = {"type": "text", "text": "I a"}
     assert result["text"] == "I a" and result["message"]["content"][1:] == [words]  # history is what was shown
@@ -459,8 +460,8 @@ def test_wrong_use_of_chats_is_one_line(capsys, instruct, tmp_path, arguments, m
 
 
 @pytest.mark.parametrize("option", [["--system", "Be brief."], ["--chat"]])
-def test_a_chat_with_a_model_that_never_learned_one(capsys, monkeypatch, option):
-    """It is warned of, and short by default."""
+def test_a_chat_with_a_model_without_chat_training(capsys, monkeypatch, option):
+    """There is a warning, and answers are short by default."""
     monkeypatch.setattr("builtins.input", lambda *_: (_ for _ in ()).throw(EOFError))
     seen = []
     monkeypatch.setattr(chat, "generate", lambda model, ids, **settings: seen.append(settings) or ids)
@@ -471,7 +472,7 @@ def test_a_chat_with_a_model_that_never_learned_one(capsys, monkeypatch, option)
 
 
 def test_fewer_tokens_where_memory_is_short(capsys, instruct, monkeypatch):
-    """What nobody asked for shrinks until it fits, but not to a few words; what was asked for is refused."""
+    """A default number is reduced until it fits, but not to a few tokens. A number that was given is refused."""
     monkeypatch.setattr(command, "available_memory", lambda device: 8_700_000)
     scripted(monkeypatch, [2])
     code, _, err = run(capsys, "x", "--model", instruct)
@@ -528,9 +529,8 @@ def test_errors_in_a_turn_undo_it(instruct, tmp_path):
     assert user["content"][-1]["text"] == "/etc is what?" and answer["role"] == "assistant"
 
 
-def test_what_is_said_of_short_and_empty_answers(instruct, monkeypatch, capsys, tmp_path):
-    """An answer without words is taken back together with the question, and does not come again for ever; one that was
-    cut is said to be."""
+def test_messages_about_cut_and_empty_answers(instruct, monkeypatch, capsys, tmp_path):
+    """An empty answer is removed together with the question. A message says that an answer was cut."""
     scripted(monkeypatch, [2], [10, 2], Tokenizer.from_dir(instruct).encode("No end", bos=False))
     typed(monkeypatch, "A?", "B?", "C?", f"/save {tmp_path / 'a.json'}")
     code, out, err = run(capsys, "--chat", "--model", instruct, "--max-new-tokens", 20)
@@ -541,8 +541,8 @@ def test_what_is_said_of_short_and_empty_answers(instruct, monkeypatch, capsys, 
 
 
 def typed(monkeypatch, *lines):
-    """Let a user type these lines, then Ctrl-D; KeyboardInterrupt stands for Ctrl-C, a function for what is done before
-    Enter is hit on an empty line."""
+    """Let a user type these lines, then Ctrl-D. KeyboardInterrupt stands for Ctrl-C. A function is called before Enter
+    is pressed on an empty line."""
     rest = iter(lines)
 
     def ask(prompt=""):
@@ -558,31 +558,32 @@ def typed(monkeypatch, *lines):
 
 
 @pytest.fixture(scope="module")
-def seeing(instruct, tmp_path_factory):
-    """A tiny model with eyes and two images of one size."""
-    path = tmp_path_factory.mktemp("models") / "Seeing-Instruct"
-    model = tiny("eyes", random.Random(3))
+def vision_directory(instruct, tmp_path_factory):
+    """A directory with a tiny vision model and two images of one size."""
+    path = tmp_path_factory.mktemp("models") / "Vision-Instruct"
+    model = tiny("vision", random.Random(3))
     model.config.text_config.vocab_size = 2048
-    eyes = {"vision_config": model.config.vision_config.to_dict(), "tie_word_embeddings": False}
+    vision_part = {"vision_config": model.config.vision_config.to_dict(), "tie_word_embeddings": False}
     text = model.config.text_config.to_dict() | {"vocab_size": 2048}
     torch.manual_seed(3)
-    Mistral3ForConditionalGeneration(Mistral3Config.from_dict(eyes | {"text_config": text})).save_pretrained(path)
+    config = Mistral3Config.from_dict(vision_part | {"text_config": text})
+    Mistral3ForConditionalGeneration(config).save_pretrained(path)
     shutil.copy(instruct / "tekken.json", path)
     for colour in ("red", "white"):
         Image.new("RGB", (20, 20), colour).save(path / f"{colour}.png")
     return path
 
 
-def test_images_in_the_terminal(seeing, monkeypatch, capsys, tmp_path):
-    """Sent with the next message and not with later ones; kept when a turn fails; another image of the same size
-    gives another answer."""
-    saved, red, white = tmp_path / "a.json", seeing / "red.png", seeing / "white.png"
-    arguments = ["--chat", "--model", seeing, "--max-new-tokens", 8, "--temperature", 0]
-    monkeypatch.chdir(seeing)
+def test_images_in_the_terminal(vision_directory, monkeypatch, capsys, tmp_path):
+    """Sent with the next message only. Sent again when a turn fails. Another image of the same size gives another
+    answer."""
+    saved, red, white = tmp_path / "a.json", vision_directory / "red.png", vision_directory / "white.png"
+    arguments = ["--chat", "--model", vision_directory, "--max-new-tokens", 8, "--temperature", 0]
+    monkeypatch.chdir(vision_directory)
     typed(monkeypatch, "/image red.png", "x" * 20000, "What?", "And?", f"/save {saved}")
     assert run(capsys, *arguments)[0] == 0
-    found = json.loads(saved.read_text())
-    asked = [message["content"] for message in found if message["role"] == "user"]
+    messages = json.loads(saved.read_text())
+    asked = [message["content"] for message in messages if message["role"] == "user"]
     assert [[part["image"] for part in parts if part["type"] == "image"] for parts in asked] == [[str(red)], []]
     typed(monkeypatch, f"/image {red}", "What?", "/image none.png", "/reset", f"/image {white}", "What?",
           f"/save {saved}")  # fmt: skip
@@ -594,40 +595,44 @@ def test_images_in_the_terminal(seeing, monkeypatch, capsys, tmp_path):
     assert len(json.loads(saved.read_text())) == 2
 
 
-def talk_here(tokenizer, monkeypatch, *lines):
-    """A conversation with a model that has eyes, after these lines of input."""
-    talk = Conversation(tokenizer, tiny("eyes", random.Random(0)).config, [])
+def conversation_after(tokenizer, monkeypatch, *lines):
+    """A conversation with a vision model after these lines of input."""
+    conversation = Conversation(tokenizer, tiny("vision", random.Random(0)).config, [])
     typed(monkeypatch, *lines)
-    assert terminal.converse(talk, None, parse_arguments(["--chat"]), {}) == 0
-    return talk
+    assert terminal.converse(conversation, None, parse_arguments(["--chat"]), {}) == 0
+    return conversation
 
 
-def test_the_file_of_a_image_may_change(tokenizer, seeing, monkeypatch, tmp_path):
-    """/image reads what is there now."""
-    file, hello = shutil.copy(seeing / "red.png", tmp_path / "a.png"), tokenizer.encode("Hello.", bos=False)
+def test_the_file_of_an_image_may_change(tokenizer, vision_directory, monkeypatch, tmp_path):
+    """/image reads the file again."""
+    file, hello = shutil.copy(vision_directory / "red.png", tmp_path / "a.png"), tokenizer.encode("Hello.", bos=False)
     seen = scripted(monkeypatch, hello, hello)
-    talk = talk_here(tokenizer, monkeypatch, f"/image {file}", "What?",
-                     lambda: shutil.copy(seeing / "white.png", file), f"/image {file}", "And now?")  # fmt: skip
-    white = chat.read_image(seeing / "white.png", talk.config, tokenizer)[0]
+    conversation = conversation_after(
+        tokenizer, monkeypatch, f"/image {file}", "What?",
+        lambda: shutil.copy(vision_directory / "white.png", file), f"/image {file}", "And now?",
+    )  # fmt: skip
+    white = chat.read_image(vision_directory / "white.png", conversation.config, tokenizer)[0]
     assert seen[1][-1].equal(white) and not seen[0][0].equal(white)
 
 
-def test_reset_lets_go_of_the_images(tokenizer, seeing, monkeypatch):
-    red = str(seeing / "red.png")
-    assert talk_here(tokenizer, monkeypatch, f"/image {red}").images.keys() == {red}
-    assert not talk_here(tokenizer, monkeypatch, f"/image {red}", "/reset").images
+def test_reset_removes_the_images(tokenizer, vision_directory, monkeypatch):
+    red = str(vision_directory / "red.png")
+    assert conversation_after(tokenizer, monkeypatch, f"/image {red}").images.keys() == {red}
+    assert not conversation_after(tokenizer, monkeypatch, f"/image {red}", "/reset").images
 
 
-def test_a_image_outlives_ctrl_c(tokenizer, seeing, monkeypatch):
-    """It goes with the next question, as when a turn fails."""
+def test_an_image_is_kept_after_ctrl_c(tokenizer, vision_directory, monkeypatch):
+    """It is sent with the next question, as when a turn fails."""
     seen = scripted(monkeypatch, KeyboardInterrupt, tokenizer.encode("Red.", bos=False))
-    talk = talk_here(tokenizer, monkeypatch, f"/image {seeing / 'red.png'}", "What?", "Well?")
+    image = vision_directory / "red.png"
+    conversation = conversation_after(tokenizer, monkeypatch, f"/image {image}", "What?", "Well?")
     assert [len(images) for images in seen] == [1, 1]
-    assert [part["type"] for part in talk.messages[0]["content"]] == ["image", "text"] and len(talk.messages) == 2
+    assert [part["type"] for part in conversation.messages[0]["content"]] == ["image", "text"]
+    assert len(conversation.messages) == 2
 
 
-def test_a_second_ctrl_c_breaks_off(tokenizer, monkeypatch):
-    """While the model is still busy with the token after the first; then Ctrl-C is what it was before."""
+def test_a_second_ctrl_c_stops_at_once(tokenizer, monkeypatch):
+    """Even while the model computes a token. Afterwards Ctrl-C has its former handler."""
     before, ended = signal.getsignal(signal.SIGINT), []
 
     def busy(*_, on_token, **__):
@@ -637,9 +642,10 @@ def test_a_second_ctrl_c_breaks_off(tokenizer, monkeypatch):
         raise AssertionError("still running")
 
     monkeypatch.setattr(chat, "generate", busy)
-    talk = Conversation(tokenizer, tiny("full", random.Random(0)).config, [{"role": "user", "content": "Speak!"}])
+    question = {"role": "user", "content": "Speak!"}
+    conversation = Conversation(tokenizer, tiny("full", random.Random(0)).config, [question])
     with pytest.raises(KeyboardInterrupt):
-        terminal.reply(talk, None, parse_arguments(["--chat"]), {})
+        terminal.reply(conversation, None, parse_arguments(["--chat"]), {})
     assert ended == [True] and signal.getsignal(signal.SIGINT) is before
 
 
@@ -659,8 +665,8 @@ def test_each_turn_draws_anew_and_the_seed_repeats_them_all(instruct):
     assert first == again and one != other
 
 
-def test_a_call_is_taken_back(instruct, monkeypatch, capsys, tmp_path):
-    """With Ctrl-C while its result is asked for, or when it is one that the layout does not allow to be answered."""
+def test_a_call_is_removed(instruct, monkeypatch, capsys, tmp_path):
+    """By Ctrl-C while its result is asked for, or if the layout has no results for such calls."""
     ours = Tokenizer.from_dir(instruct)
     encode, names = (lambda text: ours.encode(text, bos=False)), ours.special_tokens
     calls = [[names["[TOOL_CALLS]"], *encode(name), names["[ARGS]"], *encode("{}")] for name in ("f", "g")]
@@ -693,10 +699,10 @@ def test_results_of_tools_are_asked_for(instruct, monkeypatch, capsys, tmp_path)
     typed(monkeypatch, "What is it?", "2", "3", f"/save {tmp_path / 'a.json'}")
     (tools := tmp_path / "tools.json").write_text(json.dumps(TOOLS))
     assert run(capsys, "--chat", "--model", instruct, "--tools", tools, "--max-new-tokens", 20)[0] == 0
-    found = json.loads((tmp_path / "a.json").read_text())
-    assert [m["role"] for m in found] == ["user", "assistant", "tool", "tool", "assistant"]
-    assert [m["content"] for m in found[2:]] == ["2", "3", "Five."] and len(found[1]["tool_calls"]) == 2
-    assert ours.encode_chat([*found, {"role": "user", "content": "Why?"}], TOOLS)
+    messages = json.loads((tmp_path / "a.json").read_text())
+    assert [m["role"] for m in messages] == ["user", "assistant", "tool", "tool", "assistant"]
+    assert [m["content"] for m in messages[2:]] == ["2", "3", "Five."] and len(messages[1]["tool_calls"]) == 2
+    assert ours.encode_chat([*messages, {"role": "user", "content": "Why?"}], TOOLS)
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(instruct, tmp_path):
@@ -707,7 +713,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(instruct, tmp_path):
     )  # fmt: skip
     process.stdin.write(b"Speak!\n")
     process.stdin.flush()
-    assert len(process.stdout.read(10)) == 10  # the model is talking
+    assert len(process.stdout.read(10)) == 10  # the model generates
     process.send_signal(signal.SIGINT)
     while b"tokens/s" not in (line := process.stderr.readline()):
         assert line
@@ -719,7 +725,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(instruct, tmp_path):
     assert [m["role"] for m in json.loads(saved.read_text())] == ["user", "assistant"]
 
 
-def test_start_up_of_a_chat_imports_nothing_heavy(instruct):
+def test_start_up_of_a_chat_imports_no_large_package(instruct):
     program = (
         "import sys, generate; code = generate.main(sys.argv[1:]);"
         "heavy = {'transformers', 'mistral_common', 'huggingface_hub', 'PIL', 'jinja2'} & set(sys.modules);"

@@ -1,4 +1,4 @@
-"""Two processes that each hold half of every matrix compute what one process computes."""
+"""Two processes with half of every matrix each compute the same as one process."""
 
 import os
 
@@ -31,7 +31,7 @@ IDS = torch.arange(1, 31).view(2, 15)
 
 
 def outputs(model):
-    """Logits of whole texts, then of a step through the cache; tokens."""
+    """Logits of whole texts, logits of a step with the cache, and generated tokens."""
     with torch.inference_mode():
         cache = KVCache(model.config)
         whole = model(IDS, past_key_values=cache).logits
@@ -43,17 +43,17 @@ def work(rank, directory):
     dist.init_process_group("gloo", init_method=f"file://{directory}/meeting", rank=rank, world_size=2)
     torch.set_num_threads(1)
     mesh = init_device_mesh("cpu", (2,))
-    found = []
+    results = []
     for model in models():
         whole = sum(p.numel() for name, p in model.named_parameters(remove_duplicate=False) if "norm" not in name)
         parts = [p for name, p in shard(model, mesh).named_parameters(remove_duplicate=False) if "norm" not in name]
         assert 2 * sum(p.to_local().numel() for p in parts) == whole
-        found.append(outputs(model))
-    torch.save(found, f"{directory}/{rank}")
+        results.append(outputs(model))
+    torch.save(results, f"{directory}/{rank}")
     dist.destroy_process_group()
 
 
-def test_two_processes_compute_what_one_does(tmp_path):
+def test_two_processes_compute_the_same_as_one(tmp_path):
     expected = [outputs(model) for model in models()]
     torch.multiprocessing.spawn(work, (str(tmp_path),), nprocs=2)
     for rank in (0, 1):
@@ -62,7 +62,7 @@ def test_two_processes_compute_what_one_does(tmp_path):
                 torch.testing.assert_close(a, b, rtol=0, atol=1e-12 * max(float(b.abs().max()), 1))
 
 
-def test_what_cannot_be_cut_is_refused(capsys, monkeypatch):
+def test_sizes_that_cannot_be_split_are_refused(capsys, monkeypatch):
     class Three:
         def size(self):
             return 3

@@ -1,4 +1,4 @@
-"""Text <-> ids: equal to mistral-common on its own vocabularies and on the bundled one, and the inverse of itself."""
+"""Text <-> ids: equal to mistral-common on its own vocabularies and on the bundled one; decoding inverts encoding."""
 
 import json
 import random
@@ -60,7 +60,7 @@ def test_ids_equal_mistral_common(both, text):
 
 @given(st.lists(st.integers(0, 2047), max_size=30))
 def test_decoding_any_ids_never_fails_and_streams_the_same(ids):
-    """Also ids in the middle of characters: the stream gives whole characters, all together the decoded text."""
+    """Also ids in the middle of characters. The stream returns whole characters; together they are the decoded text."""
     tokenizer = Tokenizer.from_dir(BUNDLED)
     stream, pieces = TextStream(tokenizer), []
     for i in ids:
@@ -141,8 +141,8 @@ def test_tokenizer_json_gives_the_same_ids(tmp_path):
     assert again.encode("</s>", bos=False) == tokenizer.encode("</s>", bos=False) != [2]
 
 
-def test_what_a_tokenizer_json_may_not_do(tmp_path):
-    """Truncate or pad prompts silently; or be no byte-level BPE, whose pieces are not bytes."""
+def test_tokenizer_json_files_that_are_refused(tmp_path):
+    """Those that truncate or pad prompts silently, and those that are not byte-level BPE."""
     tokenizer, text = Tokenizer.from_dir(BUNDLED), "To be, or not to be, that is the question"
     ids = tokenizer.encode(text)
     tokenizer.backend.enable_truncation(5)
@@ -168,7 +168,7 @@ def test_an_id_that_only_the_model_has_is_shown_as_unknown():
 
 
 def test_control_tokens_added_as_ordinary_ones_are_control_tokens(tmp_path):
-    """Otherwise they would be found in what users type."""
+    """Otherwise they would be recognised in the text of users."""
     Tokenizer.from_dir(BUNDLED).backend.save(str(tmp_path / "tokenizer.json"))
     content = json.loads((tmp_path / "tokenizer.json").read_text())
     for token in content["added_tokens"]:
@@ -223,7 +223,7 @@ def by_expressions(*expressions):
     ],
 )
 def test_the_wrong_split_expression_is_repaired(tmp_path, published, before, repaired):
-    """Of tokenizer.json files converted by older libraries, wherever it is; once it is there, nobody is told again."""
+    """In tokenizer.json files converted by older libraries, in every place. The warning is given once."""
     right = published.encode("'The' eBay 12345")
     backend = type(published.backend).from_str(published.backend.to_str())
     backend.pre_tokenizer = before
@@ -244,7 +244,8 @@ def test_the_wrong_split_expression_is_repaired(tmp_path, published, before, rep
     [(GPT4, "[OTHER]"), (GPT4.replace("{1,3}", ""), "[INST]"), (r"\w+|\W+", "[INST]"), (None, "[INST]")],
 )
 def test_other_split_expressions_are_kept(tmp_path, expression, inst):
-    """A model that is not Mistral's may have GPT-4's expression (Llama 3 has), Mistral's another one, or none."""
+    """A model of another family may have GPT-4's expression, as Llama 3 has. Mistral's may have another one, or
+    none."""
     tekken = json.loads((BUNDLED / "tekken.json").read_text())
     names = [inst if name == "[INST]" else name for name in bpe.SPECIAL_TOKENS]
     tekken["special_tokens"] = [{"rank": i, "token_str": name} for i, name in enumerate(names)]
@@ -317,7 +318,7 @@ def test_a_damaged_cache_is_built_again(model, monkeypatch, damage):
 
 
 def test_a_cache_that_cannot_be_written(model, monkeypatch):
-    """A file in the folder's place; no home; a relative folder, which the standard forbids."""
+    """A file instead of the folder; no home directory; a relative path, which the standard forbids."""
     (model.parent / "cache").write_text("in the way")
     ids = Tokenizer.from_dir(BUNDLED).encode("the cat")
     assert Tokenizer.from_dir(model).encode("the cat") == ids
@@ -400,7 +401,7 @@ PLACES = ["chat_template.jinja", "chat_template.json", "tokenizer_config.json", 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("template", [CHATML, "### {{ messages[0].content }}"], ids=["chatml", "alpaca"])
 def test_another_chat_layout_is_refused(tmp_path, place, template):
-    """Wherever the template is; text works, and who names a version gets Mistral's layout."""
+    """In every place of the template. Plain text works, and with a given version Mistral's layout is used."""
     tokenizer = Tokenizer.from_dir(with_template(tmp_path, place, template))
     file = "tokenizer_config.json" if place == "named" else place
     with pytest.raises(ValueError) as raised:
@@ -433,8 +434,8 @@ def test_mistrals_own_templates_are_known(tmp_path):
         assert Tokenizer.from_dir(directory).other_layout == ""
 
 
-def test_another_chat_layout_is_told_by_its_tokens(tmp_path):
-    """Where there is no template; one that has [INST] decides otherwise, as does an empty one nothing."""
+def test_another_chat_layout_is_recognised_by_its_tokens(tmp_path):
+    """If there is no template. A template with [INST] has precedence; an empty one does not count."""
     backend = from_tekken(json.loads((BUNDLED / "tekken.json").read_text()))
     for special in (True, False):
         backend.add_tokens([AddedToken("<|im_start|>", special=special, normalized=False)])

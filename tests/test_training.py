@@ -1,4 +1,4 @@
-"""Training: it learns, a resumed run is the same run, and the figures it states are what they claim to be."""
+"""Training: the loss falls, a resumed run is the same run, and the stated results are true."""
 
 import hashlib
 import json
@@ -143,7 +143,7 @@ def test_model_bits_is_the_sum_of_all_tokens():
 
 
 def test_the_ngram_model_is_a_probability():
-    """Over all 256 continuations the probabilities add up to 1, after seen and unseen histories alike."""
+    """The probabilities of all 256 continuations add up to 1, after known and unknown histories."""
     train_text = "the cat sat on the mat. the rat sat."
     for history in ("the ", "sat ", "zzzz", "t"):
         total = sum(
@@ -195,7 +195,7 @@ def test_figures_of_a_text():
 
 
 def shipped_settings():
-    """The sampling settings that lie beside the bundled model."""
+    """The sampling settings in the directory of the bundled model."""
     content = json.loads((BUNDLED / "generation_config.json").read_text())
     return {key: content[key] for key in ("temperature", "top_k", "top_p", "repetition_penalty")}
 
@@ -210,15 +210,15 @@ def test_the_shipped_settings_are_read_by_transformers():
 
 
 def test_text_under_the_shipped_settings_does_not_loop(monkeypatch):
-    """With room to spare: the table of models/shakespeare/README.md has no loop in 100 samples, and 0.68 distinct words
-    against 0.11 in greedy text."""
+    """The bounds are wide: in the table of models/shakespeare/README.md, 100 samples have no loop, and 0.68 of their
+    words are distinct (0.11 in greedy text)."""
     monkeypatch.setattr(samples, "PROMPTS", samples.PROMPTS[:1])
     monkeypatch.setattr(samples, "LENGTH", 120)
     model, tokenizer = load_model(BUNDLED, torch.float32), Tokenizer.from_dir(BUNDLED)
     known = set(samples.words("".join(corpus.load()["train"])))
-    found = [samples.figures(text, known) for text in samples.samples(model, tokenizer, 5, shipped_settings())]
-    grams, distinct, spelled, _, loops = np.mean(found, axis=0)
-    assert len(found) == 5 and loops == 0 and grams > 0.97 and distinct > 0.55 and spelled > 0.95
+    statistics = [samples.figures(text, known) for text in samples.samples(model, tokenizer, 5, shipped_settings())]
+    grams, distinct, spelled, _, loops = np.mean(statistics, axis=0)
+    assert len(statistics) == 5 and loops == 0 and grams > 0.97 and distinct > 0.55 and spelled > 0.95
     (greedy,) = samples.samples(model, tokenizer, 1, samples.GREEDY)
     assert samples.figures(greedy, known)[-1] == 1.0
 

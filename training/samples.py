@@ -1,4 +1,4 @@
-"""Samples beside held-out texts, in figures: how the settings in `generation_config.json` were chosen."""
+"""Statistics of samples beside those of held-out texts: how the settings in `generation_config.json` were chosen."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from ministral import MinistralForCausalLM
 from tokenizer import Tokenizer
 from training import corpus
 
-PROMPTS = ("To be, or not to be", "HAMLET.\n", "Shall I compare thee", "JULIET.\nO Romeo,", "Enter the King.\n")
+PROMPTS = (
+    "To be, or not to be", "HAMLET.\n", "Shall I compare thee", "JULIET.\nO Romeo,", "Enter the King.\n",
+)  # fmt: skip
 LENGTH = 200  # tokens of a sample
 WORD = re.compile(r"[a-z]+(?:'[a-z]+)*")
-SPEAKER = re.compile(r"(?:[A-Z][A-Z .]+|[A-Z][a-z]{1,6})\.")  # a line that holds a name only: "HAMLET.", "Ham."
+SPEAKER = re.compile(r"(?:[A-Z][A-Z .]+|[A-Z][a-z]{1,6})\.")  # a speaker's name: "HAMLET.", "Ham."
 GREEDY: dict[str, Any] = {"temperature": 0.0}
 SETTINGS: tuple[dict[str, Any], ...] = (
     GREEDY,
@@ -38,18 +40,21 @@ def words(text: str) -> list[str]:
 
 
 def figures(text: str, vocabulary: set[str]) -> tuple[float, ...]:
-    """One text in the figures of COLUMNS, each from 0 to 1: the share of distinct ones among its 4-grams (four words in
-    a row) and among its words; the share of words in `vocabulary`; the share of lines that hold a speaker's name only;
-    whether it loops (a 4-gram occurs three times or more).
+    """The statistics of one text that COLUMNS names, each from 0 to 1.
+
+    They are: distinct 4-grams (four words in a row) among all 4-grams; distinct words among all words; words that are
+    in `vocabulary`; lines that are a speaker's name; and whether the text loops (a 4-gram occurs three times or more).
     """
-    found = words(text)
-    grams = Counter(zip(found, found[1:], found[2:], found[3:]))
+    listed = words(text)
+    grams = Counter(zip(listed, listed[1:], listed[2:], listed[3:]))
     lines = [line.strip() for line in text.split("\n") if line.strip()]
+    known = sum(word in vocabulary for word in listed)
+    speakers = sum(SPEAKER.fullmatch(line) is not None for line in lines)
     return (
         len(grams) / max(grams.total(), 1),
-        len(set(found)) / max(len(found), 1),
-        sum(word in vocabulary for word in found) / max(len(found), 1),
-        sum(SPEAKER.fullmatch(line) is not None for line in lines) / max(len(lines), 1),
+        len(set(listed)) / max(len(listed), 1),
+        known / max(len(listed), 1),
+        speakers / max(len(lines), 1),
         float(max(grams.values(), default=0) >= 3),
     )
 
@@ -64,13 +69,17 @@ def passages(tokenizer: Tokenizer, texts: list[str], count: int) -> Iterator[str
         yield tokenizer.decode(work[start : start + LENGTH])
 
 
-def samples(model: MinistralForCausalLM, tokenizer: Tokenizer, count: int, settings: dict[str, Any]) -> Iterator[str]:
-    """`count` continuations of the prompts, the seeds being 0, 1, 2, ... for each prompt."""
+def samples(
+    model: MinistralForCausalLM, tokenizer: Tokenizer, count: int, settings: dict[str, Any]
+) -> Iterator[str]:  # fmt: skip
+    """`count` continuations of the prompts, with the seeds 0, 1, 2, ... for each prompt."""
     seeds = list(range(count // len(PROMPTS)))
     for prompt in PROMPTS:
-        ids = torch.tensor([tokenizer.encode(prompt)] * len(seeds), device=model.device)
-        rows = generate(model, ids, max_new_tokens=LENGTH, seed=seeds, **settings)
-        yield from (tokenizer.decode(row) for row in rows[:, ids.shape[1] :].tolist())
+        row = tokenizer.encode(prompt)
+        ids = torch.tensor([row] * len(seeds), device=model.device)
+        tokens = generate(model, ids, max_new_tokens=LENGTH, seed=seeds, **settings)
+        for new in tokens[:, len(row) :].tolist():
+            yield tokenizer.decode(new)
 
 
 def report(model: MinistralForCausalLM, tokenizer: Tokenizer, count: int) -> None:
@@ -78,12 +87,14 @@ def report(model: MinistralForCausalLM, tokenizer: Tokenizer, count: int) -> Non
     texts = corpus.load()
     vocabulary = set(words("\n".join(texts["train"])))
 
-    def row(name: str, found: Iterator[str]) -> None:
-        means = torch.tensor([figures(text, vocabulary) for text in found]).mean(0).tolist()
-        print(f"{name:<{WIDTH}}" + "".join(f"{mean:>10.3f}" for mean in means), flush=True)
+    def print_row(name: str, passages: Iterator[str]) -> None:
+        statistics = torch.tensor([figures(text, vocabulary) for text in passages])
+        means = "".join(f"{mean:>10.3f}" for mean in statistics.mean(0).tolist())
+        print(f"{name:<{WIDTH}}{means}", flush=True)
 
     print(" " * WIDTH + "".join(f"{column:>10}" for column in COLUMNS))
-    row("Hamlet and Twelfth Night", passages(tokenizer, texts["test"], count))
+    print_row("Hamlet and Twelfth Night", passages(tokenizer, texts["test"], count))
     for settings in SETTINGS:
         name = ", ".join(f"{key} {value}" for key, value in settings.items())
-        row(name.replace("repetition_", ""), samples(model, tokenizer, count, settings))
+        name = name.replace("repetition_", "")
+        print_row(name, samples(model, tokenizer, count, settings))

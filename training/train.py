@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ class Recipe:
     steps: int = 1000
     seed: int = 0
     tokens_per_step: int = 8192
-    context: int = 1024  # the second half of the run; the first half reads a quarter of it at a time
+    context: int = 1024  # of the second half of the run; the first half trains on texts of a quarter of it
     learning_rate: float = 5e-3
     warmup: int = 100
     weight_decay: float = 0.1
@@ -46,10 +46,11 @@ class Recipe:
     def __post_init__(self) -> None:
         for name in ("steps", "tokens_per_step", "context", "warmup", "validate_every", "num_hidden_layers"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} is impossible; allowed: a whole number not below 1")
+                found = f"{name}={getattr(self, name)}"
+                raise ValueError(f"{found} is impossible; allowed: a whole number not below 1")
         if self.context % 4 or self.tokens_per_step % self.context:
-            allowed = "a multiple of 4 that divides tokens_per_step"
-            raise ValueError(f"context={self.context} is impossible; allowed: {allowed}={self.tokens_per_step}")
+            allowed = f"a multiple of 4 that divides tokens_per_step={self.tokens_per_step}"
+            raise ValueError(f"context={self.context} is impossible; allowed: {allowed}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} is impossible; allowed: a number from 0 to below 1")
 
@@ -84,21 +85,25 @@ def epoch_rows(works: list[list[int]], row: int, seed: int, epoch: int) -> Tenso
     """The training tokens of one epoch, (rows, row): the works in random order, cut at random places, rows shuffled."""
     g = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(len(works), generator=g).tolist()
-    stream = torch.tensor([i for work in order for i in works[work]])
+    stream = torch.tensor([token for work in order for token in works[work]])
     stream = stream.roll(int(torch.randint(row, (), generator=g)))
-    rows = stream[: len(stream) // row * row].view(-1, row)
+    count = len(stream) // row
+    rows = stream[: count * row].view(-1, row)
     return rows[torch.randperm(len(rows), generator=g)]
 
 
 def learning_rate(step: int, recipe: Recipe) -> float:
     """Linear warm-up, then linear decay to zero at the last step."""
-    return recipe.learning_rate * min((step + 1) / recipe.warmup, (recipe.steps - step) / recipe.steps)
+    warmup = (step + 1) / recipe.warmup
+    decay = (recipe.steps - step) / recipe.steps
+    return recipe.learning_rate * min(warmup, decay)
 
 
 def add_dropout(model: nn.Module, p: float) -> None:
     """Dropout on what each attention and MLP adds to the residual stream, and on the embeddings, in training only.
-    Hooks, because it belongs to this recipe and not to the architecture. (Dropout on attention probabilities would
-    need `attention_dropout`, for which the CPU has no fused kernel: a step takes 7 times as long.)"""
+
+    These are hooks, because the dropout belongs to this recipe and not to the architecture. (Dropout on attention
+    probabilities would need `attention_dropout`. The CPU has no fused kernel for it: a step takes 7 times as long.)"""
 
     def drop(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         return F.dropout(output, p, module.training)
@@ -109,9 +114,56 @@ def add_dropout(model: nn.Module, p: float) -> None:
 
 
 def autocast(device: torch.device) -> torch.autocast:
-    """Products in bfloat16 where the machine multiplies it faster than float32: GPUs, and CPUs with AMX."""
-    fast = device.type == "cuda" or (device.type == "cpu" and torch.cpu._is_amx_tile_supported())
+    """Products in bfloat16 where they are faster than in float32: on GPUs, and on CPUs with AMX."""
+    amx = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+    fast = device.type == "cuda" or amx
     return torch.autocast(device.type, torch.bfloat16, enabled=fast)
+
+
+@dataclass
+class Progress:
+    """How far a run has come."""
+
+    step: int = 0
+    best: float = float("inf")  # the best score on the validation play so far
+    seconds: float = 0.0
+    log: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Batches:
+    """The training tokens of each step."""
+
+    def __init__(self, works: list[list[int]], recipe: Recipe) -> None:
+        self.works, self.recipe = works, recipe
+        self.rows_per_step = recipe.tokens_per_step // recipe.context
+        self.epoch, self.rows = 0, epoch_rows(works, recipe.context, recipe.seed, 0)
+        self.steps_per_epoch = len(self.rows) // self.rows_per_step
+        if self.steps_per_epoch == 0:
+            raise ValueError(f"the corpus has fewer than tokens_per_step={recipe.tokens_per_step} tokens")
+
+    def of_step(self, step: int) -> Tensor:
+        """The rows of a step, (rows_per_step, context)."""
+        epoch = step // self.steps_per_epoch
+        if epoch != self.epoch:
+            self.epoch = epoch
+            self.rows = epoch_rows(self.works, self.recipe.context, self.recipe.seed, epoch)
+        first = step % self.steps_per_epoch * self.rows_per_step
+        return self.rows[first : first + self.rows_per_step]
+
+
+def make_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """AdamW for all parameters, or AdamW for embeddings and norms and Muon for the matrices."""
+    matrices, others = [], []
+    for name, p in model.named_parameters():
+        if recipe.muon and p.ndim == 2 and "embed" not in name:
+            matrices.append(p)
+        else:
+            others.append(p)
+    settings: dict[str, Any] = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(others, betas=(0.9, 0.95), **settings)]
+    if matrices:
+        optimizers.append(Muon(matrices, **settings))
+    return optimizers
 
 
 def train(recipe: Recipe, output: Path, device: torch.device) -> None:
@@ -131,66 +183,79 @@ def train(recipe: Recipe, output: Path, device: torch.device) -> None:
     torch.manual_seed(recipe.seed)
     model = Ministral3ForCausalLM(recipe.config()).to(device)
     add_dropout(model, recipe.dropout)
-    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name and recipe.muon]
-    in_muon = {id(p) for p in matrices}
-    others = [p for p in model.parameters() if id(p) not in in_muon]
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(others, lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=recipe.weight_decay)
-    ]
-    if matrices:
-        optimizers.append(Muon(matrices, lr=recipe.learning_rate, weight_decay=recipe.weight_decay))
-
-    step, best, seconds, log = 0, float("inf"), 0.0, []
+    optimizers = make_optimizers(model, recipe)
+    progress = Progress()
     if state_file.exists():
-        state = torch.load(state_file, map_location=device, weights_only=True)
-        if state["recipe"] != asdict(recipe):
-            raise ValueError(f"{state_file} belongs to another recipe; choose another --output or remove it")
-        model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"]):
-            optimizer.load_state_dict(saved)
-        step, best, seconds, log = state["step"], state["best"], state["seconds"], state["log"]
+        progress = load_state(state_file, recipe, model, optimizers)
+    batches = Batches(works, recipe)
 
-    rows_per_step = recipe.tokens_per_step // recipe.context
-    epoch, rows = -1, torch.empty(0)
-    per_epoch = len(epoch_rows(works, recipe.context, recipe.seed, 0)) // rows_per_step
-    if per_epoch == 0:
-        raise ValueError(f"the corpus has fewer than tokens_per_step={recipe.tokens_per_step} tokens")
-    bar = tqdm(total=recipe.steps, initial=step, unit="step", smoothing=0.05)
-    mark = time.monotonic()
-    while step < recipe.steps:
-        if step // per_epoch != epoch:
-            epoch = step // per_epoch
-            rows = epoch_rows(works, recipe.context, recipe.seed, epoch)
-        first = step % per_epoch * rows_per_step
-        loss = train_step(model, optimizers, rows[first : first + rows_per_step].to(device), step, recipe)
-        step += 1
+    bar = tqdm(total=recipe.steps, initial=progress.step, unit="step", smoothing=0.05)
+    last_time = time.monotonic()
+    while progress.step < recipe.steps:
+        rows = batches.of_step(progress.step).to(device)
+        loss = train_step(model, optimizers, rows, progress.step, recipe)
+        progress.step += 1
         bar.update()
-        if step % 10 == 0:
-            bar.set_postfix(loss=f"{loss.item():.3f}", best=f"{best:.4f}", refresh=False)
-        if step % recipe.validate_every == 0 or step == recipe.steps:
-            model.eval()
-            score = bits_per_byte(model, tokenizer, texts["validation"], recipe.context)
-            seconds, mark = seconds + time.monotonic() - mark, time.monotonic()
-            entry = {"step": step, "loss": loss.item(), "validation_bits_per_byte": score}
-            log.append(entry | {"seconds": round(seconds)})
-            bar.write(json.dumps(log[-1]))
-            if score < best:
-                best = score
-                save(model, tekken, output, recipe)
-            record = {"recipe": asdict(recipe), "torch": torch.__version__, "log": log}
-            write_json(output / "training_log.json", record)
-            state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step}
-            state |= {"best": best, "seconds": seconds, "log": log, "recipe": asdict(recipe)}
-            replace_file(state_file, partial(torch.save, state))
+        if progress.step % 10 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}", best=f"{progress.best:.4f}", refresh=False)
+        if progress.step % recipe.validate_every and progress.step < recipe.steps:
+            continue
+
+        # Validate, and write the best model, the log and the state.
+        model.eval()
+        score = bits_per_byte(model, tokenizer, texts["validation"], recipe.context)
+        now = time.monotonic()
+        progress.seconds += now - last_time
+        last_time = now
+        entry = {"step": progress.step, "loss": loss.item(), "validation_bits_per_byte": score}
+        entry["seconds"] = round(progress.seconds)
+        progress.log.append(entry)
+        bar.write(json.dumps(entry))
+        if score < progress.best:
+            progress.best = score
+            save(model, tekken, output, recipe)
+        record = {"recipe": asdict(recipe), "torch": torch.__version__, "log": progress.log}
+        write_json(output / "training_log.json", record)
+        save_state(state_file, recipe, model, optimizers, progress)
     bar.close()
 
 
+def save_state(
+    path: Path, recipe: Recipe, model: nn.Module, optimizers: list[torch.optim.Optimizer], progress: Progress
+) -> None:  # fmt: skip
+    """Write all that a run needs to go on."""
+    state: dict[str, Any] = {"model": model.state_dict()}
+    state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
+    state |= asdict(progress)
+    state["recipe"] = asdict(recipe)
+    replace_file(path, partial(torch.save, state))
+
+
+def load_state(
+    path: Path, recipe: Recipe, model: Ministral3ForCausalLM, optimizers: list[torch.optim.Optimizer]
+) -> Progress:  # fmt: skip
+    """Set model and optimizers to a saved state; return how far that run had come.
+
+    Raises:
+        ValueError: the state of a run with another recipe.
+    """
+    state = torch.load(path, map_location=model.device, weights_only=True)
+    if state["recipe"] != asdict(recipe):
+        raise ValueError(f"{path} belongs to another recipe; choose another --output or remove it")
+    model.load_state_dict(state["model"])
+    for optimizer, saved in zip(optimizers, state["optimizers"]):
+        optimizer.load_state_dict(saved)
+    return Progress(state["step"], state["best"], state["seconds"], state["log"])
+
+
 def train_step(
-    model: Ministral3ForCausalLM, optimizers: list[torch.optim.Optimizer], rows: Tensor, step: int, recipe: Recipe
-) -> Tensor:
-    """One update from rows of tokens (R, context). Short texts are put at random positions, so that every position,
-    and every step of the query scale, has been trained. Every second text begins with <s>, so that a prompt, which
-    does, need not be the beginning of a play."""
+    model: Ministral3ForCausalLM, optimizers: list[torch.optim.Optimizer], rows: Tensor, step: int,
+    recipe: Recipe,
+) -> Tensor:  # fmt: skip
+    """One update from rows of tokens (R, context).
+
+    Short texts are put at random positions, so that every position and every step of the query scale is trained. Every
+    second text begins with <s>. A prompt begins with <s>, too, and need not be the beginning of a play."""
     model.train()
     torch.manual_seed(recipe.seed * 1_000_003 + step)
     length = recipe.context if 2 * step >= recipe.steps else recipe.context // 4
@@ -216,6 +281,6 @@ def save(model: Ministral3ForCausalLM, tekken: dict[str, Any], output: Path, rec
     """Write the model in bfloat16 beside its tokenizer."""
     copy = Ministral3ForCausalLM(recipe.config())
     copy.load_state_dict(model.state_dict())
-    copy.generation_config = GenerationConfig.from_pretrained(output)  # kept: it was chosen by hand
+    copy.generation_config = GenerationConfig.from_pretrained(output)  # its settings were chosen by hand
     copy.to(torch.bfloat16).save_pretrained(output)
     write_json(output / TEKKEN, tekken)

@@ -25,16 +25,9 @@ def learn(texts: Iterable[str], vocab_size: int) -> dict[str, Any]:
         vocab_size=vocab_size - specials, initial_alphabet=list(LETTERS.values()), show_progress=False
     )
     backend.train_from_iterator(texts, trainer)
-    learned = sorted((i, token) for token, i in backend.get_vocab().items() if len(token) > 1)
+    merges = sorted((i, token) for token, i in backend.get_vocab().items() if len(token) > 1)
     words = [bytes([byte]) for byte in range(256)]
-    words += [bytes(BYTES[letter] for letter in token) for _, token in learned]
-
-    def text(word: bytes) -> str | None:
-        try:
-            return word.decode()
-        except UnicodeDecodeError:
-            return None
-
+    words += [bytes(BYTES[letter] for letter in token) for _, token in merges]
     return {
         "config": {
             "pattern": SPLIT,
@@ -44,7 +37,15 @@ def learn(texts: Iterable[str], vocab_size: int) -> dict[str, Any]:
             "version": "v7",
         },
         "vocab": [
-            {"rank": rank, "token_bytes": base64.b64encode(word).decode(), "token_str": text(word)}
+            {"rank": rank, "token_bytes": base64.b64encode(word).decode(), "token_str": decoded(word)}
             for rank, word in enumerate(words)
         ],
     }
+
+
+def decoded(word: bytes) -> str | None:
+    """The text of a token, or None for bytes that are not a whole character."""
+    try:
+        return word.decode()
+    except UnicodeDecodeError:
+        return None
