@@ -56,7 +56,7 @@ ENVIRONMENT = {
 # Written to the manifest, whose bytes are tested.
 DIMENSIONS = (
     "B texts, S tokens, T keys, E hidden size, H heads, G key heads, D numbers of a head, "
-    "F intermediate size, V vocabulary, P patches of all pictures, C their size, M merged patches, "
+    "F intermediate size, V vocabulary, P patches of all images, C their size, M merged patches, "
     "HD all heads"
 )
 

@@ -38,9 +38,9 @@ FORMAT = "1"
 
 # name -> (dimensions, meaning), in the order of computing. N is a layer; B texts, S tokens, T keys, E hidden size,
 # H heads, G key heads, D numbers of a head, F intermediate size, V vocabulary; P patches of all images, C their size,
-# M merged patches. The words are written to golden/manifest.json, whose bytes are tested ("pictures" are images).
+# M merged patches. The words are written to golden/manifest.json.
 POINTS: dict[str, tuple[str, str]] = {
-    "vision.patches": ("P C", "patches of the pictures, after the convolution"),
+    "vision.patches": ("P C", "patches of the images, after the convolution"),
     "vision.ln_pre": ("P C", "normed"),
     "vision.cos": ("P D", "cosines of the two-dimensional positions"),
     "vision.sin": ("P D", "sines of the same"),
@@ -50,7 +50,7 @@ POINTS: dict[str, tuple[str, str]] = {
     "vision.layers.N.attention.v": ("H P D", "values"),
     "vision.layers.N.attention.q_rotated": ("H P D", "queries at their positions"),
     "vision.layers.N.attention.k_rotated": ("H P D", "keys at theirs"),
-    "vision.layers.N.attention.heads": ("P C", "what the heads found, one after the other"),
+    "vision.layers.N.attention.heads": ("P C", "the results of the heads, one after the other"),
     "vision.layers.N.attention.output": ("P C", "the same, mixed"),
     "vision.layers.N.attention_residual": ("P C", "added to the input"),
     "vision.layers.N.post_attention_norm": ("P C", "normed input of the feed-forward part"),
@@ -63,8 +63,8 @@ POINTS: dict[str, tuple[str, str]] = {
     "projector.norm": ("P C", "the last layer that is used, normed"),
     "projector.merged": ("M C", "neighbouring patches made one"),
     "projector.hidden": ("M E", "after the first matrix, before the activation"),
-    "projector.output": ("M E", "embeddings of the pictures"),
-    "embedding": ("B S E", "embeddings, pictures in their places"),
+    "projector.output": ("M E", "embeddings of the images"),
+    "embedding": ("B S E", "embeddings, with those of images in their places"),
     "layers.N.input_norm": ("B S E", "normed input of attention"),
     "layers.N.attention.q": ("B H S D", "queries"),
     "layers.N.attention.k": ("B G S D", "keys"),
@@ -75,7 +75,7 @@ POINTS: dict[str, tuple[str, str]] = {
     "layers.N.attention.scores": ("B H S T", "q k / sqrt(D), of hidden keys, too"),
     "layers.N.attention.mask": ("B S T", "which keys are visible"),
     "layers.N.attention.probabilities": ("B H S T", "softmax of the visible scores"),
-    "layers.N.attention.heads": ("B S HD", "what the heads found, one after the other"),
+    "layers.N.attention.heads": ("B S HD", "the results of the heads, one after the other"),
     "layers.N.attention.output": ("B S E", "the same, mixed"),
     "layers.N.attention_residual": ("B S E", "added to the input"),
     "layers.N.post_attention_norm": ("B S E", "normed input of the feed-forward part"),

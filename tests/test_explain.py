@@ -287,8 +287,8 @@ def accused(bug, rng, compute):
 
 
 def test_a_mistake_outside_the_catalogue_is_given_no_name():
-    """1 of 673 random models was given one: the root of YaRN's magnitude, where that is near 1. Two of these 48 would be
-    by chance in 1 of 500 runs, three in 1 of 20,000."""
+    """1 of 673 random models was given one: the root of YaRN's magnitude, where that is near 1. By chance, two of these
+    48 would be in 1 of 500 runs, three in 1 of 20,000."""
     names = {}
     for _ in range(RUNS * 6):
         seed = random.randrange(2**31)
