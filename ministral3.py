@@ -1,12 +1,12 @@
 """Ministral 3 (Ministral-3-3B/8B/14B-2512, text): exactly what changed since `ministral.py`, and nothing else.
 
 * No window: every layer uses full attention (if `sliding_window` is set, every layer is a sliding one).
-* YaRN stretches the rotary frequencies: slow ones by `factor` (16), fast ones not at all. So a model trained on 16384
-  positions reaches 262144. It acts at every position, also in short texts.
-* YaRN's magnitude on attention scores is 1.0 here, because mscale = mscale_all_dim. Without these two keys it is
-  0.1 ln(16) + 1 = 1.277. Ports have confused the two, in both directions.
+* YaRN stretches the periods of rotary pairs: slow pairs by `factor` (16), fast pairs not at all. So a model trained on
+  16384 positions reaches 262144. It acts at every position, also in short texts.
+* YaRN also multiplies cosine and sine by `attention_factor()`. It is 1.0 here, because `mscale` equals
+  `mscale_all_dim`. Without these two keys it would be 0.1 ln(16) + 1 = 1.277, and every score 1.277^2 times larger.
 * Queries are scaled by position, as in Llama 4: 1 + 0.1 ln(1 + floor(p / 16384)). Below position 16384 that is 1.
-* head_dim * heads may differ from hidden_size (3B: 4096 and 3072). The 3B model ties head and embeddings.
+* Sizes: in the 3B model head_dim * heads is not hidden_size (4096 and 3072), and head and embeddings are tied.
 
 Sources: YaRN https://arxiv.org/abs/2309.00071, Ministral 3 https://arxiv.org/abs/2601.08584. Read `ministral.py` first:
 attention, MLP, norms, masks, cache and the loop over layers are imported from it.
@@ -80,7 +80,7 @@ class Ministral3Config(MinistralConfig):
         alike = set(self.layer_types) == {kind}
         require(self, "layer_types", alike, f"{kind} for every layer (see sliding_window)")
         rope = self.rope_parameters
-        # Transformers reads the next two keys without asking whether they exist.
+        # Transformers reads llama_4_scaling_beta and original_max_position_embeddings in any case.
         if rope.get("llama_4_scaling_beta") is None:
             rope["llama_4_scaling_beta"] = 0.0
         if rope["rope_type"] == "default" and rope["llama_4_scaling_beta"] == 0.0:
@@ -110,13 +110,13 @@ class YarnRotaryEmbedding(RotaryEmbedding):
         if self.rope.get("truncate", True):
             low, high = math.floor(low), math.ceil(high)
         D, theta = self.config.head_dim, self.config.rope_theta
-        low, high = max(low, 0), min(high, D - 1)
+        low, high = max(low, 0), min(high, D - 1)  # D - 1 as in Transformers, though there are D/2 pairs
         if low == high:
             high += 0.001  # a step instead of a ramp
         pairs = torch.arange(D // 2, dtype=dtype, device="cpu")
         plain_share = 1 - ((pairs - low) / (high - low)).clamp(0, 1)  # 1: as trained, 0: stretched in full
         periods = theta ** (torch.arange(0, D, 2, dtype=dtype, device="cpu") / D)
-        stretched = 1.0 / (self.rope["factor"] * periods)
+        stretched = 1.0 / (self.rope["factor"] * periods)  # plain / factor would round in another way
         return stretched * (1 - plain_share) + plain * plain_share
 
     def ramp_end(self, key: str) -> float:
@@ -152,7 +152,7 @@ class YarnRotaryEmbedding(RotaryEmbedding):
 
 
 class Ministral3Attention(MinistralAttention):
-    """Attention with queries scaled by their position. A long context then does not flatten the softmax."""
+    """Attention whose queries are scaled by position, so that the softmax stays sharp over long contexts."""
 
     def rotate(self, q: Tensor, k: Tensor, tables: RopeTables) -> tuple[Tensor, Tensor]:
         cos, sin, scale = tables
