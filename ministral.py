@@ -388,10 +388,12 @@ def eager_attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scaling: float,
     scores = torch.matmul(q, k.transpose(2, 3)) * scaling  # (B, H, S, K)
     if mask is not None:
         # With the lowest number and not -inf, a row that sees nothing (padding) does not become NaN. Adding it, and not
-        # filling it in, keeps the gradient of such a row, as in Transformers. In float16 the sum may be -inf: clamp.
+        # filling it in, keeps the gradient of such a row, as in Transformers. In float16 the sum may be -inf. (`clamp`
+        # would do, but its gradient at the bound depends on the version of PyTorch.)
         lowest = torch.finfo(scores.dtype).min
         bias = torch.zeros_like(mask, dtype=scores.dtype).masked_fill(~mask, lowest)  # (B or 1, 1, S, K)
-        scores = (scores + bias).clamp(min=lowest)
+        scores = scores + bias
+        scores = scores.masked_fill(scores.isneginf(), lowest)
     probs = F.softmax(scores, dim=-1, dtype=at_least_float32(scores.dtype)).to(q.dtype)
     if dropout:
         probs = F.dropout(probs, dropout)
