@@ -13,7 +13,6 @@ import torch
 import transformers
 from hypothesis import given, strategies as st
 from mistral_common.exceptions import MistralCommonException
-from mistral_common.integrations.chat_templates.chat_templates import generate_chat_template
 from mistral_common.protocol.instruct import chunk, messages as common, tool_calls
 from mistral_common.protocol.instruct.normalize import get_normalizer
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
@@ -24,6 +23,7 @@ from mistral_common.tokens.tokenizers.image import ImageEncoding
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
 from generate import BUNDLED
+from tests.test_tokenizer import official_template
 from tokenizer import (
     KEYS,
     MAY_BE_EMPTY,
@@ -638,8 +638,7 @@ def templates(tokenizers):
 
     @functools.cache
     def load(version, system=None):
-        flags = (True, False, version == "v13", system, False, True, None, None, None)
-        template = generate_chat_template(False, TokenizerVersion(version), *flags)
+        template = official_template(version, system)
         tokens = {"bos_token": "<s>", "eos_token": "</s>"}
         return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, **tokens)
 
