@@ -63,10 +63,13 @@ class Case:
         return labels
 
 
-def draw_config(rng: Random, family: str | None = None, **fixed: Any) -> MinistralConfig:
+def draw_config(
+    rng: Random, family: str | None = None, scaled: bool = SCALES_BY_POSITION, **fixed: Any
+) -> MinistralConfig:
     """A tiny configuration of a given or a random family: windows from 1 to longer than the text, all three
     YaRN zones, every rule for its magnitude, query scales above 1, head_dim * heads different from hidden_size, GQA
-    with one key head and more, tied and not."""
+    with one key head and more, tied and not. `scaled`: with the query scale, which old versions of Transformers
+    compute in another way."""
     groups, kv_heads = rng.choice([1, 2, 4]), rng.choice([1, 2, 3])
     layers = rng.randint(1, 3)
     common: dict[str, Any] = dict(
@@ -96,7 +99,7 @@ def draw_config(rng: Random, family: str | None = None, **fixed: Any) -> Ministr
         original_max_position_embeddings=rng.choice([8, 16]),
         beta_fast=rng.choice([2.0, 4.0, 32.0]),
         beta_slow=rng.choice([0.25, 1.0]),
-        llama_4_scaling_beta=rng.choice([0.0, 0.1, 0.5]) if SCALES_BY_POSITION else 0.0,
+        llama_4_scaling_beta=rng.choice([0.0, 0.1, 0.5]) if scaled else 0.0,
     )
     for key in ("beta_fast", "beta_slow"):  # 32 and 1 by default
         if rng.random() < 0.3:

@@ -50,7 +50,7 @@ def draw_model(rng, mistake):
         model, inputs = case.ours, {name: v for name, v in case.arguments().items() if v is not None}
     else:
         family = {"yarn": "ministral3", "quer": "ministral3", "wind": "ministral"}.get(mistake[:4])
-        model = pair(draw_config(rng, family), torch.bfloat16, rng.randrange(2**31))[0]
+        model = pair(draw_config(rng, family, scaled=True), torch.bfloat16, rng.randrange(2**31))[0]
         ids = torch.tensor([[rng.randrange(1, VOCAB) for _ in range(rng.randint(20, 40))]])
         inputs = {"input_ids": ids.repeat(rng.randint(1, 2), 1)}
         if mistake in ("positions_through_padding", "query_scale_by_cache_position") or (
