@@ -134,7 +134,9 @@ class PreTrainedConfig:
 
 def exportable(cls: type[Output]) -> type[Output]:
     """Register a dataclass with `torch.export`, so that an exported model can return it."""
-    torch.export.register_dataclass(cls, serialized_type_name=f"{cls.__module__}.{cls.__name__}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch 2.6 calls a deprecated function of its own
+        torch.export.register_dataclass(cls, serialized_type_name=f"{cls.__module__}.{cls.__name__}")
     return cls
 
 

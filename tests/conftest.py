@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 import warnings
+from importlib import metadata
 
 import hypothesis
 import pytest
@@ -48,6 +49,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--weights-8b-2410", metavar="DIR_OR_HUB_ID", help="Ministral-8B-Instruct-2410")
     parser.addoption("--weights", metavar="DIR_OR_HUB_ID", help="any published Ministral, compared with Transformers")
 
+
+def older(package: str, *version: int) -> bool:
+    """Whether the installed package is older than a version of two numbers."""
+    return tuple(map(int, metadata.version(package).split(".")[:2])) < version
+
+
+# What these tests assert does not hold with older versions.
+newer_torch = pytest.mark.skipif(older("torch", 2, 11), reason="needs torch 2.11 or later")
+newer_transformers = pytest.mark.skipif(older("transformers", 5, 20), reason="needs transformers 5.20 or later")
 
 CUDA = pytest.param(
     "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")

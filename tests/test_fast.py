@@ -19,6 +19,7 @@ from ministral import KVCache, MinistralConfig, MinistralForCausalLM, eager_atte
 from ministral3 import Ministral3ForCausalLM
 from pretrained import Linear
 from tests.cases import VOCAB, draw_case
+from tests.conftest import newer_torch
 from tests.errors import Errors, number_of_cases
 
 rngs = st.randoms(use_true_random=False)
@@ -167,6 +168,7 @@ def tiny(cls=MinistralForCausalLM, **fixed):
     return cls(cls.config_class(**common | fixed)).eval()
 
 
+@newer_torch
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler here")
 def test_compiled_generation_gives_the_same_tokens():
     model, ids = tiny().double(), torch.randint(VOCAB, (2, 11), generator=torch.Generator().manual_seed(2))

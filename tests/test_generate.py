@@ -16,6 +16,7 @@ import generate as generation
 from generate import BUNDLED, Sampling, filter_logits, generate, generate_naive, penalize_repetition, sample
 from ministral import KVCache, MinistralConfig, MinistralForCausalLM
 from tests.cases import VOCAB, draw_case
+from tests.conftest import newer_transformers
 from tokenizer import StopText, TextStream, Tokenizer
 
 rngs = st.randoms(use_true_random=False)
@@ -247,6 +248,7 @@ def draw_settings(rng, model, ids):
 
 
 @settings(max_examples=30)
+@newer_transformers
 @given(rngs)
 def test_the_settings_of_the_model_are_used_as_in_transformers(rng):
     """The settings of generation_config.json are used unless an argument replaces them, and they are saved."""

@@ -34,6 +34,7 @@ from tests.cases import (
     pair,
     their_arguments,
 )
+from tests.conftest import newer_torch
 from tests.test_checkpoint import assert_same_weights
 from tests.test_parity import assert_same
 from tokenizer import Tokenizer
@@ -576,6 +577,7 @@ def traced(model, ids, arguments):
     return [getattr(run(ids, **arguments), names[0]) for run in (model, compiled, exported)]
 
 
+@newer_torch
 @torch.no_grad()
 @pytest.mark.parametrize("task", ["", *HEADS, "CausalLM"])
 @pytest.mark.parametrize("family", ["ministral", "ministral3"])
@@ -610,6 +612,7 @@ def test_an_exported_model_takes_texts_of_other_lengths():
     torch.testing.assert_close(logits, model(other).logits, rtol=1e-5, atol=1e-5)
 
 
+@newer_torch
 @torch.no_grad()
 def test_a_vision_model_compiles_and_exports_whole():
     pixels = dict(pixel_values=torch.randn(1, 3, 16, 16), image_sizes=[(16, 16)], use_cache=False)

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 
 from reference.mutants import MUTANTS
+from tests.conftest import newer_transformers
 from tests.mutation import RIGHT
 
 
+@newer_transformers
 @pytest.mark.skipif(sys.platform != "linux", reason="forks processes that hold torch")
 def test_every_mutant_turns_a_test_red():
     """And without a mistake they are green. (Half a minute on an idle machine; see tests/mutation.py.)"""
