@@ -18,11 +18,10 @@ The order of operations and the places where a number is rounded to the weights'
 they make a forward pass equal to Transformers' to the last bit (tests/test_parity.py). Norms, rotary tables and softmax
 are computed in float32, or in float64 if the weights are float64.
 
-Other files rely on names here (tests/test_layout.py). `reference/mutants.py` replaces `F`, `ATTENTION`, `repeat_kv`,
-`apply_rotary_pos_emb`, `RMSNorm.forward`, `RotaryEmbedding.forward`, `MinistralAttention.forward`,
-`MinistralModel._mask` and `MinistralForCausalLM.forward`; its mistakes call `MinistralAttention.rotate` and
-`RotaryEmbedding.inverse_frequencies`. `reference/trace.py` replaces `apply_rotary_pos_emb` and an entry of `ATTENTION`.
-`fast.py` reads the cache and the layers' submodules.
+Other files rely on names here (tests/test_layout.py): `fast.py` reads the cache and the submodules of a layer, and
+`reference/mutants.py` replaces `F`, `ATTENTION`, `repeat_kv`, `apply_rotary_pos_emb`, `RMSNorm.forward`,
+`RotaryEmbedding.forward`, `MinistralAttention.forward`, `MinistralModel._mask`, `MinistralForCausalLM.forward`; it also
+calls `MinistralAttention.rotate` and `RotaryEmbedding.inverse_frequencies`.
 """
 
 from __future__ import annotations
@@ -65,8 +64,7 @@ class MinistralConfig(PreTrainedConfig):
     "rope_theta": x}`; after construction both are set. `attn_implementation` is "sdpa" (PyTorch's fused attention) or
     "eager" (the formula step by step). The fields from `num_labels` to `classifier_dropout` belong to `heads.py`.
 
-    Raises:
-        ValueError: a value is impossible; the message has the field, the value and what is allowed.
+    Raises: ValueError for an impossible value; the message has the field, the value and what is allowed.
     """
 
     vocab_size: int = 32000
@@ -115,18 +113,14 @@ class MinistralConfig(PreTrainedConfig):
 
     @staticmethod
     def published_layer_types(num_hidden_layers: int) -> list[str]:
-        """The layers of Ministral-8B-Instruct-2410: one full, three sliding, repeated. (Its params.json has the windows
-        [null, 32768, 32768, 32768].)"""
+        """The layers of Ministral-8B-Instruct-2410, from its params.json: one full, three sliding, repeated."""
         pattern = ("full_attention", "sliding_attention", "sliding_attention", "sliding_attention")
         return [pattern[layer % 4] for layer in range(num_hidden_layers)]
 
 
-# ------------------------------------------------------------------------------------------------------- norm
 class RMSNorm(nn.Module):
-    """Scale each vector to root mean square 1, then by a learned weight: x / sqrt(mean(x^2) + eps) * weight.
-
-    The result is rounded to the input's dtype *before* the weight multiplies it; `F.rms_norm` rounds after that.
-    """
+    """Scale each vector to root mean square 1, then by a learned weight: x / sqrt(mean(x^2) + eps) * weight. The result
+    is rounded to the input's dtype *before* the weight multiplies it; `F.rms_norm` rounds after that."""
 
     def __init__(self, hidden_size: int, eps: float) -> None:
         super().__init__()
@@ -202,11 +196,9 @@ def make_attention_mask(
               5  # # # # # # .             5  . . . # # # .             6  . # # #
               6  # # # # # # #             6  . . . . # # #
 
-    Args:
-        query_positions: (S,) positions of the new tokens.
-        key_positions: (K,) positions of the keys.
-        sliding_window: W, or None for full attention.
-        visible: bool, broadcastable to (B, S, K): False hides a key (padding, or another text, see `same_text`).
+    query_positions (S,) are those of the new tokens, key_positions (K,) those of the keys. sliding_window is W, or None
+    for full attention. visible, bool, broadcastable to (B, S, K), is False where a key is hidden for another reason:
+    padding, or another text (see `same_text`).
     """
     distance = query_positions[:, None] - key_positions[None, :]  # (S, K)
     mask = distance >= 0
@@ -388,8 +380,8 @@ def eager_attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scaling: float,
     scores = torch.matmul(q, k.transpose(2, 3)) * scaling  # (B, H, S, K)
     if mask is not None:
         # With the lowest number and not -inf, a row that sees nothing (padding) does not become NaN. Adding it, and not
-        # filling it in, keeps the gradient of such a row, as in Transformers. In float16 the sum may be -inf. (`clamp`
-        # would do, but its gradient at the bound depends on the version of PyTorch.)
+        # filling it in, keeps the gradient of such a row, as in Transformers. In float16 the sum may be -inf. (The
+        # gradient of `clamp` at its bound depends on the version of PyTorch.)
         lowest = torch.finfo(scores.dtype).min
         bias = torch.zeros_like(mask, dtype=scores.dtype).masked_fill(~mask, lowest)  # (B or 1, 1, S, K)
         scores = scores + bias
@@ -453,7 +445,6 @@ class MinistralAttention(nn.Module):
         return self.o_proj(out.transpose(1, 2).reshape(B, S, -1)), probs
 
 
-# ------------------------------------------------------------------------------------------------ MLP and layer
 class MinistralMLP(nn.Module):
     """The gated feed-forward layer: down(act(gate(x)) * up(x)), (B, S, E) -> (B, S, E)."""
 
@@ -614,9 +605,8 @@ class MinistralForCausalLM(PreTrainedModel):
     ) -> CausalLMOutputWithPast:  # fmt: skip
         """The arguments of `MinistralModel.forward`, and:
 
-        Args:
-            labels: the input ids (B, S), -100 where a token does not count. They are shifted here, and give `loss`.
-            logits_to_keep: compute logits only for the last n positions (0: all), or for a 1-D tensor of indices.
+        labels: the input ids (B, S), -100 where a token does not count. They are shifted here, and give `loss`.
+        logits_to_keep: compute logits only for the last n positions (0: all), or for a 1-D tensor of indices.
 
         Raises: as `MinistralModel.forward`; ValueError for labels that do not match the logits.
         """
