@@ -231,10 +231,12 @@ class Captured:
 def flat(model: pretrained.PreTrainedModel) -> Flat | None:
     """The fast path of a causal language model (of a vision model, too: then it takes embeddings), for its weights as
     they are now: it is made anew for every text, which takes microseconds, so none is ever out of date. None where it
-    would compute something else: eager attention, training mode, hooks, modules of other origin."""
+    would compute something else: eager attention, training mode, hooks, modules or `forward` of other origin."""
     language: Any = getattr(model.base_model, "language_model", model.base_model)
     parts: list[Any] = [*language.modules(), model.lm_head]
     own = {type(part).__module__ for part in parts} <= OWN_MODULES
+    forwards = {type(part).forward.__module__ for part in [model, model.base_model, *parts]}
+    own = own and all(name in OWN_MODULES or name.startswith(("vision", "torch.")) for name in forwards)
     hooked = any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
     replaced = any("forward" in part.__dict__ for part in parts)  # of one module, not of its class
     parts = [part for part in parts if hasattr(part, "weight")]

@@ -57,7 +57,7 @@ def load_image(source: str | Path | bytes | Image.Image) -> Image.Image:
     if isinstance(source, Image.Image):
         return source
     if isinstance(source, bytes):
-        name, data = "the image", source
+        name, data = "the data", source
     elif isinstance(source, (str, os.PathLike)):
         name = _short(str(source))
         data = _read(str(source), name)

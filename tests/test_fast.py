@@ -1,11 +1,13 @@
 """The fast path equals the readable one to 1e-12 in float64. In other types its error is no larger."""
 
 import copy
+import dataclasses
 import io
 import math
 import pickle
 import random
 import shutil
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from hypothesis import given, settings, strategies as st
 from safetensors.torch import save_model
 
 import fast
+import ministral
 from fast import Captured, Flat, chunk_attention, flat, wide_mm
 from generate import generate
 from ministral import KVCache, MinistralConfig, MinistralForCausalLM, eager_attention, make_attention_mask
@@ -299,6 +302,24 @@ def test_only_what_it_computes_is_taken_over():
     assert flat(foreign) is None
     with pytest.raises(ValueError, match="compile=True"):
         generate(foreign, torch.tensor([[1]]), compile=True)
+
+
+def test_a_subclass_with_its_own_forward_is_used():
+    """Here the one whose logits are negated, and the same function put into our class."""
+
+    class Negated(MinistralForCausalLM):
+        def forward(self, *arguments, **named):
+            out = super().forward(*arguments, **named)
+            return dataclasses.replace(out, logits=-out.logits)
+
+    model = tiny()
+    negated = Negated(model.config).eval()
+    negated.load_state_dict(model.state_dict())
+    ids = torch.tensor([[1, 2, 3]])
+    expected = generate(negated, ids, max_new_tokens=4, fast=False)
+    assert flat(negated) is None and torch.equal(generate(negated, ids, max_new_tokens=4), expected)
+    with patch.object(ministral.RMSNorm, "forward", lambda self, x: x):
+        assert flat(model) is None
 
 
 # ------------------------------------------------------------------------------------------------------ 16-bit matrices
