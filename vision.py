@@ -58,11 +58,7 @@ from pretrained import (
 from vision_config import Mistral3Config, PixtralVisionConfig
 
 ImageSizes = Sequence[Sequence[int]] | Tensor  # (height, width) in pixels of each image
-TEXT_MODELS: dict[str, type[MinistralModel]] = {
-    "ministral3": Ministral3Model,
-    "ministral": MinistralModel,
-    "mistral": MinistralModel,
-}
+TEXT_MODELS: dict[str, type[MinistralModel]] = {"ministral3": Ministral3Model, "ministral": MinistralModel}
 
 
 # ----------------------------------------------------------------------------------------------------- encoder
