@@ -20,7 +20,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -115,6 +115,18 @@ def local(parameter: Any) -> Any:
     return parameter
 
 
+def end_process(code: int) -> NoReturn:
+    """End this process without Python's finalisation.
+
+    PyTorch keeps the mesh, and so the threads of gloo, after `destroy_process_group`. Such a thread can still release a
+    tensor. If Python is finalising at that moment, the process aborts, although its work is done (PyTorch pull request
+    179291).
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse and run; returns the exit code."""
     description = "Continue a text with a model split over processes."
@@ -128,4 +140,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 from torch.distributed.device_mesh import init_device_mesh
 
-from examples.tensor_parallel import main, shard
+from examples.tensor_parallel import end_process, main, shard
 from generate import generate
 from ministral import KVCache, MinistralConfig, MinistralForCausalLM
 from ministral3 import Ministral3Config, Ministral3ForCausalLM
@@ -51,6 +51,7 @@ def work(rank, directory):
         results.append(outputs(model))
     torch.save(results, f"{directory}/{rank}")
     dist.destroy_process_group()
+    end_process(0)
 
 
 def test_two_processes_compute_the_same_as_one(tmp_path):
