@@ -88,7 +88,7 @@ def _name(dtype: torch.dtype) -> str:
 def run(options: argparse.Namespace) -> int:
     """Run a command; returns the exit code."""
     if options.command == "info":
-        print("\n".join(describe(find(options.model, options.revision, weights=False))))
+        print("\n".join(describe(find(options.model, options.revision, parts="config"))))
         return 0
     dtype = None
     if options.dtype is not None:

@@ -6,21 +6,34 @@ import re
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from .files import ADAPTER, CONFIG, INDEX, OTHER_FILES, PARAMS, WEIGHTS, has_any, read_json
 
+# The parts of a repository that can be downloaded: the configuration only; everything but the weights; everything.
+PARTS = ("config", "tokenizer", "model")
 # One set of weights is downloaded, Transformers' if there is one, and no pickle.
 HF_WEIGHTS = [WEIGHTS, "model-*-of-*.safetensors", INDEX]
 MISTRAL_WEIGHTS = ["consolidated*.safetensors", "consolidated*.json"]
 
 
-def find(path_or_hub_id: str | Path, revision: str | None = None, weights: bool = True) -> Path:
+def find(
+    path_or_hub_id: str | Path,
+    revision: str | None = None,
+    parts: str = "model",
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> Path:
     """The directory of a model: the one named, or the local copy of a Hub repository ("owner/name"). The repository is
     downloaded if it is not there yet; huggingface_hub's cache, login, variables and offline mode apply.
 
     Args:
         revision: branch, tag or commit of the repository; None is its main branch.
-        weights: False downloads the configuration only.
+        parts: one of `PARTS`, what is downloaded.
+        token: an access token, True for that of the login, False for none; None uses the login if there is one.
+        cache_dir: the folder of downloaded repositories; None is huggingface_hub's.
+        local_files_only: use what was downloaded before, and do not ask the Hub.
 
     Raises:
         FileNotFoundError: neither a directory nor a repository that can be reached. The message says how to log in
@@ -44,25 +57,28 @@ def find(path_or_hub_id: str | Path, revision: str | None = None, weights: bool 
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
         cure = f"give a directory with {CONFIG}, or a Hub id 'owner/name'"
         raise FileNotFoundError(f"no model directory {path}; {cure}")
-    return _download(name, revision, weights)
+    options = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    return _download(name, parts, options)
 
 
-def _download(name: str, revision: str | None, weights: bool) -> Path:
-    """The local copy of a Hub repository (raises as `find`)."""
+def _download(name: str, parts: str, options: dict[str, Any]) -> Path:
+    """The local copy of a Hub repository (raises as `find`). The options are those of `snapshot_download`."""
     from huggingface_hub import snapshot_download  # imported late: a local model needs none of it
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     def download(*patterns: str) -> Path:
         allowed = [CONFIG, PARAMS, ADAPTER, *patterns]
-        get = partial(snapshot_download, name, revision=revision, allow_patterns=allowed)
+        get = partial(snapshot_download, name, allow_patterns=allowed)
         try:
-            return Path(get())
+            return Path(get(**options))
         except OfflineModeIsEnabled:  # some versions ask for a list of files before they look into the cache
-            return Path(get(local_files_only=True))
+            return Path(get(**options | {"local_files_only": True}))
 
     try:
-        if not weights:
+        if parts == "config":
             return download()
+        if parts == "tokenizer":
+            return download(*OTHER_FILES)
         directory = download(*OTHER_FILES, *HF_WEIGHTS)
         if not has_any(directory, WEIGHTS, INDEX):
             directory = download(*OTHER_FILES, *MISTRAL_WEIGHTS)

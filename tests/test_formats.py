@@ -883,8 +883,8 @@ class Hub:
     def __init__(self, remote, local):
         self.remote, self.local, self.asked = remote, local, []
 
-    def __call__(self, repo_id, revision, allow_patterns):
-        self.asked.append((repo_id, revision))
+    def __call__(self, repo_id, allow_patterns, **options):
+        self.asked.append((repo_id, options))
         self.local.mkdir(exist_ok=True)
         for path in self.remote.iterdir():
             if any(fnmatch.fnmatch(path.name, pattern) for pattern in allow_patterns):
@@ -908,10 +908,15 @@ def test_one_set_of_weights_is_fetched_and_no_pickle(tmp_path, monkeypatch, layo
         (remote / name).write_text("{}" if name == "generation_config.json" else "x")
     hub = Hub(remote, tmp_path / "local")
     monkeypatch.setattr("huggingface_hub.snapshot_download", hub)
-    checkpoint.find("owner/name", weights=False)
+    checkpoint.find("owner/name", parts="config")
     assert {path.name for path in hub.local.iterdir()} <= {"config.json", "params.json"}
+    options = {"token": "secret", "cache_dir": tmp_path, "local_files_only": True}
+    checkpoint.find("owner/name", "abc", parts="tokenizer", **options)
+    assert hub.asked[-1] == ("owner/name", {"revision": "abc"} | options)
+    fetched = {path.name for path in hub.local.iterdir()}
+    assert fetched >= others and not any("safetensors" in name for name in fetched)
     assert_same_weights(load_model("owner/name", revision="abc"), model)
-    assert hub.asked[-1] == ("owner/name", "abc")
+    assert hub.asked[-1][1]["revision"] == "abc"
     fetched = {path.name for path in hub.local.iterdir()}
     sets = {"hf": "model.safetensors", "mistral": "consolidated.safetensors", "shards": "model-00001-of-"}
     assert any(name.startswith(sets[layouts[0]]) for name in fetched)
