@@ -203,7 +203,7 @@ def read_model_files(options: argparse.Namespace) -> ModelFiles:
         sizes = f"the tokenizer has {tokenizer.vocab_size} ids, the model vocab_size={text_config.vocab_size}"
         raise ValueError(f"{directory}: {sizes}")
     stored = GenerationConfig.from_pretrained(directory)
-    ends = ending_ids(None, stored, text_config)
+    ends = ending_ids(stored, text_config)
     if options.image and not isinstance(config, Mistral3Config):
         reason = f"{options.model} is a text model (model_type {config.model_type!r})"
         cure = "give a --model that is a vision model (model_type 'mistral3')"
@@ -492,7 +492,7 @@ def plan_length(
     `max_length`, its context and the memory allow (raises as `plan_memory`)."""
     stored = files.generation_config
     if source == "default" and stored.max_length is not None:
-        new_tokens = min(new_tokens, choose_length(stored, None, prompt))
+        new_tokens = min(new_tokens, choose_length(stored, prompt))
     context = files.config.get_text_config().max_position_embeddings
     room = context - prompt
     shrink = options.max_new_tokens is None

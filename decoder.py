@@ -72,9 +72,8 @@ class Decoder:
     def __init__(self, forward: Forward, cache: KVCache, visible: Tensor) -> None:
         self.forward = forward
         self.cache = cache
-        self.slots = visible.shape[1]
         # Positions skip padding, so a padded row is rotated, and its queries are scaled, as if it were alone.
-        self.first_positions = visible.sum(dim=1, keepdim=True) - self.slots  # (B, 1) of slot 0: minus the padding
+        self.positions = (visible.cumsum(dim=1) - 1).clamp(min=0)  # (B, slots)
         self.mask = None if visible.all() else visible
         self.step: Callable[[Tensor], Tensor] = self.read
 
@@ -92,14 +91,14 @@ class Decoder:
         `step` is this function for ids (B, 1), or its recorded form."""
         start = self.cache.get_seq_length()
         end = start + x.shape[1]
-        positions = (self.first_positions + torch.arange(start, end, device=x.device)).clamp(min=0)
         mask = self.mask
         if mask is not None:
             mask = mask[:, :end]
-        return self.forward(x, positions, self.cache, mask)
+        return self.forward(x, self.positions[:, start:end], self.cache, mask)
 
     def record(self, compile: bool) -> None:
         """Replace `step` by a recorded step of fixed shapes, which only the fast path has. The cache must be filled."""
         if isinstance(self.forward, Flat):
-            first = self.first_positions
-            self.step = Captured(self.forward, self.cache, self.slots, first, self.mask, compile)
+            slots = self.positions.shape[1]
+            first = self.positions[:, -1:] + 1 - slots  # (B, 1), the position of slot 0: minus the padding
+            self.step = Captured(self.forward, self.cache, slots, first, self.mask, compile)

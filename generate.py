@@ -13,7 +13,7 @@ import gc
 import math
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,40 +93,31 @@ class Sampling:
             check_setting(name, value)
 
 
-def resolve_sampling(stored: GenerationConfig, do_sample: bool | None = None, **arguments: Any) -> Sampling:
-    """The `Sampling` of a call of `generate`: its arguments, or, where they are None, those of generation_config.json.
+def resolve_sampling(chosen: GenerationConfig, call: Mapping[str, Any]) -> Sampling:
+    """The `Sampling` of a call of `generate`: `call` has the settings that it gives, `chosen` those of the model, too.
 
     As in Transformers it is greedy unless `do_sample` is on, in the call or in the file, with a temperature of 1 unless
     that is given. Beyond Transformers, where the call has a temperature and no do_sample: 0 is greedy, others draw.
 
     Raises:
-        ValueError: a value outside its range, or do_sample=True with a temperature of 0.
+        ValueError: do_sample=True with a temperature of 0.
     """
-    for name, value in {"do_sample": do_sample, **arguments}.items():
-        check_setting(name, value)
-    values = {}
-    for name, value in arguments.items():
-        values[name] = value
-        if value is None:
-            values[name] = getattr(stored, name)
-    temperature = arguments["temperature"]
+    do_sample, temperature = call.get("do_sample"), call.get("temperature")
     if do_sample and temperature == 0:
         raise ValueError("do_sample=True with temperature=0, which is greedy; allowed: one of the two")
     if do_sample is None and temperature is not None:
         do_sample = temperature > 0
     if do_sample is None:
-        do_sample = bool(stored.do_sample)
-    if do_sample and values["temperature"] is None:
-        values["temperature"] = 1.0
+        do_sample = bool(chosen.do_sample)
+    penalty = settings.first_given(chosen.repetition_penalty, 1.0)
     if not do_sample:
-        unused = [name for name in ("temperature", "top_k", "top_p", "min_p") if arguments[name]]
+        unused = [name for name in ("temperature", "top_k", "top_p", "min_p") if call.get(name)]
         if unused:
             names = ", ".join(unused)
             warnings.warn(f"{names}: no effect on greedy decoding; give do_sample=True", stacklevel=3)
-        values["temperature"] = 0.0
-    if values["repetition_penalty"] is None:
-        values["repetition_penalty"] = 1.0
-    return Sampling(**values)
+        return Sampling(repetition_penalty=penalty)
+    temperature = settings.first_given(chosen.temperature, 1.0)
+    return Sampling(temperature, chosen.top_k, chosen.top_p, chosen.min_p, penalty)
 
 
 def penalize_repetition(logits: Tensor, ids: Tensor, penalty: float) -> Tensor:
@@ -137,9 +128,11 @@ def penalize_repetition(logits: Tensor, ids: Tensor, penalty: float) -> Tensor:
 
 def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
     """Logits (..., V) at a temperature above 0, with those of excluded tokens at -inf."""
-    # Subtracting the maximum first changes no probability and keeps tiny temperatures from overflowing. A temperature
-    # that float32 could round to 0 is raised to 1e-30, which is greedy in effect.
-    logits = (logits - logits.amax(-1, keepdim=True)) / max(sampling.temperature, 1e-30)
+    if sampling.temperature < 1e-6:
+        # Subtracting the maximum changes no probability and keeps the division from overflowing.
+        logits = logits - logits.amax(-1, keepdim=True)
+    # A temperature that float32 could round to 0 is raised to 1e-30, which is greedy in effect.
+    logits = logits / max(sampling.temperature, 1e-30)
     if sampling.top_k:
         kth = logits.topk(min(sampling.top_k, logits.shape[-1])).values[..., -1:]
         logits = logits.masked_fill(logits < kth, -math.inf)
@@ -168,6 +161,40 @@ def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator | None
 # ---------------------------------------------------------------------------------------------------- the loop
 
 
+LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
+StoppingCriterion = Callable[[Tensor, Any], Any]
+
+
+@dataclass
+class Hooks:
+    """The caller's functions, see `generate`."""
+
+    logits_processor: Sequence[LogitsProcessor]
+    stopping_criteria: Sequence[StoppingCriterion]
+    streamer: Any
+    on_token: Callable[[int, int], bool | None] | None
+
+
+@dataclass
+class GenerateDecoderOnlyOutput:
+    """The result of `generate` with `return_dict_in_generate`.
+
+    Attributes:
+        sequences: (B, T + n) ids, prompts and continuations.
+        scores: n tensors (B, V) with `output_scores`: the logits after penalty, processors, temperature and filters.
+        logits: n tensors (B, V) with `output_logits`: those of the model.
+        attentions, hidden_states: always None.
+        past_key_values: the cache, which holds all tokens but the last.
+    """
+
+    sequences: Tensor
+    scores: tuple[Tensor, ...] | None = None
+    logits: tuple[Tensor, ...] | None = None
+    attentions: None = None
+    hidden_states: None = None
+    past_key_values: Any = None
+
+
 @dataclass
 class Rows:
     """The texts of a batch: `draw` chooses the next token of each row, `append` adds them and ends rows."""
@@ -176,11 +203,13 @@ class Rows:
     visible: Tensor  # bool (B, T + new tokens), False at padding
     max_positions: int  # tokens of a row at most, without padding
     sampling: Sampling
-    generators: list[torch.Generator]  # one for each row
+    generators: list[torch.Generator]  # one for each row; []: PyTorch's global one draws for all
     ends: list[int]  # ids that end a row
     filler: int  # the id that fills up a row that has ended
     stops: list[StopText]  # one for each row, or []
-    on_token: Callable[[int, int], bool | None] | None
+    hooks: Hooks
+    logits: list[Tensor] | None = None  # the logits (B, V) of each step; None: they are not kept
+    scores: list[Tensor] | None = None  # the same after penalty, processors and filters
 
     def __post_init__(self) -> None:
         B, total = self.visible.shape
@@ -189,109 +218,158 @@ class Rows:
         self.limits = (padding + self.max_positions).clamp(max=total).tolist()
         self.running = [True] * B
 
+    def start(self, chosen: GenerationConfig) -> None:
+        """Hand the prompts to the streamer, and keep logits and scores if they are wanted."""
+        if self.hooks.streamer is not None:
+            self.hooks.streamer.put(self.tokens.cpu())
+        if chosen.return_dict_in_generate and chosen.output_logits:
+            self.logits = []
+        if chosen.return_dict_in_generate and chosen.output_scores:
+            self.scores = []
+
     def draw(self, logits: Tensor) -> Tensor:
-        """New ids (B, 1) from the logits (B, V): each row draws from its own generator."""
-        ids = torch.full((len(logits), 1), self.filler, dtype=self.tokens.dtype, device=self.tokens.device)
-        penalty = self.sampling.repetition_penalty
-        for row, row_logits in enumerate(logits):
-            if not self.running[row]:
-                continue
-            if penalty != 1:
-                text = self.tokens[row][self.visible[row, : self.tokens.shape[1]]]
-                row_logits = row_logits.to(at_least_float32(row_logits.dtype))
-                row_logits = penalize_repetition(row_logits, text, penalty)
-            ids[row] = sample(row_logits, self.sampling, self.generators[row])
-        return ids
+        """New ids (B, 1) from the logits (B, V). With a generator for each row, a row draws as if it were alone."""
+        scores = self.score(logits)
+        if self.generators:
+            rows = zip(scores, self.generators)
+            ids = torch.stack([sample(row, self.sampling, generator) for row, generator in rows])
+        else:
+            ids = sample(scores, self.sampling)
+        running = torch.tensor(self.running, device=ids.device)
+        return ids.where(running, self.filler)[:, None]
+
+    def score(self, logits: Tensor) -> Tensor:
+        """Logits (B, V) after the repetition penalty and the processors."""
+        scores = logits.to(at_least_float32(logits.dtype))
+        if self.logits is not None:
+            self.logits.append(scores.clone())
+        if self.sampling.repetition_penalty != 1:
+            visible = self.visible[:, : self.tokens.shape[1]]
+            texts = [row[mask] for row, mask in zip(self.tokens, visible)]
+            penalty = self.sampling.repetition_penalty
+            scores = torch.stack([penalize_repetition(*row, penalty) for row in zip(scores, texts)])
+        for process in self.hooks.logits_processor:
+            scores = process(self.tokens, scores)
+        if self.scores is not None and self.sampling.temperature > 0:
+            self.scores.append(filter_logits(scores, self.sampling))
+        elif self.scores is not None:
+            self.scores.append(scores.clone())
+        return scores
 
     def append(self, ids: Tensor) -> None:
-        """Add the new ids (B, 1). A row ends with an id of `ends`, a stop text, by `on_token`, or when it is full."""
+        """Add the new ids (B, 1). A row ends with an id of `ends`, a stop text, by `on_token`, a criterion, or when it
+        is full."""
         self.tokens = torch.cat((self.tokens, ids), dim=1)
+        if self.hooks.streamer is not None:
+            self.hooks.streamer.put(ids[:, 0].cpu())
+        ended = torch.zeros(len(ids), dtype=torch.bool)
+        for criterion in self.hooks.stopping_criteria:
+            ended |= torch.as_tensor(criterion(self.tokens, self.scores)).cpu()
         for row, token in enumerate(ids[:, 0].tolist()):
             if not self.running[row]:
                 continue
-            ended = token in self.ends or self.tokens.shape[1] >= self.limits[row]
-            if self.on_token is not None and self.on_token(row, token):
-                ended = True
+            if token in self.ends or self.tokens.shape[1] >= self.limits[row]:
+                ended[row] = True
+            if self.hooks.on_token is not None and self.hooks.on_token(row, token):
+                ended[row] = True
             if self.stops and self.stops[row].push(token):
-                ended = True
-            self.running[row] = not ended
+                ended[row] = True
+            self.running[row] = not ended[row]
+
+    def finish(self, chosen: GenerationConfig, cache: KVCache) -> Any:
+        """The result of `generate`."""
+        if self.hooks.streamer is not None:
+            self.hooks.streamer.end()
+        tokens = self.tokens.clone()  # an ordinary tensor outside of inference mode
+        if not chosen.return_dict_in_generate:
+            return tokens
+        scores, logits = self.scores, self.logits
+        return GenerateDecoderOnlyOutput(
+            tokens,
+            scores=None if scores is None else tuple(scores),
+            logits=None if logits is None else tuple(logits),
+            past_key_values=cache,
+        )
 
 
-@torch.inference_mode()
 def generate(
     model: GenerativeModel,
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
     max_new_tokens: int | None = None,
-    temperature: float | None = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    repetition_penalty: float | None = None,
-    eos_token_id: int | Sequence[int] | None = None,
+    generation_config: Any = None,
     seed: int | Sequence[int] | None = None,
-    on_token: Callable[[int, int], bool | None] | None = None,
-    prefill_chunk_size: int | None = None,
     pixel_values: Tensor | None = None,
     image_sizes: ImageSizes | None = None,
     past_key_values: KVCache | None = None,
+    tokenizer: Tokenizer | None = None,
+    logits_processor: Sequence[LogitsProcessor] | None = None,
+    stopping_criteria: Sequence[StoppingCriterion] | None = None,
+    streamer: Any = None,
+    on_token: Callable[[int, int], bool | None] | None = None,
     on_prompt: Callable[[int, int], object] | None = None,
+    prefill_chunk_size: int | None = None,
     fast: bool = True,
     compile: bool = False,
-    do_sample: bool | None = None,
-    num_return_sequences: int | None = None,
-    stop_strings: str | Sequence[str] | None = None,
-    tokenizer: Tokenizer | None = None,
-) -> Tensor:
+    **sampling_settings: Any,
+) -> Any:
     """Continue each row of `input_ids` until it ends with an end-of-sequence token or is long enough.
 
-    Settings that are None are those of `model.generation_config` (the model's generation_config.json), then those of
-    its configuration, then the defaults named here.
+    `model.generate(...)` takes the same arguments. It differs in defaults, which are those of Transformers (see
+    `settings.transformers_call`).
 
     Args:
         input_ids: (B, T). Shorter prompts are padded on the left.
         attention_mask: (B, T), 1 at text and 0 at padding; None: all is text. (Padding without a mask is read as text;
             a warning says so where `pad_token_id` shows it.)
-        max_new_tokens: the number of tokens that are added at most; by default 128, or as many as the `max_length` of
-            generation_config.json allows. A row also ends when it fills the model's `max_position_embeddings`.
-        do_sample, temperature, top_k, top_p, min_p, repetition_penalty: see `resolve_sampling` and `Sampling`. Greedy
-            by default. (Transformers keeps the 50 most likely tokens where nothing says `top_k`; here that is off.)
-        eos_token_id: the tokens that end a row; () means none.
+        max_new_tokens: the number of tokens that are added at most; by default 128, or as many as `max_length`, which
+            counts the prompt, allows. A row also ends when it fills the model's `max_position_embeddings`.
+        generation_config: settings in one object, `GenerationConfig`. Those of the call have precedence over it, and it
+            has over `model.generation_config` (the model's generation_config.json).
         seed: one number for all rows or one for each. Every row draws from a generator of its own, so that it gets
-            the same tokens as alone, up to rounding. None: from the system's entropy.
-        num_return_sequences: the number of continuations of each row, one below the other; the n-th (from 0) is that of
-            the row alone with seed + n, so they differ. More than one needs sampling.
-        stop_strings, tokenizer: a row also ends with the token that completes one of these texts. The tokenizer
-            decodes the tokens.
-        on_token: called as on_token(row, id) for every new token, the ending one included, as soon as it is known;
-            if it returns True, that row ends.
-        prefill_chunk_size: the prompt is read (prefill) in chunks of this size, so that the memory beside weights and
-            cache does not grow with it; None is 512 on a CPU and 4096 elsewhere. A chunk may end within an image.
+            the same tokens as alone, up to rounding. None: PyTorch's global generator draws, as in Transformers.
         pixel_values, image_sizes: the images whose [IMG] tokens are in the prompts, see `images.batch_images`.
         past_key_values: the cache of an earlier call that holds the first tokens of every row; only the others are
             read, and the images are those among them. Afterwards it holds all tokens but the last.
+        tokenizer: decodes the tokens for `stop_strings`.
+        logits_processor: functions (ids (B, T + n), scores (B, V)) -> scores, applied after the repetition penalty and
+            before temperature and filters. Transformers' processors are such functions.
+        stopping_criteria: functions (ids (B, T + n), scores or None) -> bool, or bool (B,): whether rows end.
+        streamer: its `put` gets the prompts (B, T) and then the new ids (B,) of each step, on the CPU; `end` ends it.
+        on_token: called as on_token(row, id) for every new token, the ending one included, as soon as it is known;
+            if it returns True, that row ends.
         on_prompt: called as on_prompt(read, T) after each chunk of the prompt.
+        prefill_chunk_size: the prompt is read (prefill) in chunks of this size, so that the memory beside weights and
+            cache does not grow with it; None is 512 on a CPU and 4096 elsewhere. A chunk may end within an image.
         fast: use the form of the model in `fast.py` if there is one. It computes the same function, but rounds in
             another order. False: call `model(...)`.
         compile: let `torch.compile` fuse a decode step of fixed shapes, for long texts: it takes up to a minute in each
             call. (On CUDA the fast path records and replays such a step without it, if all slots are reserved.)
 
+    Other settings, those of `GenerationConfig`:
+        do_sample, temperature, top_k, top_p, min_p, repetition_penalty: see `resolve_sampling` and `Sampling`. Greedy
+            by default. (Transformers keeps the 50 most likely tokens where nothing says `top_k`; here that is off.)
+        eos_token_id: the tokens that end a row; () means none.
+        pad_token_id: fills up rows that ended early; by default the first end-of-sequence id.
+        num_return_sequences: the number of continuations of each row, one below the other; with a seed, the n-th (from
+            0) is that of the row alone with seed + n. More than one needs sampling.
+        stop_strings: a row also ends with the token that completes one of these texts.
+        output_logits, output_scores, return_dict_in_generate: see Returns.
+
     Returns:
-        (B * num_return_sequences, T + n): prompts and continuations; a row that ended early is filled up with
-        `pad_token_id` (with the first end-of-sequence id where there is none).
+        (B * num_return_sequences, T + n): prompts and continuations. With `return_dict_in_generate`, a
+        `GenerateDecoderOnlyOutput`.
 
     Raises:
-        ValueError: a setting out of range, an empty or padded-on-the-right row, or a prompt that leaves no position
-            of `max_position_embeddings` for a new token.
+        ValueError: an unknown or unsupported argument, a setting out of range, an empty or padded-on-the-right row, or
+            a prompt that leaves no position of `max_position_embeddings` for a new token.
     """
     # Check the arguments. Those that are None get a value from the model's files or a default.
     expect_model(model)
-    config, stored = model.config.get_text_config(), model.generation_config
-    device = model.device
-    sampling = resolve_sampling(
-        stored, do_sample, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-        repetition_penalty=repetition_penalty,
-    )  # fmt: skip
+    config, device = model.config.get_text_config(), model.device
+    call = settings.call_settings(generation_config, sampling_settings | {"max_new_tokens": max_new_tokens})
+    chosen = settings.resolve(model.generation_config, call)
+    sampling = resolve_sampling(chosen, call)
     # (B, T), True at text.
     padding_mask = settings.check_prompt(input_ids, attention_mask, past_key_values, config, device)
     chunk_size = settings.choose_chunk_size(prefill_chunk_size, device)
@@ -299,48 +377,53 @@ def generate(
     lengths = padding_mask.sum(dim=1)
     settings.check_length(int(lengths.max()), config)
     max_positions = config.max_position_embeddings  # the shortest row has most room; longer ones end first
-    new_tokens = min(settings.choose_length(stored, max_new_tokens, T), max_positions - int(lengths.min()))
-    ends = settings.ending_ids(eos_token_id, stored, config)
-    filler = settings.padding_id(stored, config, ends)
-    copies = settings.choose_copies(num_return_sequences, stored, sampling.temperature, past_key_values)
+    new_tokens = min(settings.choose_length(chosen, T), max_positions - int(lengths.min()))
+    reserved = settings.reserved_tokens(chosen, new_tokens)
+    ends = settings.ending_ids(chosen, config)
+    filler = settings.padding_id(chosen, config, ends)
+    copies = settings.choose_copies(chosen, sampling.temperature, past_key_values)
     generators = settings.make_generators(seed, B, copies, device)
+    hooks = Hooks(settings.as_list(logits_processor), settings.as_list(stopping_criteria), streamer, on_token)
     forward = choose_forward(model, fast)
     if compile and not isinstance(forward, Flat):
         allowed = "with fast=True, 'sdpa', and a model in eval mode"
         raise ValueError(f"compile=True needs the fast path; allowed: {allowed}")
 
-    # Lay out the rows, and the tokens that are not in the cache: ids, or embeddings where there are images.
-    # Memory is reserved for all new tokens if the caller or the files give their number, else for 128.
-    reserved = settings.reserved_tokens(stored, max_new_tokens, new_tokens)
-    cache = past_key_values
-    if cache is None:
-        cache = KVCache(config, T + reserved)
-    input_ids = input_ids.to(device)
-    unread = input_ids[:, cache.get_seq_length() :]
-    if pixel_values is not None:
-        unread = embed_images(model, unread, pixel_values, image_sizes)
-    if copies > 1:
-        input_ids = input_ids.repeat_interleave(copies, dim=0)
-        padding_mask = padding_mask.repeat_interleave(copies, dim=0)
-        unread = unread.repeat_interleave(copies, dim=0)
-    stops = settings.make_stop_texts(stop_strings, stored, tokenizer, input_ids, padding_mask)
-    visible = F.pad(padding_mask, (0, new_tokens), value=True).to(device)  # (B * copies, T + new_tokens)
-    rows = Rows(input_ids, visible, max_positions, sampling, generators, ends, filler, stops, on_token)
+    # A cache that the caller keeps must hold tensors that other code may use, so not those of inference mode.
+    private = past_key_values is None and not chosen.return_dict_in_generate
+    with torch.inference_mode(private), torch.no_grad():
+        # Lay out the rows, and the tokens that are not in the cache: ids, or embeddings where there are images.
+        # Memory is reserved for all new tokens if the caller or the files give their number, else for 128.
+        cache = past_key_values
+        if cache is None:
+            cache = KVCache(config, T + reserved)
+        input_ids = input_ids.to(device)
+        unread = input_ids[:, cache.get_seq_length() :]
+        if pixel_values is not None:
+            unread = embed_images(model, unread, pixel_values, image_sizes)
+        if copies > 1:
+            input_ids = input_ids.repeat_interleave(copies, dim=0)
+            padding_mask = padding_mask.repeat_interleave(copies, dim=0)
+            unread = unread.repeat_interleave(copies, dim=0)
+        stops = settings.make_stop_texts(chosen, tokenizer, input_ids, padding_mask)
+        visible = F.pad(padding_mask, (0, new_tokens), value=True).to(device)  # (B * copies, T + new_tokens)
+        rows = Rows(input_ids, visible, max_positions, sampling, generators, ends, filler, stops, hooks)
+        rows.start(chosen)
 
-    # Prefill: read the prompt into the cache. Then, where it pays, record the step that follows.
-    decoder = Decoder(forward, cache, visible)
-    logits = decoder.prefill(unread, chunk_size, on_prompt)
-    if new_tokens > 1 and (compile or (device.type == "cuda" and reserved == new_tokens)):
-        decoder.record(compile)
+        # Prefill: read the prompt into the cache. Then, where it pays, record the step that follows.
+        decoder = Decoder(forward, cache, visible)
+        logits = decoder.prefill(unread, chunk_size, on_prompt)
+        if new_tokens > 1 and (compile or (device.type == "cuda" and reserved == new_tokens)):
+            decoder.record(compile)
 
-    # Draw, append, stop, step.
-    for _ in range(new_tokens):
-        ids = rows.draw(logits)
-        rows.append(ids)
-        if not any(rows.running):  # at the latest in the last round, when every row is full
-            break
-        logits = decoder.step(ids)
-    return rows.tokens
+        # Draw, append, stop, step.
+        for _ in range(new_tokens):
+            ids = rows.draw(logits)
+            rows.append(ids)
+            if not any(rows.running):  # at the latest in the last round, when every row is full
+                break
+            logits = decoder.step(ids)
+    return rows.finish(chosen, cache)
 
 
 # ------------------------------------------------------------------------------------------------------ models

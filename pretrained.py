@@ -473,3 +473,21 @@ class PreTrainedModel(nn.Module):
         sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
         read = tensors.__getitem__
         checkpoint.write(directory, config, sizes, read, max_shard_bytes, self.generation_config)
+
+    # Generating.
+
+    def generate(self, inputs: Any = None, **arguments: Any) -> Any:
+        """Continue texts, with the arguments and the defaults of Transformers: `generate.generate` has the arguments,
+        `settings.transformers_call` the defaults, docs/transformers.md a table of both.
+
+        Args:
+            inputs: ids (B, T), or the mapping that a tokenizer returns; None: give `input_ids`.
+
+        Raises:
+            ValueError: this is no language model; as `generate.generate`.
+        """
+        from generate import expect_model, generate  # imported late: it imports the models
+        from settings import transformers_call
+
+        expect_model(self)
+        return generate(self, **transformers_call(self, inputs, arguments))  # type: ignore[arg-type]

@@ -355,7 +355,8 @@ def reply(
         print("(the answer was empty; the question is taken back)", file=sys.stderr)
         take_back(messages)
 
-    ends = ending_ids(settings.get("eos_token_id"), GenerationConfig(), conversation.config.get_text_config())
+    chosen = GenerationConfig(eos_token_id=settings.get("eos_token_id"))
+    ends = ending_ids(chosen, conversation.config.get_text_config())
     figures = f"{len(writer.ids)} tokens, {measure(writer, start)['tokens_per_second']:.1f} tokens/s"
     if not writer.stopped and (not writer.ids or writer.ids[-1] not in ends):
         figures += ", cut: --max-new-tokens or the context is used up (/reset begins anew)"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,10 @@ def _is_one_or_list(value: Any, valid: Callable[[Any], bool]) -> bool:
     return valid(value)
 
 
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
 def _is_text(value: Any) -> bool:
     return isinstance(value, str) and value != ""
 
@@ -31,7 +35,7 @@ def _is_id(value: Any) -> bool:
 
 # The settings of `generate`: what each may be, in words and as a test. NumPy's numbers are numbers, too.
 SETTINGS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "do_sample": ("true or false", lambda value: isinstance(value, bool)),
+    "do_sample": ("true or false", _is_bool),
     "temperature": (
         "a number not below 0 (0 always takes the most likely token)",
         lambda value: is_number(value, Real, 0),
@@ -57,8 +61,12 @@ SETTINGS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "bos_token_id": ("a token id", _is_id),
     "pad_token_id": ("a token id", _is_id),
     "eos_token_id": ("a token id, or a list of such", lambda value: _is_one_or_list(value, _is_id)),
+    "return_dict_in_generate": ("true or false", _is_bool),
+    "output_scores": ("true or false", _is_bool),
+    "output_logits": ("true or false", _is_bool),
 }
-FIELDS = SETTINGS.keys() - {"seed"}  # those that a generation_config.json may hold
+# Settings of a single call. A generation_config.json has no influence on them.
+OF_A_CALL = {"seed", "return_dict_in_generate", "output_scores", "output_logits"}
 
 
 def check_setting(name: str, value: Any, where: str = "") -> None:
@@ -85,17 +93,22 @@ HARMLESS_SETTINGS = {
 OFF_AT_ONE = ("num_beams", "typical_p", "guidance_scale", "encoder_repetition_penalty")
 
 
-def _changes_text(name: str, value: Any) -> bool:
+def changes_text(name: str, value: Any) -> bool:
     """Whether a setting that `generate` does not know would change the text."""
     if name in HARMLESS_SETTINGS or not value:
         return False
     return not (name in OFF_AT_ONE and value == 1)
 
 
-@dataclass
+@dataclass(init=False)
 class GenerationConfig:
-    """The settings of `generate` that come with a model in generation_config.json, by Transformers' names. None: the
-    file does not give it. `others` are those that `generate` does not know; they are kept for `save_pretrained`."""
+    """The settings of `generate`, by Transformers' names: those of a model's generation_config.json, or those that are
+    given to `generate`. None: not given. `others` are those that `generate` does not know; they are kept for
+    `save_pretrained`.
+
+    Raises:
+        ValueError: an impossible value.
+    """
 
     do_sample: bool | None = None
     temperature: float | None = None
@@ -110,7 +123,20 @@ class GenerationConfig:
     bos_token_id: int | None = None
     pad_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
+    return_dict_in_generate: bool | None = None
+    output_scores: bool | None = None
+    output_logits: bool | None = None
     others: dict[str, Any] = field(default_factory=dict)
+
+    def __init__(self, **settings: Any) -> None:
+        self.others = {}
+        known = {each.name for each in fields(self)} - {"others"}
+        for name, value in settings.items():
+            if name in known:
+                check_setting(name, value)
+                setattr(self, name, value)
+            else:
+                self.others[name] = value
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> GenerationConfig:
@@ -124,14 +150,16 @@ class GenerationConfig:
         if not path.exists():
             return cls()
         content = read_json_object(path)
-        known = {name: value for name, value in content.items() if name in FIELDS}
-        others = {name: value for name, value in content.items() if name not in FIELDS}
-        for name, value in known.items():
-            check_setting(name, value, f"{path}: ")
-        ignored = [f"{name}={value!r}" for name, value in others.items() if _changes_text(name, value)]
+        others = {name: value for name, value in content.items() if name in OF_A_CALL}
+        settings = {name: value for name, value in content.items() if name not in OF_A_CALL}
+        for name in SETTINGS.keys() & settings.keys():
+            check_setting(name, settings[name], f"{path}: ")
+        config = cls(**settings)
+        config.others |= others
+        ignored = [f"{name}={value!r}" for name, value in config.others.items() if changes_text(name, value)]
         if ignored:
             warnings.warn(f"{path}: not supported here, and left out: {', '.join(ignored)}", stacklevel=1)
-        return cls(**known, others=others)
+        return config
 
     def to_dict(self) -> dict[str, Any]:
         """The content of the file: the settings that are not None, and `others`."""

@@ -38,6 +38,8 @@ EXCEPTIONS = {
     ("checkpoint/__main__.py", "cli", False),  # a command
     ("checkpoint/expected.py", "generate", True),  # builds the model that a configuration describes
     ("generate.py", "command", True),  # `main`, the command line
+    ("pretrained.py", "generate", True),  # `model.generate`
+    ("pretrained.py", "settings", True),
 }
 
 
