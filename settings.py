@@ -250,8 +250,9 @@ def choose_length(chosen: GenerationConfig, prompt: int) -> int:
     if chosen.max_length is None:
         return DEFAULT_LENGTH
     if chosen.max_length <= prompt:
+        limit = f"max_length={chosen.max_length} (of the call, or of generation_config.json)"
         cure = "give max_new_tokens, or a shorter prompt"
-        raise ValueError(f"the prompt has {prompt} tokens, and max_length={chosen.max_length}; {cure}")
+        raise ValueError(f"the prompt has {prompt} tokens, {limit}; {cure}")
     return chosen.max_length - prompt
 
 
@@ -330,7 +331,8 @@ def make_stop_texts(
         return []
     if tokenizer is None:
         raise ValueError(f"stop_strings={texts} without a tokenizer; give tokenizer=..., or stop_strings=()")
-    from tokenizer import StopText  # imported late: only stop texts need it
+    from tokenizer import StopText, Tokenizer  # imported late: only stop texts need them
 
+    expect_kind("tokenizer", tokenizer, Tokenizer, "the Tokenizer of this project")
     prompts = [ids[mask].tolist() for ids, mask in zip(input_ids.cpu(), padding_mask)]
     return [StopText(tokenizer, texts, prompt) for prompt in prompts]

@@ -272,7 +272,7 @@ def test_the_models_own_end_and_stop_texts(capsys, copy):
         ('{"top_p": 2}', "generation_config.json: top_p=2 is impossible"),
         ('{"eos_token_id": [2, "a"]}', "generation_config.json: eos_token_id=[2, 'a'] is impossible"),
         ('{"do_sample": 1}', "generation_config.json: do_sample=1 is impossible; allowed: true or false"),
-        ('{"max_length": 2}', "the prompt has 2 tokens, generation_config.json says max_length=2"),
+        ('{"max_length": 2}', "the prompt has 2 tokens, max_length=2 (of the call, or of generation_config.json)"),
         ('{"eos_token_id": 5000}', "eos_token_id=[5000] is impossible; allowed: ids below 2048"),
     ],
 )

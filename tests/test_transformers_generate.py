@@ -1,8 +1,8 @@
 """`model.generate` takes the arguments of Transformers' `generate` and gives the same tokens, scores and errors.
 
-Most models here have output projections of zero, so that each layer adds nothing, and the logits depend on the last token
-alone. Their bits are then equal in both libraries, and so must be the scores and the drawn tokens. tests/test_generate.py
-compares the loops with attention.
+Most models here have output projections of zero, so that each layer adds nothing, and the logits depend on the last
+token alone. Their bits are then equal in both libraries, and so must be the scores and the drawn tokens.
+tests/test_generate.py compares the loops with attention.
 """
 
 import inspect
@@ -142,8 +142,8 @@ def test_a_generation_config_of_either_library(rng):
     stored, given = draw_arguments(rng, case), draw_arguments(rng, case)
     for name in ("return_dict_in_generate", "output_scores", "output_logits", "num_beams", "use_cache"):
         stored.pop(name, None)
-    for settings in (stored, given):  # the other one may say do_sample=False
-        settings.pop("num_return_sequences", None)
+    stored.pop("num_return_sequences", None)  # the other one may say do_sample=False
+    given.pop("num_return_sequences", None)
     case.theirs.generation_config = transformers.GenerationConfig(**stored)
     case.ours.generation_config = GenerationConfig(**stored)
     there = {"eos_token_id": 2, "pad_token_id": 0}  # from config.json here
