@@ -29,7 +29,7 @@ def convert(
     destination: str | Path,
     dtype: torch.dtype | None = None,
     format: str = "hf",
-    max_shard_bytes: int = 5 * 10**9,
+    max_shard_size: int | str = "5GB",
 ) -> None:
     """Write a model in Transformers' layout ("hf") or Mistral's own ("mistral"), with its tokenizer. One shard is in
     memory at a time, of which tensors that stay as they are take none; Mistral's layout is one single file.
@@ -74,7 +74,7 @@ def convert(
 
     sizes = {name: _nbytes(files, stored_name, dtype) for name, stored_name in stored_names.items()}
     with _new_directory(destination) as temporary:
-        write(temporary, config, sizes, read, max_shard_bytes, format=format)
+        write(temporary, config, sizes, read, max_shard_size, format=format)
         _copy_other_files(directory, temporary)
 
 
