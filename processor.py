@@ -10,7 +10,7 @@ into it. `apply_chat_template` is the safe way from messages to ids.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -117,7 +117,7 @@ class Processor:
             encoded = [self.tokenizer.image_reader(source) for source in own_sources]  # type: ignore[misc]
             pixels += [image for image, _ in encoded]
             rows.append(self._encode(item, add_special_tokens, iter([ids for _, ids in encoded])))
-        return self.tokenizer.batch_rows(rows, pixels, padding, truncation, max_length, return_tensors, True)
+        return self.tokenizer.batch_rows(rows, pixels, True, padding, truncation, max_length, return_tensors, True)
 
     def _encode(self, text: str, add_special_tokens: bool, images: Iterator[list[int]]) -> list[int]:
         """The ids of a prompt, in which each [IMG] becomes the ids of the next image."""
@@ -132,14 +132,16 @@ class Processor:
 
     def apply_chat_template(
         self, conversation: Sequence[Any], tokenize: bool = False, return_dict: bool = False,
-        return_tensors: str | None = "pt", **arguments: Any,
+        return_tensors: str | None = "pt", processor_kwargs: Mapping[str, Any] | None = None, **arguments: Any,
     ) -> Any:  # fmt: skip
         """`Tokenizer.apply_chat_template` with the defaults of Transformers' processors: text, unless `tokenize` is on,
         and `image_sizes` with all images. One conversation gives tensors with B = 1.
 
         Args:
-            arguments: the others of `Tokenizer.apply_chat_template`.
+            arguments, processor_kwargs: the others of `Tokenizer.apply_chat_template`.
         """
+        if processor_kwargs is not None:
+            arguments = {**arguments, **processor_kwargs}
         if tokenize:
             conversation, _ = split_conversations(conversation)
         kind = choose("return_tensors", return_tensors, TENSORS)

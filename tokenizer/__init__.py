@@ -306,9 +306,7 @@ class Tokenizer(BatchTokenizer):
             return ids
 
         rows = [self.encode_chat(messages, tools, encode_image) for messages in conversations]
-        batch = self.batch_rows(rows, images, padding, truncation, max_length, return_tensors)
-        if not batched:
-            batch = first_row(batch)
+        batch = self.batch_rows(rows, images, batched, padding, truncation, max_length, return_tensors)
         if return_dict:
             return batch
         if images:
@@ -316,14 +314,16 @@ class Tokenizer(BatchTokenizer):
         return batch["input_ids"]
 
     def batch_rows(
-        self, rows: list[list[int]], images: Sequence[Tensor], padding: Any, truncation: Any, max_length: Any,
-        return_tensors: Any, every_size: bool = False,
+        self, rows: list[list[int]], images: Sequence[Tensor], batched: bool, padding: Any, truncation: Any,
+        max_length: Any, return_tensors: Any, every_size: bool = False,
     ) -> BatchEncoding:  # fmt: skip
-        """The rows of ids, cut and padded, with their images."""
+        """The rows of ids, cut and padded, with their images. `batched=False`: the only row, see `first_row`."""
         cut = self.truncate(rows, truncation, max_length, padding)
         if images and cut != rows:
             raise ValueError("truncation would cut a text with images; allowed: a larger max_length, or none")
         batch = self.pad({"input_ids": cut}, padding, max_length, return_tensors=return_tensors)
+        if not batched:
+            batch = first_row(batch)
         if images:
             batch.update(image_inputs(images, choose("return_tensors", return_tensors, TENSORS), every_size))
         return batch

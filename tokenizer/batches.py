@@ -9,7 +9,7 @@ Nothing here encodes text: that is `TextTokenizer.encode`.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -91,7 +91,7 @@ class BatchTokenizer(TextTokenizer):
             add_special_tokens: begin with "<s>".
             padding: True or "longest": to the longest row. "max_length": to `max_length`. False: none.
             truncation: True or "longest_first": cut to `max_length` ids, "<s>" included; to `model_max_length` without.
-                None is True if `max_length` is given without padding.
+                None is True with a `max_length` and padding=False.
             pad_to_multiple_of: padded rows get a length that is a multiple of this number.
             return_tensors: "pt" (PyTorch), "np" (NumPy), None for lists.
             split_special_tokens: see `encode`. Here the default is True: special tokens that users type stay text.
@@ -124,7 +124,7 @@ class BatchTokenizer(TextTokenizer):
         """Rows of ids, cut on `truncation_side`. The first `kept` ids of a row stay."""
         padded = choose("padding", padding, PADDING)
         if truncation is None:
-            truncation = max_length is not None and not padded
+            truncation = max_length is not None and padding is False
         cut = choose("truncation", truncation, TRUNCATION)
         check_length("max_length", max_length)
         if max_length is not None and not cut and padded != "max_length":
@@ -229,7 +229,9 @@ class BatchTokenizer(TextTokenizer):
         if skip_special_tokens is None:
             skip_special_tokens = self.skip_special_tokens
         ids = as_list(token_ids)
-        if not isinstance(ids, list):
+        if isinstance(ids, Iterable) and not isinstance(ids, str):
+            ids = list(ids)
+        else:
             ids = [ids]
         if ids and isinstance(ids[0], list):
             return [super(BatchTokenizer, self).decode(row, skip_special_tokens) for row in ids]
