@@ -204,7 +204,9 @@ class AutoModelForImageTextToText(AutoModel):
     classes: ClassVar[dict[str, type[PreTrainedModel]]] = {"mistral3": Mistral3ForConditionalGeneration}
 
 
-def text_classes(first: type[PreTrainedModel], third: type[PreTrainedModel]) -> dict[str, type[PreTrainedModel]]:
+def text_classes(
+    first: type[PreTrainedModel], third: type[PreTrainedModel]
+) -> dict[str, type[PreTrainedModel]]:
     """The classes of a task, for Ministral and for Ministral 3."""
     return {"ministral": first, "mistral": first, "llama": first, "ministral3": third}
 
@@ -227,4 +229,5 @@ class AutoModelForQuestionAnswering(AutoModel):
     classes = text_classes(MinistralForQuestionAnswering, Ministral3ForQuestionAnswering)
 
 
-AUTO_MODELS: tuple[type[AutoModel], ...] = (AutoModelForCausalLM, AutoModelForImageTextToText)
+# Those that an error recommends.
+AUTO_MODELS: tuple[type[AutoModel], ...] = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModel)

@@ -262,7 +262,8 @@ def preprocess(
     from PIL import Image
 
     if not isinstance(image, Image.Image):
-        raise ValueError(f"an image is a {type(image).__name__}; allowed: one of Pillow's, as load_image returns it")
+        allowed = "one of Pillow's, as load_image returns it"
+        raise ValueError(f"an image is a {type(image).__name__}; allowed: {allowed}")
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")

@@ -67,8 +67,8 @@ class Processor:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         if getattr(tokenizer, "image_reader", None) is None:
-            cure = "use AutoTokenizer for a text model, or give the directory of a vision model (model_type 'mistral3')"
-            raise ValueError(f"a processor needs a tokenizer that reads images; {cure}")
+            cure = "use AutoTokenizer for a text model, or give the directory of a vision model"
+            raise ValueError(f"a processor needs a tokenizer that reads images; {cure} (model_type 'mistral3')")
         self.tokenizer = tokenizer
         self.image_token_id = tokenizer.special_tokens.get(self.image_token)
 
@@ -117,7 +117,9 @@ class Processor:
             encoded = [self.tokenizer.image_reader(source) for source in own_sources]  # type: ignore[misc]
             pixels += [image for image, _ in encoded]
             rows.append(self._encode(item, add_special_tokens, iter([ids for _, ids in encoded])))
-        return self.tokenizer.batch_rows(rows, pixels, True, padding, truncation, max_length, return_tensors, True)
+        return self.tokenizer.batch_rows(
+            rows, pixels, True, padding, truncation, max_length, return_tensors, every_size=True
+        )
 
     def _encode(self, text: str, add_special_tokens: bool, images: Iterator[list[int]]) -> list[int]:
         """The ids of a prompt, in which each [IMG] becomes the ids of the next image."""
@@ -132,7 +134,8 @@ class Processor:
 
     def apply_chat_template(
         self, conversation: Sequence[Any], tokenize: bool = False, return_dict: bool = False,
-        return_tensors: str | None = "pt", processor_kwargs: Mapping[str, Any] | None = None, **arguments: Any,
+        return_tensors: str | None = "pt", processor_kwargs: Mapping[str, Any] | None = None,
+        **arguments: Any,
     ) -> Any:  # fmt: skip
         """`Tokenizer.apply_chat_template` with the defaults of Transformers' processors: text, unless `tokenize` is on,
         and `image_sizes` with all images. One conversation gives tensors with B = 1.
@@ -146,8 +149,9 @@ class Processor:
             conversation, _ = split_conversations(conversation)
         kind = choose("return_tensors", return_tensors, TENSORS)
         batch = self.tokenizer.apply_chat_template(
-            conversation, tokenize=tokenize, return_dict=return_dict, return_tensors=return_tensors, **arguments
-        )
+            conversation, tokenize=tokenize, return_dict=return_dict, return_tensors=return_tensors,
+            **arguments,
+        )  # fmt: skip
         if tokenize and return_dict and "pixel_values" in batch and "image_sizes" not in batch:
             sizes = [tuple(image.shape[-2:]) for image in batch["pixel_values"]]
             batch["image_sizes"] = size_inputs(sizes, kind)
@@ -183,7 +187,8 @@ def images_of_texts(images: Any, counts: list[int]) -> list[list[Any]]:
         rows[-1] += rest  # too many
     found = [len(row) for row in rows]
     if found != counts:
-        raise ValueError(f"the texts have {brief(counts)} [IMG] and {brief(found)} images; allowed: equal numbers")
+        conflict = f"the texts have {brief(counts)} [IMG] and {brief(found)} images"
+        raise ValueError(f"{conflict}; allowed: equal numbers")
     return rows
 
 

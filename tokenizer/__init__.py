@@ -88,7 +88,9 @@ __all__ = [
 
 AnyTokenizer = TypeVar("AnyTokenizer", bound="Tokenizer")
 # The files that belong to a tokenizer.
-TOKENIZER_FILES = (TEKKEN, "tokenizer*.json", "special_tokens_map.json", "chat_template*", "SYSTEM_PROMPT.txt")
+TOKENIZER_FILES = (
+    TEKKEN, "tokenizer*.json", "special_tokens_map.json", "chat_template*", "SYSTEM_PROMPT.txt",
+)  # fmt: skip
 
 
 class Tokenizer(BatchTokenizer):
@@ -185,7 +187,8 @@ class Tokenizer(BatchTokenizer):
             ValueError: the tokenizer was not read from a directory.
         """
         if self.directory is None:
-            raise ValueError("the tokenizer was not read from files; write it with tokenizer.backend.save(path)")
+            cure = "write it with tokenizer.backend.save(path)"
+            raise ValueError(f"the tokenizer was not read from files; {cure}")
         target = Path(directory)
         target.mkdir(parents=True, exist_ok=True)
         saved = []
@@ -368,7 +371,7 @@ def check_tools(tools: Any) -> None:
     if isinstance(tools, (list, tuple)):
         for tool in tools:
             if callable(tool):
-                supported = '{"type": "function", "function": {"name", "description", "parameters": JSON schema}}'
+                supported = "type function, function: {name, description, parameters: JSON schema}"
                 raise ValueError(f"a tool is a Python function ({brief(tool)}); supported: {supported}")
 
 
@@ -384,5 +387,6 @@ def mark_prefix(messages: Any, add_generation_prompt: bool) -> list[Any]:
     if isinstance(messages, (list, tuple)) and messages:
         last = messages[-1]
     if not isinstance(last, Mapping) or last.get("role") != "assistant":
-        raise ValueError(f"continue_final_message needs a last message of role assistant; found {brief(last)}")
+        allowed = "a last message of role assistant"
+        raise ValueError(f"continue_final_message needs {allowed}; found {brief(last)}")
     return [*messages[:-1], {**last, "prefix": True}]

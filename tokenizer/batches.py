@@ -105,7 +105,8 @@ class BatchTokenizer(TextTokenizer):
             ValueError: an argument with another value, padding without a pad token, or tensors of unequal rows.
         """
         if text_pair is not None or return_token_type_ids:
-            raise ValueError("text_pair and return_token_type_ids are not supported; give one text for each row")
+            unsupported = "text_pair and return_token_type_ids are not supported"
+            raise ValueError(f"{unsupported}; give one text for each row")
         texts = list_of_texts(text)
         rows = [self.encode(item, add_special_tokens, split_special_tokens) for item in texts]
         has_bos = add_special_tokens and self.bos_token_id is not None
@@ -197,13 +198,15 @@ class BatchTokenizer(TextTokenizer):
                 warnings.warn("pad_to_multiple_of has no effect without padding=True", stacklevel=4)
             return 0
         if self.pad_token_id is None:
-            raise ValueError("the tokenizer has no padding token; set tokenizer.pad_token = tokenizer.eos_token")
+            cure = "set tokenizer.pad_token = tokenizer.eos_token"
+            raise ValueError(f"the tokenizer has no padding token; {cure}")
         length = max(map(len, rows), default=0)
         if padding == "max_length":
             if max_length is None:
                 max_length = self.model_max_length
             if max_length is None:
-                raise ValueError("padding='max_length' needs a max_length; or give padding=True, the longest row")
+                cure = "or give padding=True, the longest row"
+                raise ValueError(f"padding='max_length' needs a max_length; {cure}")
             length = max_length
         if multiple is not None:
             length += -length % multiple
@@ -212,8 +215,9 @@ class BatchTokenizer(TextTokenizer):
     # Ids to text.
 
     def decode(
-        self, token_ids: Any, skip_special_tokens: bool | None = None, clean_up_tokenization_spaces: bool | None = None
-    ) -> Any:
+        self, token_ids: Any, skip_special_tokens: bool | None = None,
+        clean_up_tokenization_spaces: bool | None = None,
+    ) -> Any:  # fmt: skip
         """Text of ids: a list, an array or a tensor of them, or one id. Bytes that are no UTF-8 become U+FFFD. Rows of
         ids give a list of texts.
 
@@ -238,8 +242,9 @@ class BatchTokenizer(TextTokenizer):
         return super().decode(ids, skip_special_tokens)
 
     def batch_decode(
-        self, sequences: Any, skip_special_tokens: bool | None = None, clean_up_tokenization_spaces: bool | None = None
-    ) -> list[str]:
+        self, sequences: Any, skip_special_tokens: bool | None = None,
+        clean_up_tokenization_spaces: bool | None = None,
+    ) -> list[str]:  # fmt: skip
         """The texts of rows of ids, see `decode`. One row of ids gives one text."""
         rows = as_list(sequences)
         if not isinstance(rows, list):
@@ -354,7 +359,10 @@ def list_of_texts(text: Any) -> list[str]:
 
 def split_conversations(conversation: Any) -> tuple[list[Any], bool]:
     """The conversations in one or in a list of them, and whether it is a list of them."""
-    if isinstance(conversation, (list, tuple)) and conversation and isinstance(conversation[0], (list, tuple)):
+    first = None
+    if isinstance(conversation, (list, tuple)) and conversation:
+        first = conversation[0]
+    if isinstance(first, (list, tuple)):
         return list(conversation), True
     return [conversation], False
 
@@ -387,9 +395,13 @@ def as_columns(encoded: Any) -> dict[str, Any]:
     if isinstance(encoded, (list, tuple)) and encoded and all(isinstance(row, Mapping) for row in encoded):
         for row in encoded:
             if row.keys() != encoded[0].keys():
-                raise ValueError(f"encodings have keys {list(encoded[0])} and {list(row)}; allowed: the same in all")
+                conflict = f"encodings have keys {list(encoded[0])} and {list(row)}"
+                raise ValueError(f"{conflict}; allowed: the same in all")
         encoded = {name: [row[name] for row in encoded] for name in encoded[0]}
-    if not isinstance(encoded, Mapping) or not isinstance(encoded.get("input_ids"), (list, tuple, Tensor, np.ndarray)):
+    rows = None
+    if isinstance(encoded, Mapping):
+        rows = encoded.get("input_ids")
+    if not isinstance(rows, (list, tuple, Tensor, np.ndarray)):
         allowed = "an encoding with input_ids, or a list of such"
         raise ValueError(f"the encoded inputs are {brief(encoded)}; allowed: {allowed}")
     return dict(encoded)
@@ -405,7 +417,11 @@ def fill_up(row: list[Any], length: int, filler: Any, side: str) -> list[Any]:
 
 def first_row(batch: BatchEncoding) -> BatchEncoding:
     """The encoding of the only row: lists lose the dimension of rows, tensors keep it."""
-    return BatchEncoding({name: value[0] if isinstance(value, list) else value for name, value in batch.items()})
+    row = BatchEncoding(batch)
+    for name, value in batch.items():
+        if isinstance(value, list):
+            row[name] = value[0]
+    return row
 
 
 def as_tensors(batch: BatchEncoding, kind: str) -> BatchEncoding:
@@ -416,7 +432,8 @@ def as_tensors(batch: BatchEncoding, kind: str) -> BatchEncoding:
         of_text = name in ("input_ids", *FILLERS)
         if of_text and len({len(row) for row in value if isinstance(row, list)}) > 1:
             lengths = brief([len(row) for row in value])
-            raise ValueError(f"rows of {name} have lengths {lengths}; a tensor needs equal ones: give padding=True")
+            cure = "a tensor needs equal ones: give padding=True"
+            raise ValueError(f"rows of {name} have lengths {lengths}; {cure}")
         try:
             tensor = torch.tensor(value)
         except (ValueError, TypeError) as error:
