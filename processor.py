@@ -67,8 +67,8 @@ class Processor:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         if getattr(tokenizer, "image_reader", None) is None:
-            cure = "use AutoTokenizer for a text model, or give the directory of a vision model"
-            raise ValueError(f"a processor needs a tokenizer that reads images; {cure} (model_type 'mistral3')")
+            cure = "use AutoTokenizer for a text model, or give a vision model (model_type 'mistral3')"
+            raise ValueError(f"a processor needs a tokenizer that reads images; {cure}")
         self.tokenizer = tokenizer
         self.image_token_id = tokenizer.special_tokens.get(self.image_token)
 
