@@ -255,9 +255,15 @@ def preprocess(
     Args:
         config: the `Mistral3Config`.
         rule: `mistral_size` or `transformers_size`.
+
+    Raises:
+        ValueError: not an image of Pillow's.
     """
     from PIL import Image
 
+    if not isinstance(image, Image.Image):
+        allowed = "one of Pillow's, as load_image returns it"
+        raise ValueError(f"an image is a {type(image).__name__}; allowed: {allowed}")
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -276,10 +282,13 @@ def batch_images(images: Sequence[Tensor]) -> tuple[Tensor, list[tuple[int, int]
     image_sizes.
 
     Raises:
-        ValueError: no image.
+        ValueError: no image, or one of another kind.
     """
-    if not images:
+    if len(images) == 0:
         raise ValueError("no images to put into a batch; leave pixel_values out")
+    for image in images:
+        if not isinstance(image, Tensor) or image.ndim != 3:
+            raise ValueError(f"an image is a {type(image).__name__}; allowed: a tensor (3, height, width)")
     sizes = [(image.shape[1], image.shape[2]) for image in images]
     height = max(h for h, _ in sizes)
     width = max(w for _, w in sizes)

@@ -59,7 +59,9 @@ from pretrained import (
 from vision_config import Mistral3Config, PixtralVisionConfig
 
 ImageSizes = Sequence[Sequence[int]] | Tensor  # (height, width) in pixels of each image
-TEXT_MODELS: dict[str, type[MinistralModel]] = {"ministral3": Ministral3Model, "ministral": MinistralModel}
+TEXT_MODELS: dict[str, type[MinistralModel]] = {
+    "ministral3": Ministral3Model, "ministral": MinistralModel, "mistral": MinistralModel,
+}  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------- encoder

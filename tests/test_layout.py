@@ -23,12 +23,13 @@ LAYERS = (
     ("ministral3",),
     ("vision_config",),
     ("vision", "heads", "fast"),
-    ("images", "tokenizer"),
+    ("images",),
+    ("tokenizer",),
     ("settings", "decoder"),
     ("generate",),
     ("chat",),
-    ("terminal",),
-    ("command",),
+    ("processor", "terminal"),
+    ("auto", "command"),
 )
 LEVELS = {name: level for level, layer in enumerate(LAYERS) for name in layer}
 MODELS = {"pretrained", "ministral", "ministral3", "vision_config", "vision", "heads", "fast"}

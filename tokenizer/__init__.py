@@ -1,6 +1,8 @@
 """Text and conversations to ids and back.
 
     bpe        the vocabulary: `tekken.json` or `tokenizer.json`, text <-> ids
+    batches    rows of ids: padding, truncation and tensors, as in Transformers
+    streamer   printing an answer while it grows, as in Transformers
     objects    the parts, tool calls and tools of a conversation, checked
     messages   the messages of a conversation as turns
     layouts    turns to ids: `v13`, `v11`, `v7` and `v3`
@@ -12,14 +14,29 @@ The package knows no model.
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tokenizers import Tokenizer as Backend
+from torch import Tensor
+
+import checkpoint
 
 from .answers import SWITCHES, ChatStream, decode_chat, switches
+from .batches import (
+    SIDES,
+    TENSORS,
+    BatchEncoding,
+    BatchTokenizer,
+    check_length,
+    choose,
+    first_row,
+    image_inputs,
+    split_conversations,
+)
 from .bpe import (
     BYTES,
     LETTERS,
@@ -29,7 +46,6 @@ from .bpe import (
     TOKENIZER,
     StopText,
     TextStream,
-    TextTokenizer,
     from_tekken,
     read_tekken,
     read_tokenizer_json,
@@ -39,6 +55,7 @@ from .bpe import (
 from .layouts import LAYOUTS, VERSIONS, Writer
 from .messages import ROLES, content_with_thinking, read_turns, split_thinking
 from .objects import IMAGE_SOURCES, KEYS, MAY_BE_EMPTY, brief
+from .streamer import TextStreamer
 from .templates import read_chat_template, sign_of_other_layout
 
 __all__ = [
@@ -54,9 +71,11 @@ __all__ = [
     "TEKKEN",
     "TOKENIZER",
     "VERSIONS",
+    "BatchEncoding",
     "ChatStream",
     "StopText",
     "TextStream",
+    "TextStreamer",
     "Tokenizer",
     "brief",
     "content_with_thinking",
@@ -67,20 +86,34 @@ __all__ = [
 ]
 
 
-class Tokenizer(TextTokenizer):
+AnyTokenizer = TypeVar("AnyTokenizer", bound="Tokenizer")
+# The files that belong to a tokenizer.
+TOKENIZER_FILES = (
+    TEKKEN, "tokenizer*.json", "special_tokens_map.json", "chat_template*", "SYSTEM_PROMPT.txt",
+)  # fmt: skip
+
+
+class Tokenizer(BatchTokenizer):
     """Encodes text and conversations into ids and decodes ids.
 
-    Attributes, beside those of `TextTokenizer`:
+    Attributes, beside those of `TextTokenizer` and `BatchTokenizer`:
         version: the layout of conversations, one of `VERSIONS`; with another one text works, `encode_chat` does not.
         other_layout: a sign that the layout is not Mistral's, or "". `encode_chat` refuses if there is one.
+        image_reader: from the source of an image to its pixels (3, height, width) and ids, for `apply_chat_template`;
+            None: images are refused. `auto.AutoTokenizer` sets it for vision models.
+        directory: where the tokenizer was read, or None.
     """
 
     def __init__(self, backend: Backend, version: str | None = None) -> None:
         super().__init__(backend, version)
         self.other_layout = ""
+        self.image_reader: Callable[[Any], tuple[Tensor, list[int]]] | None = None
+        self.directory: Path | None = None
 
     @classmethod
-    def from_dir(cls, directory: str | Path, version: str | None = None) -> Tokenizer:
+    def from_dir(
+        cls: type[AnyTokenizer], directory: str | Path, version: str | None = None
+    ) -> AnyTokenizer:
         """Read the tokenizer of a model directory. tekken.json is preferred, as in Mistral's own tools. A large one is
         read faster the second time (see `bpe.read_tekken`).
 
@@ -110,10 +143,61 @@ class Tokenizer(TextTokenizer):
         else:
             raise FileNotFoundError(f"{directory} holds neither {TEKKEN} nor {TOKENIZER}")
 
+        tokenizer.directory = directory
         if version is None:
             added = {token.content for token in tokenizer._added_tokens.values()}
             tokenizer.other_layout = sign_of_other_layout(directory, added)
         return tokenizer
+
+    @classmethod
+    def from_pretrained(
+        cls: type[AnyTokenizer],
+        path_or_hub_id: str | Path,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        version: str | None = None,
+        padding_side: str = "left",
+        truncation_side: str = "right",
+        model_max_length: int | None = None,
+    ) -> AnyTokenizer:
+        """Read the tokenizer of a model directory or of a Hub repository, without its weights.
+
+        Args:
+            revision, token, cache_dir, local_files_only: see `checkpoint.find`.
+            version: see `from_dir`.
+            padding_side, truncation_side, model_max_length: the attributes of these names.
+
+        Raises:
+            FileNotFoundError, ValueError: as `checkpoint.find` and `from_dir`.
+        """
+        directory = checkpoint.find(path_or_hub_id, revision, "tokenizer", token, cache_dir, local_files_only)
+        tokenizer = cls.from_dir(directory, version)
+        tokenizer.padding_side = choose("padding_side", padding_side, SIDES)
+        tokenizer.truncation_side = choose("truncation_side", truncation_side, SIDES)
+        check_length("model_max_length", model_max_length)
+        tokenizer.model_max_length = model_max_length
+        return tokenizer
+
+    def save_pretrained(self, directory: str | Path) -> tuple[str, ...]:
+        """Copy the files of the tokenizer into a directory. Returns their paths.
+
+        Raises:
+            ValueError: the tokenizer was not read from a directory.
+        """
+        if self.directory is None:
+            cure = "write it with tokenizer.backend.save(path)"
+            raise ValueError(f"the tokenizer was not read from files; {cure}")
+        target = Path(directory)
+        target.mkdir(parents=True, exist_ok=True)
+        saved = []
+        for pattern in TOKENIZER_FILES:
+            for path in sorted(self.directory.glob(pattern)):
+                saved.append(str(target / path.name))
+                if target.resolve() != self.directory.resolve():
+                    shutil.copyfile(path, target / path.name)
+        return tuple(saved)
 
     def check_layout(self) -> None:
         """Raise ValueError if `encode_chat` does not know the layout of this tokenizer's conversations."""
@@ -171,6 +255,92 @@ class Tokenizer(TextTokenizer):
         layout = LAYOUTS[self.version]
         return layout(Writer(self, encode_image), turns, tools)
 
+    def apply_chat_template(
+        self,
+        conversation: Sequence[Any],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        tokenize: bool = True,
+        padding: bool | str = False,
+        truncation: bool | str = False,
+        max_length: int | None = None,
+        return_tensors: str | None = None,
+        return_dict: bool = True,
+    ) -> Any:
+        """`encode_chat` for one conversation or a list of them, under the name that it has in Transformers. There is no
+        template: the layout is that of `version`.
+
+        Args:
+            conversation: messages, or a list of lists of messages.
+            tools: see `encode_chat`. Python functions are not supported.
+            add_generation_prompt: checked only. All layouts end where the answer begins.
+            continue_final_message: the answer continues the last message, which is the assistant's.
+            tokenize: with False, return text with special tokens, and one [IMG] for each image. A user can forge that
+                text. `encode` and `__call__` read it as plain text.
+            padding, truncation, max_length, return_tensors: see `__call__`.
+            return_dict: with False, return input_ids only.
+
+        Returns:
+            input_ids and attention_mask, as `__call__`. With images also pixel_values, and image_sizes where the images
+            have different sizes (`images.batch_images`).
+
+        Raises:
+            ValueError: as `encode_chat` and `__call__`; images without an `image_reader`.
+        """
+        conversations, batched = split_conversations(conversation)
+        check_tools(tools)
+        if continue_final_message:
+            conversations = [mark_prefix(messages, add_generation_prompt) for messages in conversations]
+        if not tokenize:
+            texts = [self._chat_text(messages, tools) for messages in conversations]
+            if batched:
+                return texts
+            return texts[0]
+
+        images: list[Tensor] = []
+
+        def encode_image(source: Any) -> list[int]:
+            if self.image_reader is None:
+                cure = "load it with auto.AutoTokenizer.from_pretrained(a vision model's directory)"
+                raise ValueError(f"this tokenizer reads no images; {cure}")
+            pixels, ids = self.image_reader(source)
+            images.append(pixels)
+            return ids
+
+        rows = [self.encode_chat(messages, tools, encode_image) for messages in conversations]
+        batch = self.batch_rows(rows, images, batched, padding, truncation, max_length, return_tensors)
+        if return_dict:
+            return batch
+        if images:
+            raise ValueError("return_dict=False would lose the images; give return_dict=True")
+        return batch["input_ids"]
+
+    def batch_rows(
+        self, rows: list[list[int]], images: Sequence[Tensor], batched: bool, padding: Any, truncation: Any,
+        max_length: Any, return_tensors: Any, every_size: bool = False,
+    ) -> BatchEncoding:  # fmt: skip
+        """The rows of ids, cut and padded, with their images. `batched=False`: the only row, see `first_row`."""
+        cut = self.truncate(rows, truncation, max_length, padding)
+        if images and cut != rows:
+            raise ValueError("truncation would cut a text with images; allowed: a larger max_length, or none")
+        batch = self.pad({"input_ids": cut}, padding, max_length, return_tensors=return_tensors)
+        if not batched:
+            batch = first_row(batch)
+        if images:
+            batch.update(image_inputs(images, choose("return_tensors", return_tensors, TENSORS), every_size))
+        return batch
+
+    def _chat_text(self, messages: Sequence[Mapping[str, Any]], tools: Any) -> str:
+        """The text of a conversation, with one [IMG] for each image."""
+
+        def encode_image(source: Any) -> list[int]:
+            if "[IMG]" not in self.special_tokens:
+                raise ValueError("an image, for a tokenizer without the special token [IMG]")
+            return [self.special_tokens["[IMG]"]]
+
+        return str(self.decode(self.encode_chat(messages, tools, encode_image), skip_special_tokens=False))
+
     def switches(self) -> dict[int, str]:
         """The ids after which an answer is of another kind: "thinking" (in V13), "text", or "call"."""
         return switches(self)
@@ -194,3 +364,29 @@ class Tokenizer(TextTokenizer):
             kind: the kind with which the ids begin; "thinking" if the prompt ends within thinking.
         """
         return decode_chat(self, ids, kind)
+
+
+def check_tools(tools: Any) -> None:
+    """Raise ValueError if a tool is a Python function."""
+    if isinstance(tools, (list, tuple)):
+        for tool in tools:
+            if callable(tool):
+                supported = "type function, function: {name, description, parameters: JSON schema}"
+                raise ValueError(f"a tool is a Python function ({brief(tool)}); supported: {supported}")
+
+
+def mark_prefix(messages: Any, add_generation_prompt: bool) -> list[Any]:
+    """The messages, the last one marked as continued by the answer (`prefix`).
+
+    Raises:
+        ValueError: it is not the assistant's, or a new message is asked for, too.
+    """
+    if add_generation_prompt:
+        raise ValueError("add_generation_prompt and continue_final_message are both on; allowed: one of them")
+    last = None
+    if isinstance(messages, (list, tuple)) and messages:
+        last = messages[-1]
+    if not isinstance(last, Mapping) or last.get("role") != "assistant":
+        allowed = "a last message of role assistant"
+        raise ValueError(f"continue_final_message needs {allowed}; found {brief(last)}")
+    return [*messages[:-1], {**last, "prefix": True}]

@@ -4,7 +4,7 @@
 Tekken is byte-level BPE. A regular expression cuts the text into pieces, and each piece becomes bytes. Then the
 adjacent pair whose concatenation has the lowest rank is merged, until no pair is in the vocabulary. Ids below
 `default_num_special_tokens` are special tokens. The id of a vocabulary entry is its rank plus that number. Text is
-always encoded as plain text: what looks like a special token in it does not become one.
+encoded as plain text: what looks like a special token in it does not become one, unless the caller asks for that.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import re
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ import tokenizers
 from tokenizers import AddedToken, Regex, Tokenizer as Backend, decoders, models, pre_tokenizers
 
 from checkpoint import read_json, replace_file
+
+from .objects import brief, check_text
 
 TEKKEN, TOKENIZER = "tekken.json", "tokenizer.json"
 # Tekken's expression: words with the blank before them, single digits, punctuation with the newlines after it,
@@ -87,6 +90,8 @@ class TextTokenizer:
         learned = backend.get_vocab_size(with_added_tokens=False)
         self.vocab_size: int = max(learned, *(i + 1 for i in self._added_tokens), 0)
         self.special_tokens = {token.content: i for i, token in self._added_tokens.items() if token.special}
+        longest_first = sorted(self.special_tokens, key=len, reverse=True)
+        self._special_names = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
         self.bos_token_id = self.special_tokens.get("<s>")
         self.eos_token_id = self.special_tokens.get("</s>")
         self.pad_token_id = self.special_tokens.get("<pad>")
@@ -98,16 +103,31 @@ class TextTokenizer:
         backend.no_truncation()  # a file can ask for these two, which would change prompts silently
         backend.no_padding()
 
-    def encode(self, text: str, bos: bool = True) -> list[int]:
+    def encode(self, text: str, bos: bool = True, split_special_tokens: bool = True) -> list[int]:
         """Ids of a text, after the id of "<s>" (which the models expect at the start) unless `bos` is False.
 
         Halves of surrogate pairs, which JSON can contain, are joined or become U+FFFD.
+
+        Args:
+            split_special_tokens: read "</s>" in the text as four characters. With False it becomes the special token.
+                Use False only for text that no user can write.
+
+        Raises:
+            ValueError: not a text.
         """
         ids = []
         if bos and self.bos_token_id is not None:
             ids.append(self.bos_token_id)
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return ids + self.backend.encode(text, add_special_tokens=False).ids
+        text = check_text(text, "text").encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        pieces = [text]
+        if not split_special_tokens and self.special_tokens:
+            pieces = self._special_names.split(text)  # every second piece is the name of a special token
+        for place, piece in enumerate(pieces):
+            if place % 2 == 1:
+                ids.append(self.special_tokens[piece])
+            else:
+                ids += self.backend.encode(piece, add_special_tokens=False).ids
+        return ids
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Text of ids. Bytes that are no UTF-8 become U+FFFD."""
@@ -120,6 +140,8 @@ class TextTokenizer:
         Raises:
             ValueError: no such id.
         """
+        if not isinstance(i, Integral):
+            raise ValueError(f"an id is {brief(i)}; allowed: a whole number from 0 to {self.vocab_size - 1}")
         token = None
         if 0 <= i < self.vocab_size:
             token = self.backend.id_to_token(i)
@@ -168,12 +190,13 @@ def newest_version(special_tokens: Iterable[str]) -> str:
 class TextStream:
     """Decodes ids one at a time: `push` returns the characters that are complete, `close` the rest."""
 
-    def __init__(self, tokenizer: TextTokenizer) -> None:
+    def __init__(self, tokenizer: TextTokenizer, skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, i: int) -> str:
-        return self._decoder.decode(self._tokenizer.any_to_bytes(i))
+        return self._decoder.decode(self._tokenizer.any_to_bytes(i, self._skip_special_tokens))
 
     def close(self) -> str:
         return self._decoder.decode(b"", final=True)

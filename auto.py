@@ -1,0 +1,233 @@
+"""The names of Transformers in one place: `from auto import AutoModelForCausalLM, AutoTokenizer`.
+
+A script for Transformers changes this import. Every name is a class of this project, except the Auto classes, which
+choose a class by the `model_type` in config.json. docs/transformers.md lists what is supported.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+import checkpoint
+from checkpoint import GenerationConfig
+from checks import require
+from generate import MODELS
+from heads import (
+    Ministral3ForQuestionAnswering,
+    Ministral3ForSequenceClassification,
+    Ministral3ForTokenClassification,
+    MinistralForQuestionAnswering,
+    MinistralForSequenceClassification,
+    MinistralForTokenClassification,
+)
+from ministral import MinistralConfig, MinistralForCausalLM, MinistralModel
+from ministral3 import Ministral3Config, Ministral3ForCausalLM, Ministral3Model
+from pretrained import PreTrainedConfig, PreTrainedModel
+from processor import MistralCommonBackend, Processor
+from tokenizer import BatchEncoding, TextStreamer
+from vision import Mistral3ForConditionalGeneration, Mistral3Model, PixtralVisionModel
+from vision_config import TEXT_CONFIGS, Mistral3Config, PixtralVisionConfig
+
+__all__ = [
+    "AutoConfig",
+    "AutoModel",
+    "AutoModelForCausalLM",
+    "AutoModelForImageTextToText",
+    "AutoModelForQuestionAnswering",
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
+    "AutoProcessor",
+    "AutoTokenizer",
+    "BatchEncoding",
+    "GenerationConfig",
+    "Ministral3Config",
+    "Ministral3ForCausalLM",
+    "Ministral3ForQuestionAnswering",
+    "Ministral3ForSequenceClassification",
+    "Ministral3ForTokenClassification",
+    "Ministral3Model",
+    "MinistralConfig",
+    "MinistralForCausalLM",
+    "MinistralForQuestionAnswering",
+    "MinistralForSequenceClassification",
+    "MinistralForTokenClassification",
+    "MinistralModel",
+    "Mistral3Config",
+    "Mistral3ForConditionalGeneration",
+    "Mistral3Model",
+    "MistralCommonBackend",
+    "MistralConfig",
+    "MistralForCausalLM",
+    "MistralModel",
+    "PixtralProcessor",
+    "PixtralVisionConfig",
+    "PixtralVisionModel",
+    "PreTrainedConfig",
+    "PreTrainedModel",
+    "TextStreamer",
+    "set_seed",
+]
+
+
+@dataclass
+class MistralConfig(MinistralConfig):
+    """The sizes and settings of a Mistral: those of a `MinistralConfig` whose layers are all alike, sliding if
+    `sliding_window` is set. Fields and defaults are those of Transformers' `MistralConfig`."""
+
+    model_type: ClassVar[str] = "mistral"
+    unwritten: ClassVar[tuple[str, ...]] = (*MinistralConfig.unwritten, "layer_types")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        kind = "full_attention" if self.sliding_window is None else "sliding_attention"
+        alike = set(self.layer_types) == {kind}
+        require(self, "layer_types", alike, f"{kind} for every layer; MinistralConfig mixes them")
+
+
+# The models of a `MistralConfig`. They compute the same function as Ministral's.
+MistralModel = MinistralModel
+MistralForCausalLM = MinistralForCausalLM
+PixtralProcessor = Processor
+AutoProcessor = Processor
+AutoTokenizer = MistralCommonBackend
+
+
+def set_seed(seed: int) -> None:
+    """Seed the generators of Python, NumPy and PyTorch."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+# ------------------------------------------------------------------------------------------------ configurations
+
+
+CONFIGS: dict[str, type[PreTrainedConfig]] = {
+    **TEXT_CONFIGS, "llama": MinistralConfig, "mistral3": Mistral3Config, "pixtral": PixtralVisionConfig,
+}  # fmt: skip
+HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only")
+
+
+def read_config(path_or_hub_id: str | Path, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The content of config.json, downloaded alone. The arguments may hold those of `checkpoint.find`."""
+    options = {name: arguments[name] for name in HUB_ARGUMENTS if name in arguments}
+    return checkpoint.read_config(checkpoint.find(path_or_hub_id, parts="config", **options))
+
+
+class AutoConfig:
+    """Chooses the configuration class for a config.json."""
+
+    @staticmethod
+    def from_pretrained(path_or_hub_id: str | Path, **arguments: Any) -> Any:
+        """Read a configuration.
+
+        Args:
+            arguments: those of `checkpoint.find`, and fields of the configuration to set.
+
+        Raises:
+            FileNotFoundError: no such directory or repository, or no config.json.
+            ValueError: another model type, an impossible value, or no field of this name.
+        """
+        content = read_config(path_or_hub_id, arguments)
+        cls = choose_class(CONFIGS, content.get("model_type"), "AutoConfig")
+        changes = {name: value for name, value in arguments.items() if name not in HUB_ARGUMENTS}
+        unknown = sorted(changes.keys() - {field.name for field in fields(cls)})
+        if unknown:
+            raise ValueError(f"{', '.join(unknown)}: no argument here and no field of {cls.__name__}")
+        return cls.from_dict(content | changes)
+
+
+# -------------------------------------------------------------------------------------------------------- models
+
+
+def choose_class(classes: dict[str, Any], model_type: Any, name: str) -> Any:
+    """The class for a model type, of the Auto class `name`.
+
+    Raises:
+        ValueError: it has none; the message names the Auto class that has one.
+    """
+    if str(model_type) in classes:
+        return classes[str(model_type)]
+    others = [cls.__name__ for cls in AUTO_MODELS if str(model_type) in cls.classes]
+    cure = ""
+    if others:
+        cure = f"; use {' or '.join(others)}"
+    raise ValueError(f"{name} has no class for model_type {model_type!r}; it has {', '.join(classes)}{cure}")
+
+
+class AutoModel:
+    """Chooses a backbone."""
+
+    classes: ClassVar[dict[str, type[PreTrainedModel]]] = {
+        "ministral": MinistralModel, "mistral": MinistralModel, "llama": MinistralModel,
+        "ministral3": Ministral3Model, "mistral3": Mistral3Model, "pixtral": PixtralVisionModel,
+    }  # fmt: skip
+
+    @classmethod
+    def from_pretrained(cls, path_or_hub_id: str | Path, **arguments: Any) -> Any:
+        """Load the model that config.json asks for.
+
+        Arguments and errors are those of `PreTrainedModel.from_pretrained`.
+
+        Raises:
+            ValueError: there is no class for its model_type.
+        """
+        content = read_config(path_or_hub_id, arguments)
+        model_class = choose_class(cls.classes, content.get("model_type"), cls.__name__)
+        return model_class.from_pretrained(path_or_hub_id, **arguments)
+
+    @classmethod
+    def from_config(cls, config: PreTrainedConfig) -> Any:
+        """A new model of a configuration, with random weights (raises ValueError if there is no class for it)."""
+        if not isinstance(config, PreTrainedConfig):
+            raise ValueError(f"config is a {type(config).__name__}; allowed: a configuration of this project")
+        return choose_class(cls.classes, config.model_type, cls.__name__)(config)
+
+
+class AutoModelForCausalLM(AutoModel):
+    """Chooses a language model."""
+
+    classes: ClassVar[dict[str, type[PreTrainedModel]]] = {
+        name: cls for name, cls in MODELS.items() if name != "mistral3"
+    }
+
+
+class AutoModelForImageTextToText(AutoModel):
+    """Chooses a vision model."""
+
+    classes: ClassVar[dict[str, type[PreTrainedModel]]] = {"mistral3": Mistral3ForConditionalGeneration}
+
+
+def text_classes(
+    first: type[PreTrainedModel], third: type[PreTrainedModel]
+) -> dict[str, type[PreTrainedModel]]:
+    """The classes of a task, for Ministral and for Ministral 3."""
+    return {"ministral": first, "mistral": first, "llama": first, "ministral3": third}
+
+
+class AutoModelForSequenceClassification(AutoModel):
+    """Chooses a model of `heads.py`."""
+
+    classes = text_classes(MinistralForSequenceClassification, Ministral3ForSequenceClassification)
+
+
+class AutoModelForTokenClassification(AutoModel):
+    """Chooses a model of `heads.py`."""
+
+    classes = text_classes(MinistralForTokenClassification, Ministral3ForTokenClassification)
+
+
+class AutoModelForQuestionAnswering(AutoModel):
+    """Chooses a model of `heads.py`."""
+
+    classes = text_classes(MinistralForQuestionAnswering, Ministral3ForQuestionAnswering)
+
+
+# Those that an error recommends.
+AUTO_MODELS: tuple[type[AutoModel], ...] = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModel)

@@ -1,0 +1,472 @@
+"""Batches of texts under the names of Transformers' tokenizers: rows of ids are cut, padded and made tensors.
+
+    tokenizer(texts, padding=True, return_tensors="pt")     # input_ids and attention_mask (B, T)
+    tokenizer.batch_decode(rows)                            # texts
+
+Nothing here encodes text: that is `TextTokenizer.encode`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from checks import is_number
+from images import batch_images
+
+from .bpe import TextTokenizer
+from .objects import brief, check_text
+
+PADDING: dict[Any, str] = {False: "", "do_not_pad": "", True: "longest", "longest": "longest",
+                           "max_length": "max_length"}  # fmt: skip
+TRUNCATION: dict[Any, bool] = {False: False, "do_not_truncate": False, True: True, "longest_first": True}
+SIDES = {"left": "left", "right": "right"}
+TENSORS: dict[Any, str] = {None: "", "pt": "pt", "np": "np"}
+# The number that fills up a shorter row of these keys. That of input_ids is the tokenizer's `pad_token_id`.
+FILLERS = {"attention_mask": 0, "token_type_ids": 0, "special_tokens_mask": 1}
+
+
+class BatchEncoding(dict[str, Any]):
+    """A dictionary whose values are also attributes: `input_ids`, `attention_mask` (1 at text, 0 at padding), and with
+    images `pixel_values` and `image_sizes`. `model.generate(**encoding)` takes it."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self:
+            return self[name]
+        raise AttributeError(f"the encoding has no {name!r}; it has {', '.join(self)}")
+
+    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> BatchEncoding:
+        """Move all tensors to a device. With `dtype`, tensors of floats (images) are converted. Returns itself."""
+        if isinstance(device, torch.dtype):
+            dtype = device
+            device = None
+        for name, value in self.items():
+            if isinstance(value, Tensor) and value.is_floating_point():
+                self[name] = value.to(device=device, dtype=dtype)
+            elif isinstance(value, Tensor):
+                self[name] = value.to(device=device)
+        return self
+
+
+class BatchTokenizer(TextTokenizer):
+    """The methods of a `TextTokenizer` that Transformers' tokenizers have, too. Arguments have their meaning there.
+
+    Attributes:
+        padding_side: "left" (so that every prompt ends where its answer begins), or "right".
+        truncation_side: the side on which long texts are cut, "right" or "left".
+        model_max_length: the number of ids to which texts are cut without a `max_length`; None: no limit.
+        skip_special_tokens: whether `decode` leaves special tokens out, where its argument does not say.
+    """
+
+    padding_side = "left"
+    truncation_side = "right"
+    model_max_length: int | None = None
+    skip_special_tokens = True
+
+    # Text to ids.
+
+    def __call__(
+        self,
+        text: str | Sequence[str],
+        text_pair: None = None,
+        add_special_tokens: bool = True,
+        padding: bool | str = False,
+        truncation: bool | str | None = None,
+        max_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        padding_side: str | None = None,
+        return_tensors: str | None = None,
+        return_attention_mask: bool | None = None,
+        return_token_type_ids: bool | None = None,
+        split_special_tokens: bool = True,
+    ) -> BatchEncoding:
+        """Encode a text or a list of texts.
+
+        Args:
+            add_special_tokens: begin with "<s>".
+            padding: True or "longest": to the longest row. "max_length": to `max_length`. False: none.
+            truncation: True or "longest_first": cut to `max_length` ids, "<s>" included; to `model_max_length` without.
+                None is True with a `max_length` and padding=False.
+            pad_to_multiple_of: padded rows get a length that is a multiple of this number.
+            return_tensors: "pt" (PyTorch), "np" (NumPy), None for lists.
+            split_special_tokens: see `encode`. Here the default is True: special tokens that users type stay text.
+            text_pair, return_token_type_ids: not supported.
+
+        Returns:
+            input_ids and attention_mask: lists of ids for one text, lists of lists or tensors (B, T) for several. One
+            text with `return_tensors` gives B = 1.
+
+        Raises:
+            ValueError: an argument with another value, padding without a pad token, or tensors of unequal rows.
+        """
+        if text_pair is not None or return_token_type_ids:
+            unsupported = "text_pair and return_token_type_ids are not supported"
+            raise ValueError(f"{unsupported}; give one text for each row")
+        texts = list_of_texts(text)
+        rows = [self.encode(item, add_special_tokens, split_special_tokens) for item in texts]
+        has_bos = add_special_tokens and self.bos_token_id is not None
+        rows = self.truncate(rows, truncation, max_length, padding, int(has_bos))
+        batch = self.pad(
+            {"input_ids": rows}, padding, max_length, pad_to_multiple_of, padding_side, return_attention_mask,
+            return_tensors,
+        )  # fmt: skip
+        if isinstance(text, str):
+            return first_row(batch)
+        return batch
+
+    def truncate(
+        self, rows: list[list[int]], truncation: Any, max_length: int | None, padding: Any, kept: int = 0
+    ) -> list[list[int]]:
+        """Rows of ids, cut on `truncation_side`. The first `kept` ids of a row stay."""
+        padded = choose("padding", padding, PADDING)
+        if truncation is None:
+            truncation = max_length is not None and padding is False
+        cut = choose("truncation", truncation, TRUNCATION)
+        check_length("max_length", max_length)
+        if max_length is not None and not cut and padded != "max_length":
+            cure = "truncation=True cuts to it, padding='max_length' pads to it"
+            warnings.warn(f"max_length={max_length} has no effect here; {cure}", stacklevel=3)
+        limit = max_length
+        if limit is None:
+            limit = self.model_max_length
+        if not cut or limit is None:
+            return rows
+        if choose("truncation_side", self.truncation_side, SIDES) == "right":
+            return [row[:limit] for row in rows]
+        kept = min(kept, limit)
+        return [row[:kept] + row[kept:][max(0, len(row) - limit) :] for row in rows]
+
+    def pad(
+        self,
+        encoded_inputs: Any,
+        padding: bool | str = True,
+        max_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        padding_side: str | None = None,
+        return_attention_mask: bool | None = None,
+        return_tensors: str | None = None,
+    ) -> BatchEncoding:
+        """Fill up rows of ids to one length, with `pad_token_id`, and their masks with 0.
+
+        Args:
+            encoded_inputs: {"input_ids": rows} or a list of {"input_ids": row}, as a tokenizer returns it. The values
+                are lists, arrays or tensors. Keys that are not a tokenizer's (labels) are not filled up.
+            return_tensors: as in `__call__`; None keeps arrays and tensors what they are.
+
+        Raises:
+            ValueError: as in `__call__`.
+        """
+        inputs = as_columns(encoded_inputs)
+        kind = choose("return_tensors", return_tensors, TENSORS)
+        if not kind:
+            kind = kind_of(inputs["input_ids"])
+        columns = {name: as_list(value) for name, value in inputs.items()}
+        rows = columns["input_ids"]
+        single = len(rows) > 0 and not isinstance(rows[0], list)
+        if single:
+            columns = {name: [value] for name, value in columns.items()}
+            rows = columns["input_ids"]
+        if return_attention_mask is not False:
+            columns.setdefault("attention_mask", [[1] * len(row) for row in rows])
+
+        length = self._padded_length(rows, padding, max_length, pad_to_multiple_of)
+        if padding_side is None:
+            padding_side = self.padding_side
+        side = choose("padding_side", padding_side, SIDES)
+        fillers = {"input_ids": self.pad_token_id, **FILLERS}
+        for name in columns.keys() & fillers.keys():
+            columns[name] = [fill_up(row, length, fillers[name], side) for row in columns[name]]
+        batch = BatchEncoding(columns)
+        if single:
+            batch = first_row(batch)
+        return as_tensors(batch, kind)
+
+    def _padded_length(
+        self, rows: list[list[int]], padding: Any, max_length: int | None, multiple: int | None
+    ) -> int:
+        """The number of ids to which rows are padded; 0 without padding."""
+        check_length("pad_to_multiple_of", multiple)
+        check_length("max_length", max_length)
+        padding = choose("padding", padding, PADDING)
+        if not padding:
+            if multiple is not None:
+                warnings.warn("pad_to_multiple_of has no effect without padding=True", stacklevel=4)
+            return 0
+        if self.pad_token_id is None:
+            cure = "set tokenizer.pad_token = tokenizer.eos_token"
+            raise ValueError(f"the tokenizer has no padding token; {cure}")
+        length = max(map(len, rows), default=0)
+        if padding == "max_length":
+            if max_length is None:
+                max_length = self.model_max_length
+            if max_length is None:
+                cure = "or give padding=True, the longest row"
+                raise ValueError(f"padding='max_length' needs a max_length; {cure}")
+            length = max_length
+        if multiple is not None:
+            length += -length % multiple
+        return length
+
+    # Ids to text.
+
+    def decode(
+        self, token_ids: Any, skip_special_tokens: bool | None = None,
+        clean_up_tokenization_spaces: bool | None = None,
+    ) -> Any:  # fmt: skip
+        """Text of ids: a list, an array or a tensor of them, or one id. Bytes that are no UTF-8 become U+FFFD. Rows of
+        ids give a list of texts.
+
+        Args:
+            skip_special_tokens: leave special tokens out; None is the attribute of this name.
+            clean_up_tokenization_spaces: None or False. Another value is not supported.
+
+        Raises:
+            ValueError: no such id, or not ids.
+        """
+        if clean_up_tokenization_spaces:
+            raise ValueError("clean_up_tokenization_spaces=True is not supported; it would change the text")
+        if skip_special_tokens is None:
+            skip_special_tokens = self.skip_special_tokens
+        ids = as_list(token_ids)
+        if isinstance(ids, Iterable) and not isinstance(ids, str):
+            ids = list(ids)
+        else:
+            ids = [ids]
+        if ids and isinstance(ids[0], list):
+            return [super(BatchTokenizer, self).decode(row, skip_special_tokens) for row in ids]
+        return super().decode(ids, skip_special_tokens)
+
+    def batch_decode(
+        self, sequences: Any, skip_special_tokens: bool | None = None,
+        clean_up_tokenization_spaces: bool | None = None,
+    ) -> list[str]:  # fmt: skip
+        """The texts of rows of ids, see `decode`. One row of ids gives one text."""
+        rows = as_list(sequences)
+        if not isinstance(rows, list):
+            raise ValueError(f"sequences are {brief(sequences)}; allowed: rows of ids")
+        if rows and not isinstance(rows[0], list):
+            rows = [rows]
+        return [self.decode(row, skip_special_tokens, clean_up_tokenization_spaces) for row in rows]
+
+    # Tokens.
+
+    def __len__(self) -> int:
+        return self.vocab_size
+
+    def get_vocab(self) -> dict[str, int]:
+        """All tokens with their ids. Tokens of the vocabulary are in the byte alphabet (`bpe.LETTERS`)."""
+        return self.backend.get_vocab(with_added_tokens=True)
+
+    def tokenize(self, text: str) -> list[str]:
+        """The tokens of a text, without "<s>"."""
+        return self.convert_ids_to_tokens(self.encode(text, bos=False))
+
+    def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> Any:
+        """The id of a token, or the ids of a list of tokens. An unknown token has the id of "<unk>", or None without
+        one."""
+        if not isinstance(tokens, str):
+            return [self.convert_tokens_to_ids(token) for token in list_of_texts(tokens)]
+        found = self.backend.token_to_id(tokens)
+        if found is None:
+            return self.unk_token_id
+        return found
+
+    def convert_ids_to_tokens(self, ids: Any, skip_special_tokens: bool = False) -> Any:
+        """The token of an id, or the tokens of a list of ids (raises ValueError if there is no such id)."""
+        values = as_list(ids)
+        if isinstance(values, list):
+            special = set()
+            if skip_special_tokens:
+                special = set(self.all_special_ids)
+            return [self.convert_ids_to_tokens(i) for i in values if i not in special]
+        self.id_to_bytes(values)  # raises ValueError
+        return self.backend.id_to_token(values)
+
+    @property
+    def all_special_tokens(self) -> list[str]:
+        """The special tokens, in the order of their ids."""
+        return list(self.special_tokens)
+
+    @property
+    def all_special_ids(self) -> list[int]:
+        """The ids of the special tokens."""
+        return list(self.special_tokens.values())
+
+    @property
+    def unk_token_id(self) -> int | None:
+        """The id of "<unk>", or None without one."""
+        return self.special_tokens.get("<unk>")
+
+    @property
+    def bos_token(self) -> str | None:
+        """The token that begins a text, or None."""
+        return self._token(self.bos_token_id)
+
+    @property
+    def eos_token(self) -> str | None:
+        """The token that ends an answer, or None."""
+        return self._token(self.eos_token_id)
+
+    @property
+    def pad_token(self) -> str | None:
+        """The token that fills up rows, or None. It can be set to another token of the vocabulary."""
+        return self._token(self.pad_token_id)
+
+    @pad_token.setter
+    def pad_token(self, token: str) -> None:
+        found = self.backend.token_to_id(check_text(token, "pad_token"))
+        if found is None:
+            raise ValueError(f"pad_token={token!r} is not in the vocabulary; allowed: a token that is")
+        self.pad_token_id = found
+
+    def _token(self, i: int | None) -> str | None:
+        if i is None:
+            return None
+        return self.backend.id_to_token(i)
+
+
+# ---------------------------------------------------------------------------------------------------- arguments
+
+
+def choose(name: str, value: Any, choices: Mapping[Any, Any]) -> Any:
+    """The meaning of a value among `choices` (raises ValueError for another one)."""
+    for choice, meaning in choices.items():
+        if value is choice or (isinstance(value, str) and value == choice):
+            return meaning
+    allowed = ", ".join(map(repr, choices))
+    raise ValueError(f"{name}={brief(value)} is not supported; supported: {allowed}")
+
+
+def check_length(name: str, value: Any) -> None:
+    """Raise ValueError unless a number of ids is None or a whole number above 0."""
+    if value is not None and not is_number(value, int, 1):
+        raise ValueError(f"{name}={brief(value)} is impossible; allowed: a whole number above 0")
+
+
+def list_of_texts(text: Any) -> list[str]:
+    """The texts in a text or a list of texts."""
+    if isinstance(text, str):
+        return [text]
+    if not isinstance(text, (list, tuple)) or not text:
+        raise ValueError(f"text is {brief(text)}; allowed: a text, or a list of at least one")
+    return [check_text(item, f"text[{place}]") for place, item in enumerate(text)]
+
+
+def split_conversations(conversation: Any) -> tuple[list[Any], bool]:
+    """The conversations in one or in a list of them, and whether it is a list of them."""
+    first = None
+    if isinstance(conversation, (list, tuple)) and conversation:
+        first = conversation[0]
+    if isinstance(first, (list, tuple)):
+        return list(conversation), True
+    return [conversation], False
+
+
+# --------------------------------------------------------------------------------------------- lists and tensors
+
+
+def as_list(value: Any) -> Any:
+    """Arrays and tensors as numbers in lists, also those in a list."""
+    if isinstance(value, (Tensor, np.ndarray, np.generic)):
+        return value.tolist()
+    if isinstance(value, (list, tuple)):
+        return [as_list(item) for item in value]
+    return value
+
+
+def kind_of(value: Any) -> str:
+    """The kind of tensors in a value: "pt", "np", or "" for lists."""
+    while isinstance(value, (list, tuple)) and value:
+        value = value[0]
+    if isinstance(value, Tensor):
+        return "pt"
+    if isinstance(value, np.ndarray):
+        return "np"
+    return ""
+
+
+def as_columns(encoded: Any) -> dict[str, Any]:
+    """A list of encodings as one encoding of lists (raises ValueError where input_ids are missing)."""
+    if isinstance(encoded, (list, tuple)) and encoded and all(isinstance(row, Mapping) for row in encoded):
+        for row in encoded:
+            if row.keys() != encoded[0].keys():
+                conflict = f"encodings have keys {list(encoded[0])} and {list(row)}"
+                raise ValueError(f"{conflict}; allowed: the same in all")
+        encoded = {name: [row[name] for row in encoded] for name in encoded[0]}
+    rows = None
+    if isinstance(encoded, Mapping):
+        rows = encoded.get("input_ids")
+    if not isinstance(rows, (list, tuple, Tensor, np.ndarray)):
+        allowed = "an encoding with input_ids, or a list of such"
+        raise ValueError(f"the encoded inputs are {brief(encoded)}; allowed: {allowed}")
+    return dict(encoded)
+
+
+def fill_up(row: list[Any], length: int, filler: Any, side: str) -> list[Any]:
+    """A row with `filler` on one side, up to a length."""
+    filling = [filler] * max(0, length - len(row))
+    if side == "left":
+        return filling + row
+    return row + filling
+
+
+def first_row(batch: BatchEncoding) -> BatchEncoding:
+    """The encoding of the only row: lists lose the dimension of rows, tensors keep it."""
+    row = BatchEncoding(batch)
+    for name, value in batch.items():
+        if isinstance(value, list):
+            row[name] = value[0]
+    return row
+
+
+def as_tensors(batch: BatchEncoding, kind: str) -> BatchEncoding:
+    """The encoding with its values as tensors of a kind, see `TENSORS` (raises ValueError for unequal rows)."""
+    if not kind:
+        return batch
+    for name, value in batch.items():
+        of_text = name in ("input_ids", *FILLERS)
+        if of_text and len({len(row) for row in value if isinstance(row, list)}) > 1:
+            lengths = brief([len(row) for row in value])
+            cure = "a tensor needs equal ones: give padding=True"
+            raise ValueError(f"rows of {name} have lengths {lengths}; {cure}")
+        try:
+            tensor = torch.tensor(value)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{name} is {brief(value)}, which is no tensor; leave it out") from error
+        if of_text:
+            tensor = tensor.long()  # an empty row is read as floats
+        batch[name] = of_kind(tensor, kind)
+    return batch
+
+
+def image_inputs(images: Sequence[Tensor], kind: str, every_size: bool = False) -> dict[str, Any]:
+    """pixel_values of images (3, h, w), and image_sizes where they differ, or always if `every_size`.
+
+    Tensors of a kind are those of `batch_images`. Without a kind they are lists, and the images keep their sizes.
+    """
+    pixel_values, sizes = batch_images(images)
+    inputs: dict[str, Any] = {"pixel_values": [image.numpy() for image in images]}
+    if kind:
+        inputs["pixel_values"] = of_kind(pixel_values, kind)
+    if every_size or len(set(sizes)) > 1:
+        inputs["image_sizes"] = size_inputs(sizes, kind)
+    return inputs
+
+
+def size_inputs(sizes: list[tuple[int, int]], kind: str) -> Any:
+    """image_sizes, (height, width) of each image, as a tensor of a kind or as they are."""
+    if not kind:
+        return sizes
+    return of_kind(torch.tensor(sizes), kind)
+
+
+def of_kind(tensor: Tensor, kind: str) -> Any:
+    """The tensor for "pt", the array for "np"."""
+    if kind == "np":
+        return tensor.numpy()
+    return tensor

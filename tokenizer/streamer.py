@@ -1,0 +1,63 @@
+"""Printing an answer while it grows, under the name that this has in Transformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .batches import as_list
+from .bpe import TextStream, TextTokenizer
+
+
+class TextStreamer:
+    """Prints new ids as text: `model.generate(..., streamer=TextStreamer(tokenizer))` calls `put` and `end`.
+
+    The text is that of Transformers' `TextStreamer`. Every character is printed as soon as it is complete, while
+    Transformers waits for the end of some words. A subclass can replace `on_finalized_text`.
+
+    Args:
+        skip_prompt: do not print the first ids that are put, the prompt.
+        skip_special_tokens: do not print special tokens.
+    """
+
+    def __init__(
+        self, tokenizer: TextTokenizer, skip_prompt: bool = False, skip_special_tokens: bool = False
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.skip_prompt = skip_prompt
+        self.skip_special_tokens = skip_special_tokens
+        self._begin()
+
+    def _begin(self) -> None:
+        self._stream = TextStream(self.tokenizer, self.skip_special_tokens)
+        self._at_prompt = True
+
+    def put(self, value: Any) -> None:
+        """Print ids: (T,), or (1, T).
+
+        Raises:
+            ValueError: more than one row.
+        """
+        ids = as_list(value)
+        if not isinstance(ids, list):
+            ids = [ids]
+        if ids and isinstance(ids[0], list):
+            if len(ids) > 1:
+                raise ValueError(f"TextStreamer got {len(ids)} rows; allowed: one")
+            ids = ids[0]
+        is_prompt = self._at_prompt
+        self._at_prompt = False
+        if not is_prompt or not self.skip_prompt:
+            self.on_finalized_text("".join(map(self._stream.push, ids)))
+
+    def end(self) -> None:
+        """Print what is left, and a line break. The next ids are a prompt again."""
+        rest = self._stream.close()
+        self._begin()
+        self.on_finalized_text(rest, stream_end=True)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Print complete characters, and a line break at the end."""
+        end = ""
+        if stream_end:
+            end = "\n"
+        print(text, end=end, flush=True)
