@@ -29,7 +29,7 @@ from decoder import Decoder, choose_forward, embed_images
 from fast import Flat
 from ministral import KVCache, MinistralConfig, MinistralForCausalLM
 from ministral3 import Ministral3ForCausalLM
-from pretrained import PreTrainedConfig, at_least_float32
+from pretrained import ModelOutput, PreTrainedConfig, at_least_float32
 from vision import ImageSizes, Mistral3ForConditionalGeneration
 
 if TYPE_CHECKING:
@@ -177,7 +177,7 @@ class Hooks:
 
 
 @dataclass
-class GenerateDecoderOnlyOutput:
+class GenerateDecoderOnlyOutput(ModelOutput):
     """The result of `generate` with `return_dict_in_generate`.
 
     Attributes:
