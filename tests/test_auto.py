@@ -254,6 +254,7 @@ def test_the_examples_of_conversations_with_images(processors, tmp_path):
     assert_same(ours(text=text), theirs(text=text, add_special_tokens=False))
     assert ours(text=text).input_ids.tolist() == [ours.tokenizer.encode_chat(messages)]
     ids = ours.apply_chat_template(messages, tokenize=True)
+    assert ids.tolist() == ours.apply_chat_template(messages, tokenize=True, return_tensors=None)
     assert ids.equal(theirs.apply_chat_template(messages, tokenize=True))
 
 
@@ -350,8 +351,9 @@ def test_configurations_are_read(directories):
     assert auto.AutoConfig.from_pretrained(directories["ministral"], sliding_window=7).sliding_window == 7
     with pytest.raises(ValueError, match="sliding: no argument here and no field of MinistralConfig"):
         auto.AutoConfig.from_pretrained(directories["ministral"], sliding=7)
-    with pytest.raises(ValueError, match="revision='main' is impossible for the directory"):
-        auto.AutoModel.from_pretrained(directories["ministral"], revision="main")
+    for cls in (auto.AutoConfig, auto.AutoModel, auto.AutoTokenizer, auto.AutoProcessor):
+        with pytest.raises(ValueError, match="revision='main' is impossible for the directory"):
+            cls.from_pretrained(directories["mistral3"], revision="main")
 
 
 def test_other_models_are_refused(tmp_path):

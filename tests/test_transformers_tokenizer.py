@@ -117,6 +117,20 @@ def test_calls_equal_transformers(both, text, settings, add_special_tokens, side
     assert_same(result(ours, text, **settings), expected)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [dict(max_length=3), dict(max_length=3, truncation=True, padding=True), dict(max_length=40, truncation=True)],
+)
+def test_long_texts_are_cut_as_in_transformers(both, settings):
+    ours, theirs = both
+    ours.truncation_side = theirs.truncation_side = "right"
+    assert_same(ours("the cat sat on the mat", **settings), theirs("the cat sat on the mat", **settings))
+
+
+def test_an_empty_row_has_ids_as_numbers():
+    assert OURS("", add_special_tokens=False, return_tensors="pt").input_ids.dtype == torch.int64
+
+
 @given(texts)
 def test_special_tokens_are_read_only_on_request(directory, text):
     ours = Tokenizer.from_pretrained(directory)
