@@ -434,6 +434,10 @@ def test_from_pretrained_and_save_pretrained(tmp_path, directory):
     assert json.loads((tmp_path / "new" / "copy" / "tokenizer.json").read_text())
     with pytest.raises(FileNotFoundError, match="no model directory"):
         Tokenizer.from_pretrained(tmp_path / "nowhere")
+    other = Tokenizer.from_pretrained(directory, use_fast=True, trust_remote_code=True, pad_token="</s>")
+    assert other(text) == again(text) and other.pad_token_id == other.eos_token_id
+    with pytest.raises(ValueError, match="padding_sied: no argument of Tokenizer.from_pretrained"):
+        Tokenizer.from_pretrained(directory, padding_sied="left")
 
 
 def test_the_arguments_of_the_hub_are_passed_on(tmp_path):

@@ -91,6 +91,7 @@ AnyTokenizer = TypeVar("AnyTokenizer", bound="Tokenizer")
 TOKENIZER_FILES = (
     TEKKEN, "tokenizer*.json", "special_tokens_map.json", "chat_template*", "SYSTEM_PROMPT.txt",
 )  # fmt: skip
+WITHOUT_EFFECT = {"use_fast", "legacy", "trust_remote_code", "fix_mistral_regex"}
 
 
 class Tokenizer(BatchTokenizer):
@@ -161,23 +162,32 @@ class Tokenizer(BatchTokenizer):
         padding_side: str = "left",
         truncation_side: str = "right",
         model_max_length: int | None = None,
+        pad_token: str | None = None,
+        **without_effect: Any,
     ) -> AnyTokenizer:
         """Read the tokenizer of a model directory or of a Hub repository, without its weights.
 
         Args:
             revision, token, cache_dir, local_files_only: see `checkpoint.find`.
             version: see `from_dir`.
-            padding_side, truncation_side, model_max_length: the attributes of these names.
+            padding_side, truncation_side, model_max_length, pad_token: the attributes of these names; None: the default.
+            without_effect: `WITHOUT_EFFECT`, arguments of Transformers that change nothing here: there is one kind of
+                tokenizer, no code of a repository is run, and a wrong split expression is always repaired.
 
         Raises:
-            FileNotFoundError, ValueError: as `checkpoint.find` and `from_dir`.
+            FileNotFoundError, ValueError: as `checkpoint.find` and `from_dir`; an unknown argument.
         """
+        unknown = sorted(without_effect.keys() - WITHOUT_EFFECT)
+        if unknown:
+            raise ValueError(f"{', '.join(unknown)}: no argument of Tokenizer.from_pretrained")
         directory = checkpoint.find(path_or_hub_id, revision, "tokenizer", token, cache_dir, local_files_only)
         tokenizer = cls.from_dir(directory, version)
         tokenizer.padding_side = choose("padding_side", padding_side, SIDES)
         tokenizer.truncation_side = choose("truncation_side", truncation_side, SIDES)
         check_length("model_max_length", model_max_length)
         tokenizer.model_max_length = model_max_length
+        if pad_token is not None:
+            tokenizer.pad_token = pad_token
         return tokenizer
 
     def save_pretrained(self, directory: str | Path) -> tuple[str, ...]:
