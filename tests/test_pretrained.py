@@ -8,6 +8,7 @@ import math
 import random
 import re
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -267,8 +268,10 @@ def test_one_device_under_its_names(saved, load):
 
 
 @loaders
-@pytest.mark.parametrize("device_map", ["balanced", "balanced_low_0", "sequential", "disk", {"": "disk"}, True, 99, -1,
-                                        {"model": "cpu", "lm_head": "cpu"}, {"": "cpu", "lm_head": "cpu"}, {}, ["cpu"]])  # fmt: skip
+@pytest.mark.parametrize("device_map", [
+    "balanced", "balanced_low_0", "sequential", "disk", {"": "disk"}, True, 99, -1, {}, ["cpu"],
+    {"model": "cpu", "lm_head": "cpu"}, {"": "cpu", "lm_head": "cpu"},
+])  # fmt: skip
 def test_several_devices_are_refused(saved, load, device_map):
     message = r"device_map=.* is not supported.*; supported: 'auto', or one device"
     with pytest.raises(ValueError, match=message) as error:
@@ -313,6 +316,13 @@ def test_arguments_of_transformers_that_are_refused(saved, load, name, value):
     with pytest.raises(ValueError, match=f"{name}=.* is not supported; .*") as error:
         load(saved[1], **{name: value})
     assert "\n" not in str(error.value)
+
+
+def test_the_documentation_names_every_refused_argument():
+    page = (Path(__file__).parent.parent / "docs" / "usage.md").read_text(encoding="utf-8")
+    rows = [row for row in page.splitlines() if row.startswith("|")]
+    refused = set(re.findall(r"`(\w+)`", " ".join(row.split("|")[3] for row in rows)))
+    assert refused == LOADING_CURES.keys() | SAVING_CURES.keys()
 
 
 def test_unknown_arguments_are_refused(saved):
