@@ -2,6 +2,8 @@
 
 import inspect
 import random
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -98,6 +100,7 @@ def test_the_adapter_names_its_base(tmp_path):
     model = load_model(tmp_path)
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     assert adapted.active_peft_config.base_model_name_or_path == str(tmp_path) == model.name_or_path
+    assert ours.name_or_path == ""
 
 
 def test_inputs_of_the_next_forward_pass():
@@ -173,12 +176,12 @@ def test_the_trainer_classifies(tmp_path, capsys):
 def test_the_trainer_saves(tmp_path, capsys):
     """It calls `save_pretrained` of Transformers' classes and of peft's only; docs/usage.md has the way for ours."""
 
-    class OurTrainer(Trainer):
-        def _save(self, output_dir=None, state_dict=None):
-            self.model.save_pretrained(output_dir or self.args.output_dir)
+    page = (Path(__file__).parent.parent / "docs" / "usage.md").read_text(encoding="utf-8")
+    names = {}
+    exec(re.search(r"```python\n(from transformers import Trainer\n.*?)```", page, re.DOTALL)[1], names)
 
     ours, _ = draw_pair("ministral3", "CausalLM", tie_word_embeddings=True)
-    trainer = OurTrainer(model=ours, args=TrainingArguments(str(tmp_path), use_cpu=True, report_to=[]))
+    trainer = names["SavingTrainer"](model=ours, args=TrainingArguments(str(tmp_path), use_cpu=True, report_to=[]))
     trainer.save_model(tmp_path / "saved")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
     assert torch.equal(again(IDS).logits, ours(IDS).logits)
