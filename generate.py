@@ -29,7 +29,8 @@ from decoder import Decoder, choose_forward, embed_images
 from fast import Flat
 from ministral import KVCache, MinistralConfig, MinistralForCausalLM
 from ministral3 import Ministral3ForCausalLM
-from pretrained import ModelOutput, PreTrainedConfig, at_least_float32
+from outputs import ModelOutput, at_least_float32
+from pretrained import PreTrainedConfig
 from vision import ImageSizes, Mistral3ForConditionalGeneration
 
 if TYPE_CHECKING:

@@ -33,7 +33,8 @@ from torch import Tensor, nn
 import checks
 from ministral import KVCache, MinistralConfig, MinistralModel
 from ministral3 import Ministral3Config, Ministral3Model
-from pretrained import Linear, ModelOutput, PreTrainedModel, at_least_float32, exportable, init_weights
+from outputs import ModelOutput, at_least_float32, exportable
+from pretrained import Linear, PreTrainedModel, init_weights
 
 REGRESSION, SINGLE_LABEL, MULTI_LABEL = checks.PROBLEM_TYPES
 

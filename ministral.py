@@ -34,18 +34,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import checks
-from pretrained import (
-    ACTIVATIONS,
-    BaseModelOutputWithPast,
-    CausalLMOutputWithPast,
-    Embedding,
-    FrequencyCache,
-    Linear,
-    PreTrainedConfig,
-    PreTrainedModel,
-    at_least_float32,
-    logits_and_loss,
-)
+from outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, at_least_float32, logits_and_loss
+from pretrained import ACTIVATIONS, Embedding, FrequencyCache, Linear, PreTrainedConfig, PreTrainedModel
 
 Mask = Tensor | None  # bool, True where a query may look at a key; None: see `MinistralModel._mask`
 RopeTables = tuple[Tensor, ...]  # cosines and sines of rotary positions; Ministral 3 adds a scale for queries

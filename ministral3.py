@@ -31,7 +31,7 @@ from ministral import (
     RopeTables,
     RotaryEmbedding,
 )
-from pretrained import at_least_float32
+from outputs import at_least_float32
 
 
 @dataclass

@@ -44,18 +44,15 @@ import checkpoint
 from checks import check_image_sizes, check_pixel_values, check_start, expect_labels
 from ministral import KVCache, MinistralMLP, MinistralModel, RMSNorm, apply_rotary_pos_emb, eager_attention
 from ministral3 import Ministral3Model
-from pretrained import (
-    ACTIVATIONS,
+from outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
-    Linear,
     ModelOutput,
-    PreTrainedModel,
     at_least_float32,
     exportable,
-    init_weights,
     logits_and_loss,
 )
+from pretrained import ACTIVATIONS, Linear, PreTrainedModel, init_weights
 from vision_config import Mistral3Config, PixtralVisionConfig
 
 ImageSizes = Sequence[Sequence[int]] | Tensor  # (height, width) in pixels of each image

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import ministral
-import pretrained
+import outputs
 from checkpoint import half_split, interleave
 from ministral import MinistralAttention, MinistralForCausalLM, MinistralModel, RMSNorm, RotaryEmbedding
 from ministral3 import Ministral3Attention, YarnRotaryEmbedding
@@ -414,7 +414,7 @@ def norm_weight_before_rounding(stack: ExitStack) -> None:
 
     def make(_: Any) -> Any:
         def changed(self: RMSNorm, x: Tensor) -> Tensor:
-            h = x.to(pretrained.at_least_float32(x.dtype))
+            h = x.to(outputs.at_least_float32(x.dtype))
             h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)
             return (self.weight * h).to(x.dtype)
 

@@ -21,7 +21,7 @@ import vision
 from checkpoint import half_split
 from ministral import MinistralMLP, MinistralModel, RMSNorm, RotaryEmbedding
 from ministral3 import YarnRotaryEmbedding
-from pretrained import at_least_float32
+from outputs import at_least_float32
 from reference.compare import MARGIN, MARGIN_OF_ONE_RUN, compare, measure_noise
 from reference.explain import explain
 from reference.mutants import MUTANTS, ROUNDING, replace, rows

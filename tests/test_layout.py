@@ -18,6 +18,8 @@ LAYERS = (
     ("checks",),
     ("checkpoint",),
     ("cli",),
+    ("outputs",),
+    ("trainable",),
     ("pretrained",),
     ("ministral",),
     ("ministral3",),
@@ -32,7 +34,7 @@ LAYERS = (
     ("auto", "command"),
 )
 LEVELS = {name: level for level, layer in enumerate(LAYERS) for name in layer}
-MODELS = {"pretrained", "ministral", "ministral3", "vision_config", "vision", "heads", "fast"}
+MODELS = {"outputs", "trainable", "pretrained", "ministral", "ministral3", "vision_config", "vision", "heads", "fast"}
 
 # Imports against that order: (file, module, whether the import is inside a function).
 EXCEPTIONS = {

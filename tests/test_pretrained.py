@@ -20,7 +20,9 @@ from transformers.models.mistral3 import modeling_mistral3
 
 import checkpoint
 import heads
+import outputs
 import pretrained
+import trainable
 import vision
 from checkpoint.writer import parse_size
 from checks import LOADING_CURES, SAVING_CURES, devices_present
@@ -34,7 +36,7 @@ from vision_config import Mistral3Config, PixtralVisionConfig
 
 rngs = st.randoms(use_true_random=False)
 OUTPUTS = (
-    pretrained.BaseModelOutputWithPast, pretrained.CausalLMOutputWithPast, heads.SequenceClassifierOutputWithPast,
+    outputs.BaseModelOutputWithPast, outputs.CausalLMOutputWithPast, heads.SequenceClassifierOutputWithPast,
     heads.TokenClassifierOutput, heads.QuestionAnsweringModelOutput, vision.BaseModelOutput,
     vision.Mistral3ModelOutputWithPast, vision.Mistral3CausalLMOutputWithPast,
 )  # fmt: skip
@@ -527,9 +529,9 @@ def test_new_rows_are_near_the_mean():
     g = torch.Generator().manual_seed(0)
     old = torch.randn(4000, 6, generator=g) @ torch.randn(6, 6, generator=g) + 3
     torch.manual_seed(0)
-    rows = (pretrained.draw_rows(old.double(), 20000) - old.double().mean(0)) / math.sqrt(1e-9)
+    rows = (trainable.draw_rows(old.double(), 20000) - old.double().mean(0)) / math.sqrt(1e-9)
     torch.testing.assert_close(torch.cov(rows.T), torch.cov(old.double().T), rtol=0.1, atol=0.3)
-    assert torch.equal(pretrained.draw_rows(old[:3], 2), old[:3].mean(0).expand(2, -1))
+    assert torch.equal(trainable.draw_rows(old[:3], 2), old[:3].mean(0).expand(2, -1))
 
 
 @models
@@ -557,9 +559,9 @@ def test_counts_are_transformers(task, tied):
     ours, theirs = pair(text_config("ministral", tie_word_embeddings=tied), torch.float32, 0, task=task)
     for model in (ours, theirs):
         model.base_model.layers[0].requires_grad_(False)
-    for trainable in (False, True):
+    for only_trainable in (False, True):
         for without in (False, True):
-            assert ours.num_parameters(trainable, without) == theirs.num_parameters(trainable, without)
+            assert ours.num_parameters(only_trainable, without) == theirs.num_parameters(only_trainable, without)
     assert ours.num_parameters() == sum(p.numel() for p in ours.parameters())
     assert ours.can_generate() == theirs.can_generate()
 

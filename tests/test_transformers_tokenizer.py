@@ -436,7 +436,7 @@ def test_from_pretrained_and_save_pretrained(tmp_path, directory):
         Tokenizer.from_pretrained(tmp_path / "nowhere")
     other = Tokenizer.from_pretrained(directory, use_fast=True, trust_remote_code=True, pad_token="</s>")
     assert other(text) == again(text) and other.pad_token_id == other.eos_token_id
-    with pytest.raises(ValueError, match="padding_sied: no argument of Tokenizer.from_pretrained"):
+    with pytest.raises(ValueError, match=r"padding_sied: no argument of Tokenizer\.from_pretrained"):
         Tokenizer.from_pretrained(directory, padding_sied="left")
 
 

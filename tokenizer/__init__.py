@@ -170,7 +170,7 @@ class Tokenizer(BatchTokenizer):
         Args:
             revision, token, cache_dir, local_files_only: see `checkpoint.find`.
             version: see `from_dir`.
-            padding_side, truncation_side, model_max_length, pad_token: the attributes of these names; None: the default.
+            padding_side, truncation_side, model_max_length, pad_token: the attributes of these names.
             without_effect: `WITHOUT_EFFECT`, arguments of Transformers that change nothing here: there is one kind of
                 tokenizer, no code of a repository is run, and a wrong split expression is always repaired.
 
