@@ -128,6 +128,7 @@ def assert_equal(ours, theirs):
 
 
 @newer_transformers
+@pytest.mark.filterwarnings("ignore:.*torch_dtype. is deprecated")
 @pytest.mark.parametrize("number", range(len(TEXT_SCRIPTS)))
 def test_scripts_of_text_models(directories, number, capsys):  # noqa: F811
     name, script = TEXT_SCRIPTS[number]

@@ -90,7 +90,7 @@ def draw_hooks(rng, prompt):
         hooks["logits_processor"] = transformers.LogitsProcessorList(rng.sample([
             transformers.NoRepeatNGramLogitsProcessor(2),
             transformers.SuppressTokensLogitsProcessor([3, 4, 5]),
-            lambda ids, scores: scores.sin() * 3 + (ids[:, -1:] % 7) / 9,
+            lambda ids, scores: scores.tanh() * 3 + (ids[:, -1:] % 7) / 9,
             transformers.MinNewTokensLengthLogitsProcessor(prompt, 4, [7], device="cpu"),
         ], rng.randint(1, 3)))  # fmt: skip
     return hooks
