@@ -138,13 +138,8 @@ def test_an_image_is_loaded_and_encoded_once(tokenizer, tmp_path, monkeypatch):
     model, loaded, encoded = tiny("vision", random.Random(0)), [], []
     load, forward = chat.load_image, PixtralVisionModel.forward
     monkeypatch.setattr(chat, "load_image", lambda source: loaded.append(source) or load(source))
-<<<<<<< HEAD
     monkeypatch.setattr(PixtralVisionModel, "forward", lambda self, pixels, *rest, **more:
                         encoded.append(len(pixels)) or forward(self, pixels, *rest, **more))  # fmt: skip
-=======
-    monkeypatch.setattr(PixtralVisionModel, "forward", lambda self, pixels, *rest, **kw: encoded.append(len(pixels)) or
-                        forward(self, pixels, *rest, **kw))  # fmt: skip
->>>>>>> 24f3cd42818b82d84779c0598dba9301bcae6ad6
     conversation = Conversation(tokenizer, model.config, [])
     for turn in range(3):
         content = [{"type": "image", "image": str(tmp_path / "a.png")}] * (turn != 1)
