@@ -246,8 +246,8 @@ class Rows:
         if self.logits is not None:
             self.logits.append(scores.clone())
         if self.sampling.repetition_penalty != 1:
-            visible = self.visible[:, : self.tokens.shape[1]]
-            texts = [row[mask] for row, mask in zip(self.tokens, visible)]
+            starts = self.visible.int().argmax(dim=1).tolist()  # the first token that is no padding
+            texts = [row[start:] for row, start in zip(self.tokens, starts)]
             penalty = self.sampling.repetition_penalty
             scores = torch.stack([penalize_repetition(*row, penalty) for row in zip(scores, texts)])
         for process in self.hooks.logits_processor:
