@@ -1,0 +1,159 @@
+"""Merging a LoRA adapter into its base: a model directory that needs no adapter."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .adapter import Adapter, Change
+from .conversion import converted_config, copy_other_files, expect_new, mistral_names, nbytes, new_directory
+from .expected import empty_model, expect_tensors
+from .files import ADAPTER, ADAPTER_WEIGHTS
+from .hf import VISION_PREFIXES, text_name
+from .hub import find
+from .load import list_names
+from .mistral_tensors import to_mistral
+from .reader import KINDS, Checkpoint
+from .writer import write
+
+TIED = ("tok_embeddings.weight", "output.weight")  # Mistral's names of the two tensors that may be one
+
+
+def merge(
+    adapter: str | Path,
+    base: str | Path,
+    destination: str | Path,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Write a model with the weights W + scaling * B A (see `Adapter`), in Transformers' layout, with the tokenizer of
+    the base. One shard is in memory at a time.
+
+    The sum is computed in float32 and rounded once to the type of W. PEFT's `merge_and_unload` gives the same bits for
+    factors that are float32 or float64, and for those of 16 bits as PEFT loads them by default, in float32. With
+    `safe_merge=True` it rounds the product to the type of W first.
+
+    Args:
+        adapter: a directory or Hub id with adapter_config.json and adapter_model.safetensors, as PEFT writes them.
+        base: a directory or Hub id of the model, in either layout. The names of tensors may be those of another version
+            of Transformers than the adapter has; an adapter of a text model fits a vision model's text part.
+        destination: a new or empty directory; it appears complete or not at all.
+        dtype: cast all weights; None keeps every tensor's type. FP8 weights need one.
+
+    Raises:
+        FileExistsError: the destination holds something.
+        FileNotFoundError, ValueError: see `Adapter`, `find` and `Checkpoint`; the adapter does not fit the base; it
+            changes one of two tied tensors; or a merged weight is not finite.
+    """
+    destination = expect_new(destination)
+    lora = Adapter(find(adapter, parts="adapter"))
+    directory = find(base)
+    files = Checkpoint(directory)
+    if files.scaled and dtype is None:
+        problem = f"{directory} has {files.scaled} FP8 weights, whose type cannot hold merged ones"
+        raise ValueError(f"{problem}; give a dtype (--dtype bfloat16)")
+    model = empty_model(files.config)
+    in_mistral = mistral_names(files)
+    expect_tensors(directory, model, in_mistral)
+    changes = _changes(lora, files, in_mistral)
+    tied = "output.weight" not in in_mistral or model.config.tie_word_embeddings
+    _expect_untied(lora, tied, [in_mistral[name] for name in TIED if name in in_mistral], changes)
+    _expect_all_targets(lora, model, {to_mistral(name) for name in changes})
+    _warn_of_other_base(lora, base)
+
+    def read(name: str) -> Tensor:
+        target = dtype
+        if target is None:
+            target = KINDS.get(files.kind(name))
+        if name not in changes or target is None:
+            return files.read(name, dtype)
+        exact = None
+        if files.scaled:
+            exact = torch.float32  # FP8 numbers times their scales, not rounded
+        merged = lora.apply(changes[name], files.read(name, exact), target)
+        if not merged.isfinite().all():
+            problem = f"{name}: the merged weight does not fit into {target}"
+            raise ValueError(f"{problem}; give a dtype (--dtype bfloat16)")
+        return merged
+
+    config = converted_config(files, dtype, has_head="output.weight" in in_mistral)
+    sizes = {name: nbytes(files, name, dtype) for name in in_mistral.values()}
+    with new_directory(destination) as temporary:
+        write(temporary, config, sizes, read, max_shard_bytes)
+        copy_other_files(directory, temporary)
+
+
+def _changes(lora: Adapter, files: Checkpoint, in_mistral: dict[str, str]) -> dict[str, Change]:
+    """The changes by the names of tensors in the base. Raises ValueError unless each fits one."""
+    changes: dict[str, Change] = {}
+    for parameter, change in lora.changes.items():
+        name = in_mistral.get(str(to_mistral(parameter)))
+        source = change.A or change.weight
+        if name is None:
+            problem = f"{lora.directory / ADAPTER_WEIGHTS}: {source} belongs to no tensor of {files.directory}"
+            raise ValueError(f"{problem}; give the base that the adapter was trained on")
+        if name in changes:
+            problem = f"{lora.directory / ADAPTER_WEIGHTS}: two names of one tensor, {name}"
+            raise ValueError(f"{problem}; save the adapter again")
+        shape = files.shape(name)
+        shapes = {lora.product_shape(change), shape}
+        if change.weight is not None:
+            shapes.add(lora.shape(change.weight))
+        found = shapes - {shape, None}
+        if found:
+            problem = f"{lora.directory / ADAPTER_WEIGHTS}: {source} is for {sorted(found)}, {name} is {shape}"
+            raise ValueError(f"{problem}; give the base that the adapter was trained on")
+        changes[name] = change
+    return changes
+
+
+def _expect_untied(lora: Adapter, tied: bool, names: list[str], changes: dict[str, Change]) -> None:
+    """Raise ValueError if an adapter changes one of two tied tensors. PEFT then computes with two different ones, and
+    its `merge_and_unload` changes both."""
+    changed = [name for name in names if name in changes]
+    if tied and changed:
+        problem = f"{lora.directory} changes {changed[0]}, which is both the embedding and the head (tied)"
+        raise ValueError(f"{problem}; train the adapter on a base that is not tied, or without this module")
+
+
+def _expect_all_targets(lora: Adapter, model: nn.Module, changed: set[str | None]) -> None:
+    """Raise ValueError unless every module of the model that target_modules names has an adapter."""
+    missing = []
+    for name, trained_name in _trained_names(lora, model):
+        if lora.targets(trained_name) and to_mistral(f"{name}.weight") not in changed:
+            missing.append(trained_name)
+    if missing:
+        problem = f"{lora.directory / ADAPTER_WEIGHTS} lacks factors of {list_names(missing, 4)}"
+        cure = "give the whole file, and the base that the adapter was trained on"
+        raise ValueError(f"{problem}, which target_modules in {ADAPTER} names; {cure}")
+
+
+def _trained_names(lora: Adapter, model: Any) -> Iterator[tuple[str, str]]:
+    """The linear layers and embeddings of a model: their names, and those in the model that the adapter was trained
+    on. One of the two may be a vision model, and the other its text part."""
+    of_vision = any(
+        "language_model." in name or name.removeprefix("model.").startswith(VISION_PREFIXES) for name in lora.changes
+    )
+    for name, module in model.named_modules():
+        if not isinstance(module, (nn.Linear, nn.Embedding)):
+            continue
+        text = text_name(name)
+        is_vision_model = model.config is not model.config.get_text_config()
+        if is_vision_model == of_vision or name == "lm_head":
+            yield name, name
+        elif of_vision:
+            yield name, f"model.language_model.{text}"
+        elif text is not None:
+            yield name, f"model.{text}"
+
+
+def _warn_of_other_base(lora: Adapter, base: str | Path) -> None:
+    """Warn if adapter_config.json names another base. The directory may have another name, so this is no error."""
+    named = lora.config.get("base_model_name_or_path")
+    if isinstance(named, str) and named and Path(named).name != Path(base).name:
+        warnings.warn(f"{lora.directory} was trained on {named}, and is merged into {base}", stacklevel=3)
