@@ -73,8 +73,16 @@ def check_common_fields(config: Any, activations: Collection[str], implementatio
     valid = is_number(config.initializer_range, float, 0)
     require(config, "initializer_range", valid, "a number not below 0")
     require(config, "attention_dropout", is_fraction(config.attention_dropout), "a number from 0 to below 1")
-    known = config.attn_implementation in implementations
-    require(config, "attn_implementation", known, ", ".join(implementations))
+    if config.attn_implementation not in implementations:
+        found = f"attn_implementation={config.attn_implementation!r}"
+        raise ValueError(f"{found} is not supported; supported: {', '.join(implementations)}")
+    check_output_fields(config)
+
+
+def check_output_fields(config: Any) -> None:
+    """Check the fields that say what a forward pass returns."""
+    for name in ("return_dict", "output_hidden_states", "output_attentions"):
+        require(config, name, isinstance(getattr(config, name), bool), "true or false")
 
 
 def check_text_sizes(config: Any) -> None:
@@ -192,26 +200,139 @@ def expect_device(name: str, tensor: Tensor, weight: Tensor) -> None:
         raise ValueError(f"{name} is on {tensor.device}, the model on {weight.device}; {cure}")
 
 
+def devices_present() -> list[str]:
+    """The kinds of devices of this machine, the one that "auto" chooses first: CUDA, Apple's MPS, the CPU."""
+    present = ["cpu"]
+    if torch.backends.mps.is_available():
+        present.insert(0, "mps")
+    if torch.cuda.is_available():
+        present.insert(0, "cuda")
+    return present
+
+
 def as_device(device: Any, device_map: Any = None) -> torch.device:
-    """The device that an argument names, the CPU for None. `device_map` is another name of the argument.
+    """The device that an argument names: text, a torch.device or the number of a GPU; "auto" is the first of
+    `devices_present`, None the CPU. `device_map` is another name of the argument; there {"": device} is accepted, too.
 
     Raises:
-        ValueError: no such device here, or both names with different values.
+        ValueError: no such device here, several devices, or both names with different values.
     """
     if device is not None and device_map not in (None, device):
         raise ValueError(f"device={device!r} and device_map={device_map!r} differ; give one of the two")
-    wanted = device_map if device is None else device
+    name, wanted = "device", device
+    if device_map is not None:
+        name, wanted = "device_map", device_map
+    supported = "'auto', or one device of this machine, such as 'cpu', 'cuda' or 'cuda:0'"
+    supported += " (a type is given as dtype=)"
     if wanted is None:
         return torch.device("cpu")
+    if isinstance(device_map, dict) and list(device_map) == [""]:
+        wanted = device_map[""]
+    if isinstance(wanted, str) and wanted == "auto":
+        return torch.device(devices_present()[0])
+    if not isinstance(wanted, (str, torch.device)) and not is_number(wanted, int, 0):
+        found = str(wanted)[:60]
+        raise ValueError(f"{name}={found} is not supported; supported: {supported}")
     try:
-        found = torch.device(wanted)
-        torch.empty(1, device=found)
+        found_device = torch.device(wanted)
+        torch.empty(1, device=found_device)
     except Exception as error:  # of many kinds, one for each device
         reason = str(error).strip().partition("\n")[0]
-        supported = "one device of this machine, such as 'cpu', 'cuda' or 'cuda:0'"
-        supported += " (a type is given as dtype=)"
-        raise ValueError(f"device={wanted!r} is not supported ({reason}); supported: {supported}") from error
-    return found
+        raise ValueError(f"{name}={wanted!r} is not supported ({reason}); supported: {supported}") from error
+    return found_device
+
+
+# Arguments of Transformers' functions that are not supported, and what to do instead.
+LOADING_CURES = {
+    "quantization_config": "weights are loaded in a floating-point type, see dtype (FP8 files become one)",
+    "load_in_8bit": "weights are loaded in a floating-point type, see dtype",
+    "load_in_4bit": "weights are loaded in a floating-point type, see dtype",
+    "subfolder": "give the directory itself",
+    "variant": "rename the files to model.safetensors",
+    "ignore_mismatched_sizes": "remove the tensor of another size from the files",
+    "output_loading_info": "missing or unexpected tensors are an error; a new layer gives a warning",
+    "max_memory": "a model is on one device, see device_map",
+    "offload_folder": "a model is on one device, see device_map",
+    "tp_plan": "see examples/tensor_parallel.py",
+    "tp_size": "see examples/tensor_parallel.py",
+    "state_dict": "load the model, then model.load_state_dict(state_dict)",
+    "force_download": "remove the repository from the cache: hf cache",
+    "generation_config": "set model.generation_config afterwards",
+    "gguf_file": "give a directory with safetensors weights",
+    "key_mapping": "rename the tensors in the files",
+}
+# Those that are accepted with any value: no code is run that comes with a model, and weights are always mapped.
+HARMLESS_ARGUMENTS = {"trust_remote_code", "low_cpu_mem_usage"}
+SAFETENSORS_ARGUMENTS = {"use_safetensors", "safe_serialization"}
+SAVING_CURES = {
+    "push_to_hub": "upload the directory: hf upload",
+    "variant": "the files have the usual names; rename them",
+    "save_function": "leave it out: safetensors writes the files",
+    "token": "upload the directory: hf upload",
+    "repo_id": "upload the directory: hf upload",
+}
+
+
+def refuse_arguments(arguments: dict[str, Any], cures: dict[str, str]) -> dict[str, Any]:
+    """The arguments without those of Transformers that ask for nothing (None, False or "") or change nothing.
+
+    Raises:
+        ValueError: one that is not supported; the message says what to do instead.
+    """
+    kept = {}
+    for name, value in arguments.items():
+        if name in SAFETENSORS_ARGUMENTS and value is False:
+            raise ValueError(f"{name}=False is not supported; supported: safetensors files only, no pickles")
+        if name in cures and value not in (None, False, ""):
+            raise ValueError(f"{name}={str(value)[:40]} is not supported; {cures[name]}")
+        if name not in SAFETENSORS_ARGUMENTS | HARMLESS_ARGUMENTS | cures.keys():
+            kept[name] = value
+    return kept
+
+
+def check_given_config(config: Any, kind: type, changes: dict[str, Any]) -> None:
+    """Raise ValueError unless a configuration is given that a class can load, and no changes of it."""
+    if not isinstance(config, kind):
+        wanted = f"a {kind.__name__} of this project"
+        raise ValueError(f"config must be {wanted}, or left out; found {type(config).__name__}")
+    if changes:
+        names = ", ".join(sorted(changes))
+        raise ValueError(f"config and {names} are given; set the fields in the configuration")
+
+
+def check_recomputation(settings: dict[str, Any] | None, every_n_layers: int, offload: bool) -> None:
+    """Raise ValueError unless settings of gradient checkpointing are the supported ones."""
+    if settings not in (None, {}, {"use_reentrant": False}):
+        found = f"gradient checkpointing with {settings}"
+        raise ValueError(f"{found} is not supported; supported: use_reentrant=False")
+    if every_n_layers != 1 or offload:
+        found = f"every_n_layers={every_n_layers}, offload={offload}"
+        raise ValueError(f"gradient checkpointing with {found} is not supported; supported: 1, False")
+
+
+def expect_state(state_dict: Any, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a state dict that are written in the place of a model's parameters.
+
+    Raises:
+        ValueError: a tensor is missing, or of another shape.
+    """
+    for name, parameter in parameters.items():
+        if name not in state_dict or state_dict[name].shape != parameter.shape:
+            wanted = f"{name} of shape {tuple(parameter.shape)}"
+            raise ValueError(f"state_dict needs {wanted}, as the model has it")
+    return {name: state_dict[name].detach() for name in parameters}
+
+
+def resized_count(new_num_tokens: int | None, pad_to_multiple_of: int | None, count: int) -> int:
+    """The number of rows of embeddings of which there are `count` now, see `resize_token_embeddings`."""
+    if new_num_tokens is None:
+        new_num_tokens = count
+    if pad_to_multiple_of is None:
+        pad_to_multiple_of = 1
+    for name, value in (("new_num_tokens", new_num_tokens), ("pad_to_multiple_of", pad_to_multiple_of)):
+        if not is_size(value):
+            raise ValueError(f"{name}={value!r} is impossible; allowed: a whole number above 0, or None")
+    return -(-new_num_tokens // pad_to_multiple_of) * pad_to_multiple_of
 
 
 # --------------------------------------------------------------------------------------------- arguments of forward
@@ -255,7 +376,7 @@ def check_inputs(input_ids: Tensor | None, inputs_embeds: Tensor | None, weight:
         expect_embeds(inputs_embeds, weight)
 
 
-def check_outputs(output_attentions: bool, config: Any) -> None:
+def check_outputs(output_attentions: bool | None, config: Any) -> None:
     """Raise ValueError if probabilities are wanted of an implementation that keeps none."""
     if output_attentions and config.attn_implementation != "eager":
         raise ValueError("output_attentions needs attn_implementation='eager'; the fused kernel keeps none")

@@ -24,6 +24,7 @@ from torch import Tensor
 import checkpoint
 from chat import Conversation, awaits_user, batch_or_none, open_calls
 from checkpoint import DTYPES, GenerationConfig
+from checks import devices_present
 from cli import Parser, exit_code, format_bytes, progress_bar, setting_type
 from fast import wide_rows
 from generate import BUNDLED, GenerativeModel, Sampling, generate, kv_cache_bytes, model_class
@@ -159,11 +160,7 @@ def choose_device(name: str) -> torch.device:
     Raises:
         ValueError: this machine has no such device.
     """
-    present = ["cpu"]
-    if torch.backends.mps.is_available():
-        present.insert(0, "mps")
-    if torch.cuda.is_available():
-        present.insert(0, "cuda")
+    present = devices_present()
     if name == "auto":
         return torch.device(present[0])
     if name not in present:

@@ -32,7 +32,7 @@ def choose_forward(model: Any, fast: bool) -> Forward:
         if x.ndim == 3:
             inputs = {"inputs_embeds": x}
         arguments = {"attention_mask": mask, "position_ids": position_ids, "past_key_values": cache}
-        outputs = model(**inputs, **arguments, use_cache=True, logits_to_keep=1)
+        outputs = model(**inputs, **arguments, use_cache=True, logits_to_keep=1, return_dict=True)
         logits: Tensor = outputs.logits[:, -1]
         return logits
 

@@ -55,7 +55,8 @@ def generate_naive(model: GenerativeModel, input_ids: Tensor, max_new_tokens: in
     padding, rows that end, images and a fast path.
     """
     for _ in range(max_new_tokens):
-        logits = model(input_ids, use_cache=False).logits[:, -1]  # (B, V), after the last token
+        out = model(input_ids, use_cache=False, return_dict=True)
+        logits = out.logits[:, -1]  # (B, V), after the last token
         new = logits.argmax(dim=-1, keepdim=True)  # (B, 1)
         input_ids = torch.cat((input_ids, new), dim=1)
     return input_ids
@@ -364,13 +365,18 @@ def load_model(
     device: str | torch.device | None = None,
     attn_implementation: str | None = None,
     revision: str | None = None,
-    **changes: Any,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    **others: Any,
 ) -> GenerativeModel:
     """`from_pretrained` of the class that config.json asks for; arguments and errors are those of
     `PreTrainedModel.from_pretrained`."""
-    directory = checkpoint.find(path_or_hub_id, revision)
+    directory = checkpoint.find(path_or_hub_id, revision, "model", token, cache_dir, local_files_only)
     cls = model_class(checkpoint.read_config(directory))
-    return cls.from_pretrained(directory, dtype, device, attn_implementation, **changes)
+    model = cls.from_pretrained(directory, dtype, device, attn_implementation, **others)
+    model.name_or_path = str(path_or_hub_id)
+    return model
 
 
 def expect_model(model: Any) -> None:

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 import checks
 from ministral import KVCache, MinistralConfig, MinistralModel
 from ministral3 import Ministral3Config, Ministral3Model
-from pretrained import Linear, PreTrainedModel, at_least_float32, exportable, init_weights
+from pretrained import Linear, ModelOutput, PreTrainedModel, at_least_float32, exportable, init_weights
 
 REGRESSION, SINGLE_LABEL, MULTI_LABEL = checks.PROBLEM_TYPES
 
@@ -84,8 +84,9 @@ class GenericForSequenceClassification(ModelWithHead):
             cure = "set it, or give one text at a time"
             raise ValueError(f"{len(text)} texts without config.pad_token_id: {cure}")
         out = self.base_model(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, **kwargs
-        )
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
+            return_dict=True, **kwargs,
+        )  # fmt: skip
         # All tokens, though one is read: a product of fewer rows is rounded differently.
         logits = self.score(out.last_hidden_state)  # (B, S, N)
         B, S, _ = logits.shape
@@ -168,8 +169,9 @@ class GenericForTokenClassification(ModelWithHead):
             ValueError: impossible labels; as `MinistralModel.forward`.
         """
         out = self.base_model(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, **kwargs
-        )
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
+            return_dict=True, **kwargs,
+        )  # fmt: skip
         logits = self.score(self.dropout(out.last_hidden_state))  # (B, S, N)
         loss = None
         if labels is not None:
@@ -209,8 +211,9 @@ class GenericForQuestionAnswering(ModelWithHead):
         if (start_positions is None) != (end_positions is None):
             raise ValueError("give both start_positions and end_positions, or neither")
         out = self.base_model(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, **kwargs
-        )
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds,
+            return_dict=True, **kwargs,
+        )  # fmt: skip
         logits = self.qa_outputs(out.last_hidden_state)  # (B, S, 2)
         start_logits, end_logits = (column.contiguous() for column in logits.unbind(-1))
         loss = None
@@ -236,7 +239,7 @@ def position_loss(name: str, logits: Tensor, positions: Tensor) -> Tensor:
 
 @exportable
 @dataclass
-class SequenceClassifierOutputWithPast:
+class SequenceClassifierOutputWithPast(ModelOutput):
     """`logits` (B, N), one row per text; `loss` a scalar when labels were given."""
 
     loss: Tensor | None
@@ -248,7 +251,7 @@ class SequenceClassifierOutputWithPast:
 
 @exportable
 @dataclass
-class TokenClassifierOutput:
+class TokenClassifierOutput(ModelOutput):
     """`logits` (B, S, N), one row per token; `loss` a scalar when labels were given."""
 
     loss: Tensor | None
@@ -259,7 +262,7 @@ class TokenClassifierOutput:
 
 @exportable
 @dataclass
-class QuestionAnsweringModelOutput:
+class QuestionAnsweringModelOutput(ModelOutput):
     """`start_logits` and `end_logits` (B, S): how likely each token is the first and the last one of the answer."""
 
     loss: Tensor | None

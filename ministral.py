@@ -497,8 +497,8 @@ class MinistralModel(PreTrainedModel):
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None, past_key_values: KVCache | None = None,
         inputs_embeds: Tensor | None = None, use_cache: bool | None = None,
-        cache_position: Tensor | None = None, output_hidden_states: bool = False,
-        output_attentions: bool = False,
+        cache_position: Tensor | None = None, output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
     ) -> BaseModelOutputWithPast:  # fmt: skip
         """Run S new tokens through all layers.
 
@@ -514,7 +514,7 @@ class MinistralModel(PreTrainedModel):
             past_key_values: the cache of the tokens before; it is extended in place.
             use_cache: make a cache if none is given. None: the configuration's (not with `gradient_checkpointing`).
             cache_position: (S,) if given, must be past, past + 1, ...: a cache has no gaps.
-            output_hidden_states, output_attentions: also return the output and the probabilities of each layer.
+            output_hidden_states, output_attentions: also return those of each layer. None: as the configuration says.
 
         Raises: ValueError for a wrong input, and for `output_attentions` with sdpa, which keeps no probabilities.
         """
@@ -601,11 +601,11 @@ class MinistralForCausalLM(PreTrainedModel):
         position_ids: Tensor | None = None, past_key_values: KVCache | None = None,
         inputs_embeds: Tensor | None = None, labels: Tensor | None = None, use_cache: bool | None = None,
         cache_position: Tensor | None = None, logits_to_keep: int | Tensor = 0,
-        output_hidden_states: bool = False, output_attentions: bool = False,
+        num_items_in_batch: Tensor | int | None = None, **kwargs: Any,
     ) -> CausalLMOutputWithPast:  # fmt: skip
         """The arguments of `MinistralModel.forward`, and:
 
-        labels: the input ids (B, S), -100 where a token does not count. They are shifted here, and give `loss`.
+        labels: the input ids (B, S), shifted here; -100 does not count. `loss`: a mean, or sum / `num_items_in_batch`.
         logits_to_keep: compute logits only for the last n positions (0: all), or for a 1-D tensor of indices.
 
         Raises: as `MinistralModel.forward`; ValueError for labels that do not match the logits.
@@ -613,7 +613,7 @@ class MinistralForCausalLM(PreTrainedModel):
         checks.expect_labels(labels, input_ids, inputs_embeds, logits_to_keep)
         out = self.model(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
-            cache_position, output_hidden_states, output_attentions,
+            cache_position, return_dict=True, **kwargs,
         )  # fmt: skip
-        logits, loss = logits_and_loss(self.lm_head, out.last_hidden_state, labels, logits_to_keep)
+        logits, loss = logits_and_loss(self.lm_head, out, labels, logits_to_keep, num_items_in_batch)
         return CausalLMOutputWithPast(loss, logits, out.past_key_values, out.hidden_states, out.attentions)

@@ -49,6 +49,7 @@ from pretrained import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
     Linear,
+    ModelOutput,
     PreTrainedModel,
     at_least_float32,
     exportable,
@@ -66,7 +67,7 @@ TEXT_MODELS: dict[str, type[MinistralModel]] = {"ministral3": Ministral3Model, "
 
 @exportable
 @dataclass
-class BaseModelOutput:
+class BaseModelOutput(ModelOutput):
     """The result of `PixtralVisionModel`: `last_hidden_state` (1, P, C), the patches of all images in a row, and
     `hidden_states`, if wanted, num_hidden_layers + 1 of these, the first one before the first layer."""
 
@@ -148,6 +149,7 @@ class PixtralVisionModel(PreTrainedModel):
 
     config_class = PixtralVisionConfig
     base_model_prefix = "vision_encoder"
+    input_embeddings = "patch_conv"
 
     def __init__(self, config: PixtralVisionConfig) -> None:
         super().__init__(config)
@@ -187,7 +189,7 @@ class PixtralVisionModel(PreTrainedModel):
 
     def forward(
         self, pixel_values: Tensor, image_sizes: ImageSizes | None = None,
-        output_hidden_states: bool | list[int] = False,
+        output_hidden_states: bool | list[int] | None = None,
     ) -> BaseModelOutput:  # fmt: skip
         """Encode images.
 
@@ -195,6 +197,7 @@ class PixtralVisionModel(PreTrainedModel):
             pixel_values: (N, 3, height, width), see `preprocess`.
             image_sizes: the (height, width) in pixels of each image within that; None: all of it.
             output_hidden_states: return all hidden states, or a list of the indices that are wanted (others are None).
+                None: as the configuration says.
 
         Raises:
             ValueError: see `grids`.
@@ -340,8 +343,10 @@ class Mistral3Model(Mistral3PreTrainedModel):
         if min(min(grid) for grid in grids) < m:
             allowed = f"{m} x {m} or more, which are merged into one"
             raise ValueError(f"images of {grids} patches; allowed: {allowed}")
-        hidden_states = self.vision_tower(pixel_values, image_sizes, [index]).hidden_states
-        features = self.multi_modal_projector(hidden_states[index][0], grids)
+        encoded = self.vision_tower(
+            pixel_values, image_sizes, output_hidden_states=[index], return_dict=True
+        )
+        features = self.multi_modal_projector(encoded.hidden_states[index][0], grids)
         return features.split([(h // m) * (w // m) for h, w in grids])
 
     def embed(
@@ -394,7 +399,7 @@ class Mistral3Model(Mistral3PreTrainedModel):
         if past_key_values is None:
             check_start(input_ids, attention_mask, None, self.config.text_config, 0, 0)
         out = self.language_model(
-            None, attention_mask, position_ids, past_key_values, embeds, use_cache, **kwargs
+            None, attention_mask, position_ids, past_key_values, embeds, use_cache, return_dict=True, **kwargs
         )
         return Mistral3ModelOutputWithPast(
             out.last_hidden_state, out.past_key_values, out.hidden_states, out.attentions, features
@@ -418,16 +423,17 @@ class Mistral3ForConditionalGeneration(Mistral3PreTrainedModel):
         past_key_values: KVCache | None = None,
         inputs_embeds: Tensor | None = None, labels: Tensor | None = None, use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0, image_sizes: ImageSizes | None = None,
-        vision_feature_layer: int | None = None, **kwargs: Any,
+        vision_feature_layer: int | None = None, num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
     ) -> Mistral3CausalLMOutputWithPast:  # fmt: skip
-        """The arguments of `Mistral3Model.forward`, and `labels` and `logits_to_keep` of `MinistralForCausalLM.forward`
-        (raises as these)."""
+        """The arguments of `Mistral3Model.forward`, and `labels`, `logits_to_keep` and `num_items_in_batch` of
+        `MinistralForCausalLM.forward` (raises as these)."""
         expect_labels(labels, input_ids, inputs_embeds, logits_to_keep)
         out = self.model(
             input_ids, pixel_values, attention_mask, position_ids, past_key_values, inputs_embeds,
-            vision_feature_layer, use_cache, image_sizes, **kwargs,
+            vision_feature_layer, use_cache, image_sizes, return_dict=True, **kwargs,
         )  # fmt: skip
-        logits, loss = logits_and_loss(self.lm_head, out.last_hidden_state, labels, logits_to_keep)
+        logits, loss = logits_and_loss(self.lm_head, out, labels, logits_to_keep, num_items_in_batch)
         return Mistral3CausalLMOutputWithPast(
             loss, logits, out.past_key_values, out.hidden_states, out.attentions, out.image_hidden_states
         )

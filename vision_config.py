@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from checks import check_common_fields, is_number, require, require_sizes
+from checks import check_common_fields, check_output_fields, is_number, require, require_sizes
 from ministral import ATTENTION, MinistralConfig
 from ministral3 import Ministral3Config
 from pretrained import ACTIVATIONS, PreTrainedConfig
@@ -43,6 +43,8 @@ class PixtralVisionConfig(PreTrainedConfig):
         require_sizes(self, "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         require_sizes(self, "num_channels", "image_size", "patch_size")
         check_common_fields(self, ACTIVATIONS, ATTENTION)
+        attentions = self.output_attentions
+        require(self, "output_attentions", not attentions, "False: the encoder returns no probabilities")
         heads = self.num_attention_heads
         size = self.hidden_size // heads
         whole = size * heads == self.hidden_size and size % 4 == 0
@@ -73,11 +75,6 @@ class PixtralVisionConfig(PreTrainedConfig):
     def from_dict(cls, d: dict[str, Any]) -> PixtralVisionConfig:
         """See `PreTrainedConfig.from_dict`. Transformers writes a vocab_size here, which has no meaning."""
         return super().from_dict({k: v for k, v in d.items() if k != "vocab_size"})
-
-    def to_dict(self) -> dict[str, Any]:
-        """The vision part of a config.json that Transformers 5 loads."""
-        values = {k: v for k, v in asdict(self).items() if k not in ("attn_implementation", "rope_theta")}
-        return {"model_type": self.model_type} | values
 
 
 # model_type of the text part -> its configuration.
@@ -139,7 +136,8 @@ class Mistral3Config(PreTrainedConfig):
         self._check()
 
     def _check(self) -> None:
-        """Check the fields of the projector."""
+        """Check the fields of the projector and of outputs."""
+        check_output_fields(self)
         self.feature_index()
         image = self.image_token_index
         known = is_number(image, int, 0) and image < self.text_config.vocab_size
@@ -191,7 +189,5 @@ class Mistral3Config(PreTrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """The content of a config.json that Transformers 5 loads."""
-        names = [field.name for field in fields(self) if field.name != "attn_implementation"]
-        own = {name: getattr(self, name) for name in names}
         parts = {"vision_config": self.vision_config.to_dict(), "text_config": self.text_config.to_dict()}
-        return {"model_type": self.model_type} | own | parts
+        return super().to_dict() | parts

@@ -69,12 +69,17 @@ class Change:
     B: str | None = None
     weight: str | None = None
 
+    def tensors(self) -> list[str]:
+        """The names of its tensors."""
+        return [name for name in (self.A, self.B, self.weight) if name is not None]
+
 
 class Adapter:
     """An adapter whose files have been read, apart from the numbers.
 
     Attributes:
         config: the content of adapter_config.json.
+        names: those of the tensors.
         changes: {parameter, by its name in the model that the adapter was trained on: its `Change`}.
 
     Raises:
@@ -91,7 +96,8 @@ class Adapter:
         self._expect_config()
         self._file = self._open()
         self.changes: dict[str, Change] = {}
-        for name in self._file.keys():  # noqa: SIM118: the file is no dict
+        self.names: list[str] = list(self._file.keys())
+        for name in self.names:
             self._add(name)
         if not self.changes:
             raise ValueError(f"{directory / ADAPTER_WEIGHTS} holds no tensors; save the adapter again")
@@ -143,7 +149,7 @@ class Adapter:
             pattern = self.config.get(key)
             of_kind = isinstance(pattern, dict) and all(valid(value) for value in pattern.values())
             self._expect(key, not pattern or of_kind, "an object from names of modules to numbers, or none")
-            for expression in pattern or ():
+            for expression in _object(pattern):
                 self._expect(key, _is_expression(f"({expression})"), "names or regular expressions")
         for key in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
             value = self.config.get(key)
@@ -169,9 +175,12 @@ class Adapter:
             return not module.endswith(("lm_head", "embed_tokens"))
         if not _matches(wanted, module):
             return False
-        if isinstance(wanted, str) or layers in (None, []) or module in (wanted or ()):
+        if isinstance(wanted, str) or layers in (None, []) or module in _as_list(wanted):
             return True
-        for pattern in _as_list(config.get("layers_pattern")) or ["[^.]*"]:
+        patterns = _as_list(config.get("layers_pattern"))
+        if not patterns:
+            patterns = ["[^.]*"]
+        for pattern in patterns:
             found = re.match(rf"(?:.*?\.)?{pattern}\.(\d+)\.", module)
             if found is not None:
                 return int(found[1]) in _as_list(layers)
@@ -191,7 +200,7 @@ class Adapter:
 
     def _of_pattern(self, key: str, module: str, default: Any) -> Any:
         """The value of the first pattern that a module's name ends with."""
-        for pattern, value in (self.config.get(key) or {}).items():
+        for pattern, value in _object(self.config.get(key)).items():
             if re.match(rf"(.*\.)?({pattern})$", module):
                 return value
         return default
@@ -227,8 +236,7 @@ class Adapter:
         if change.A is None and change.B is None:
             return
         if change.A is None or change.B is None:
-            found = change.A or change.B
-            raise ValueError(f"{path}: {found} is there without the other factor; save the adapter again")
+            raise ValueError(f"{path}: {change.tensors()[0]} is there without the other factor; save the adapter again")
         if not self.targets(change.module):
             problem = f"{path}: {change.A} is there, but target_modules in {ADAPTER} does not name its module"
             raise ValueError(f"{problem}; both files must be of one adapter")
@@ -276,7 +284,7 @@ class Adapter:
 
     def count(self) -> int:
         """The number of parameters."""
-        return sum(math.prod(self.shape(name)) for name in self._file.keys())  # noqa: SIM118
+        return sum(math.prod(self.shape(name)) for name in self.names)
 
     def describe(self) -> Iterator[tuple[str, str]]:
         """The lines of `python -m checkpoint info`, as pairs of title and value."""
@@ -302,9 +310,18 @@ def _is_expression(text: str) -> bool:
 
 
 def _as_list(value: Any) -> list[Any]:
-    if value is None or isinstance(value, list):
-        return value or []
+    if value is None:
+        return []
+    if isinstance(value, list):
+        return value
     return [value]
+
+
+def _object(value: dict[str, Any] | None) -> dict[str, Any]:
+    """A JSON object, empty for none."""
+    if value is None:
+        return {}
+    return value
 
 
 def _matches(wanted: Any, module: str) -> bool:

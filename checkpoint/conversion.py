@@ -29,7 +29,7 @@ def convert(
     destination: str | Path,
     dtype: torch.dtype | None = None,
     format: str = "hf",
-    max_shard_bytes: int = 5 * 10**9,
+    max_shard_size: int | str = "5GB",
 ) -> None:
     """Write a model in Transformers' layout ("hf") or Mistral's own ("mistral"), with its tokenizer. One shard is in
     memory at a time, of which tensors that stay as they are take none; Mistral's layout is one single file.
@@ -72,7 +72,7 @@ def convert(
 
     sizes = {name: nbytes(files, stored_name, dtype) for name, stored_name in stored_names.items()}
     with new_directory(destination) as temporary:
-        write(temporary, config, sizes, read, max_shard_bytes, format=format)
+        write(temporary, config, sizes, read, max_shard_size, format=format)
         copy_other_files(directory, temporary)
 
 
@@ -104,6 +104,7 @@ def _expect_no_grid(files: Checkpoint, names: list[str]) -> None:
 
 
 def nbytes(files: Checkpoint, name: str, dtype: torch.dtype | None) -> int:
+    """The bytes of a tensor, cast to `dtype` if one is given."""
     itemsize = files.itemsize(name) if dtype is None else dtype.itemsize
     return math.prod(files.shape(name)) * itemsize
 

@@ -35,9 +35,8 @@ VISION_PREFIXES = ("vision_tower.", "multi_modal_projector.")
 # Keys that do not change what a text model computes.
 HARMLESS_KEYS = {
     "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "_name_or_path",
-    "auto_map", "return_dict", "output_attentions", "output_hidden_states", "is_encoder_decoder",
-    "chunk_size_feed_forward", "id2label", "label2id", "problem_type", "num_labels", "pretraining_tp",
-    "_attn_implementation_autoset",
+    "auto_map", "is_encoder_decoder", "chunk_size_feed_forward", "id2label", "label2id", "problem_type",
+    "num_labels", "pretraining_tp", "_attn_implementation_autoset",
 }  # fmt: skip
 
 

@@ -29,7 +29,7 @@ def merge(
     base: str | Path,
     destination: str | Path,
     dtype: torch.dtype | None = None,
-    max_shard_bytes: int = 5 * 10**9,
+    max_shard_size: int | str = "5GB",
 ) -> None:
     """Write a model with the weights W + scaling * B A (see `Adapter`), in Transformers' layout, with the tokenizer of
     the base. One shard is in memory at a time.
@@ -84,7 +84,7 @@ def merge(
     config = converted_config(files, dtype, has_head="output.weight" in in_mistral)
     sizes = {name: nbytes(files, name, dtype) for name in in_mistral.values()}
     with new_directory(destination) as temporary:
-        write(temporary, config, sizes, read, max_shard_bytes)
+        write(temporary, config, sizes, read, max_shard_size)
         copy_other_files(directory, temporary)
 
 
@@ -93,7 +93,7 @@ def _changes(lora: Adapter, files: Checkpoint, in_mistral: dict[str, str]) -> di
     changes: dict[str, Change] = {}
     for parameter, change in lora.changes.items():
         name = in_mistral.get(str(to_mistral(parameter)))
-        source = change.A or change.weight
+        source = change.tensors()[0]
         if name is None:
             problem = f"{lora.directory / ADAPTER_WEIGHTS}: {source} belongs to no tensor of {files.directory}"
             raise ValueError(f"{problem}; give the base that the adapter was trained on")

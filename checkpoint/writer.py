@@ -20,6 +20,11 @@ from .generation_config import GenerationConfig
 
 # A function that writes one file, under the name that it is given.
 Writer = Callable[[Path], object]
+# Bytes of the units of sizes.
+UNITS = {
+    "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+    "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
+}  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------- model directories
@@ -30,11 +35,11 @@ def write(
     config: dict[str, Any],
     sizes: Mapping[str, int],
     read: Callable[[str], Tensor],
-    max_shard_bytes: int = 5 * 10**9,
+    max_shard_size: int | str = "5GB",
     generation: GenerationConfig | None = None,
     format: str = "hf",
 ) -> None:
-    """Write a model directory that Transformers reads too: one weights file, or, above `max_shard_bytes`, shards
+    """Write a model directory that Transformers reads too: one weights file, or, above `max_shard_size`, shards
     with an index. Nothing is touched before all files are complete; then the old ones go and the new ones come,
     config.json last. So a directory in which that is interrupted is refused, never read as a mixture.
 
@@ -55,16 +60,14 @@ def write(
     directory = Path(directory)
     if format not in FORMATS:
         raise ValueError(f"format={format!r} is not supported; supported: {', '.join(FORMATS)}")
-    if not is_size(max_shard_bytes):
-        allowed = "a whole number not below 1"
-        raise ValueError(f"max_shard_bytes={max_shard_bytes!r} is impossible; allowed: {allowed}")
+    shard_bytes = parse_size(max_shard_size)
     if directory.exists() and not directory.is_dir():
         raise NotADirectoryError(f"{directory} is a file; a model is written into a directory")
     directory.mkdir(parents=True, exist_ok=True)
 
     if format == "hf":
         config_path = directory / CONFIG
-        shards = _shards(sizes, max_shard_bytes)
+        shards = _shards(sizes, shard_bytes)
     else:
         config_path = directory / PARAMS
         shards = {CONSOLIDATED: list(sizes)}
@@ -81,12 +84,31 @@ def write(
     replace_files(writers, before=partial(_remove_old, directory, config_path))
 
 
-def _shards(sizes: Mapping[str, int], max_shard_bytes: int) -> dict[str, list[str]]:
+def parse_size(max_shard_size: int | str) -> int:
+    """The bytes of a size: a whole number, or a number and a unit (see `UNITS`) in text, such as "5GB".
+
+    Raises:
+        ValueError: another text or number.
+    """
+    nbytes: Any = max_shard_size
+    if isinstance(max_shard_size, str):
+        found = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]I?B)", max_shard_size.strip().upper())
+        nbytes = None
+        if found is not None:
+            number, unit = found.groups()
+            nbytes = int(float(number) * UNITS[unit])
+    if not is_size(nbytes):
+        allowed = "a whole number of bytes not below 1, or text such as '5GB', '500MB' or '1GiB'"
+        raise ValueError(f"max_shard_size={max_shard_size!r} is impossible; allowed: {allowed}")
+    return int(nbytes)
+
+
+def _shards(sizes: Mapping[str, int], shard_bytes: int) -> dict[str, list[str]]:
     """The names of the weights files, each with those of its tensors. A tensor above the limit has its own file."""
     shards: list[list[str]] = [[]]
     size = 0
     for name, nbytes in sizes.items():
-        if shards[-1] and size + nbytes > max_shard_bytes:
+        if shards[-1] and size + nbytes > shard_bytes:
             shards.append([])
             size = 0
         shards[-1].append(name)

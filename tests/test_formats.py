@@ -104,7 +104,7 @@ def test_both_layouts_give_the_same_bits(tmp_path_factory, rng, kind, old_names)
     if kind == "mistral3" and old_names:
         hub_names(path / "hf")
     convert(path / "hf", path / "mistral", format="mistral")
-    convert(path / "mistral", path / "again", max_shard_bytes=rng.choice([10**9, 5000]))
+    convert(path / "mistral", path / "again", max_shard_size=rng.choice([10**9, 5000]))
     assert sorted(p.name for p in (path / "mistral").iterdir()) == ["consolidated.safetensors", "params.json"]
     ids, attn = draw_ids(rng), model.config.attn_implementation
     models = [load_model(path / name, attn_implementation=attn) for name in ("hf", "mistral", "again")]
@@ -778,7 +778,7 @@ def test_where_a_conversion_may_go(tmp_path, capsys):
 
 
 def test_info_does_not_hide_damage(tmp_path, capsys):
-    draw_model(random.Random(0), "ministral").save_pretrained(tmp_path, max_shard_bytes=3000)
+    draw_model(random.Random(0), "ministral").save_pretrained(tmp_path, max_shard_size=3000)
     (tmp_path / "model-00001-of-00002.safetensors").unlink(missing_ok=True)
     next(tmp_path.glob("model-00002*")).unlink()
     code, out, err = run(capsys, "info", tmp_path)
@@ -896,7 +896,7 @@ class Hub:
 def test_one_set_of_weights_is_fetched_and_no_pickle(tmp_path, monkeypatch, layouts):
     model = draw_model(random.Random(1), "ministral", torch.float32)
     model.save_pretrained(tmp_path / "hf")
-    model.save_pretrained(tmp_path / "shards", max_shard_bytes=5000)
+    model.save_pretrained(tmp_path / "shards", max_shard_size=5000)
     convert(tmp_path / "hf", tmp_path / "mistral", format="mistral")
     (remote := tmp_path / "remote").mkdir()
     for layout in layouts:
