@@ -250,15 +250,17 @@ class Adapter:
         """The shape of a tensor, from the header."""
         return tuple(self._file.get_slice(name).get_shape())
 
-    def product_shape(self, change: Change) -> tuple[int, ...] | None:
-        """The shape of what a change adds to the weight; None if it adds nothing."""
-        if change.A is None or change.B is None:
-            return None
-        columns = self.shape(change.A)[1]
-        rows = self.shape(change.B)[0]
-        if change.embedding:
-            return columns, rows
-        return rows, columns
+    def shapes(self, change: Change) -> list[tuple[int, ...]]:
+        """The shapes of what a change adds to a weight, and of what it puts in its place."""
+        shapes = []
+        if change.weight is not None:
+            shapes.append(self.shape(change.weight))
+        if change.A is not None and change.B is not None:
+            product = (self.shape(change.B)[0], self.shape(change.A)[1])
+            if change.embedding:
+                product = product[::-1]
+            shapes.append(product)
+        return shapes
 
     def read(self, name: str) -> Tensor:
         """A tensor; raises ValueError if it has infinite numbers or NaN."""

@@ -101,12 +101,10 @@ def _changes(lora: Adapter, files: Checkpoint, in_mistral: dict[str, str]) -> di
             problem = f"{lora.directory / ADAPTER_WEIGHTS}: two names of one tensor, {name}"
             raise ValueError(f"{problem}; save the adapter again")
         shape = files.shape(name)
-        shapes = {lora.product_shape(change), shape}
-        if change.weight is not None:
-            shapes.add(lora.shape(change.weight))
-        found = shapes - {shape, None}
-        if found:
-            problem = f"{lora.directory / ADAPTER_WEIGHTS}: {source} is for {sorted(found)}, {name} is {shape}"
+        for changed in lora.shapes(change):
+            if changed == shape:
+                continue
+            problem = f"{lora.directory / ADAPTER_WEIGHTS}: {source} is for {list(changed)}, {name} is {list(shape)}"
             raise ValueError(f"{problem}; give the base that the adapter was trained on")
         changes[name] = change
     return changes

@@ -1,4 +1,4 @@
-"""LoRA: fine-tune the bundled model by 5 % of its parameters, in a minute on two CPU cores.
+"""LoRA: fine-tune 5 % of as many parameters as the bundled model has, in a minute on two CPU cores.
 
     python -m examples.lora [--seed N] [--save DIR]
 
@@ -6,16 +6,15 @@ A linear layer computes W x. With an adapter it computes
 
     W x + (alpha / r) B A x        W (out, in), A (r, in), B (out, r)
 
-W is frozen; A and B are trained. B A has the shape of W, but its rank is at most r. With out = in = 256 and r = 8, W has
-65,536 numbers, A and B have 4,096 together. Only these have gradients and optimizer states. A starts random and B with
-zeros. B A x is then zero, so training starts at the base model. (With A zero as well, no gradient would ever be other
-than zero.) At the end, W + (alpha / r) B A replaces W, and the model has its old shape and speed.
-Source: https://arxiv.org/abs/2106.09685.
+W is frozen; A and B are trained. B A has the shape of W and at most rank r. With out = in = 256 and r = 8, W has 65,536
+numbers, A and B together 4,096. Only these have gradients and optimizer states. A starts random and B with zeros. B A
+is then zero, so training starts at the base model. (With A zero as well, all gradients would be zero.) At the end,
+W + (alpha / r) B A replaces W, and the model has its old shape and speed. Source: https://arxiv.org/abs/2106.09685.
 
 The task is the spelling of 1623. The bundled model was trained on a modern edition. The printers of Shakespeare's time
 used the letters u, v, i and j in another way: "vpon my soule, I haue iudged". The adapter is trained on the training
-plays in this spelling, and tested on parts of two plays that neither model nor adapter has seen. In modern spelling the
-model needs 1.893 bits per byte for them. That is the aim, as both spellings have nearly the same content.
+plays in this spelling, and tested on parts of two plays that neither the model nor the adapter has seen. In modern
+spelling the model needs 1.893 bits per byte for them. That is the aim, as both spellings have nearly the same content.
 
 DIR is a directory that PEFT reads. `python -m checkpoint merge DIR models/shakespeare OUT` writes the merged model.
 """
@@ -31,11 +30,13 @@ from torch import Tensor, nn
 
 from checkpoint import write_json
 from cli import Parser, exit_code
-from generate import BUNDLED, load_model
+from generate import BUNDLED
+from ministral3 import Ministral3ForCausalLM
 from tokenizer import Tokenizer
 from training import corpus, evaluate, train
 
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # all matrices of a layer
+# All matrices of a layer.
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 class LoraLinear(nn.Module):
@@ -73,7 +74,7 @@ def merge_adapters(model: nn.Module) -> None:
 
 def save_adapters(model: nn.Module, directory: Path, r: int = 8, alpha: float = 16) -> None:
     """Write adapter_model.safetensors and adapter_config.json, as PEFT reads them."""
-    tensors = {f"base_model.model.{name}": p for name, p in model.named_parameters() if ".lora_" in name}
+    tensors = {f"base_model.model.{name}": tensor for name, tensor in model.state_dict().items() if ".lora_" in name}
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(BUNDLED)}
     sizes = {"r": r, "lora_alpha": alpha, "target_modules": TARGETS}
@@ -84,25 +85,28 @@ def main(steps: int = 100) -> int:
     """Train, save and merge; print the held-out bits per byte before and after. Returns the exit code."""
     parser = Parser(prog="python -m examples.lora", description="Fine-tune the bundled model with LoRA.")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
-    parser.add_argument("--save", type=Path, default=Path("runs/lora"), metavar="DIR", help="default: runs/lora")
+    parser.add_argument("--save", type=Path, default="runs/lora", metavar="DIR", help="default: runs/lora")
     options = parser.parse_args()
     options.save.mkdir(parents=True, exist_ok=True)
     texts = corpus.load()
     held_out = [corpus.spelling_of_1623(play[20_000:50_000]) for play in texts["test"]]
     tokenizer = Tokenizer.from_dir(BUNDLED)
-    model = load_model(BUNDLED, torch.float32)
-    print(f"held-out bits per byte before: {evaluate.bits_per_byte(model, tokenizer, held_out, 1024):.3f}", flush=True)
+    model = Ministral3ForCausalLM.from_pretrained(BUNDLED, torch.float32)
+    before = evaluate.bits_per_byte(model, tokenizer, held_out, 1024)
+    print(f"held-out bits per byte before: {before:.3f}", flush=True)
 
     torch.manual_seed(options.seed)
     add_adapters(model)
+    works = [tokenizer.encode(corpus.spelling_of_1623(work)) for work in texts["train"]]
     recipe = train.Recipe(steps, options.seed, tokens_per_step=1024, context=512, learning_rate=1e-2, warmup=10)
-    batches = train.Batches([tokenizer.encode(corpus.spelling_of_1623(text)) for text in texts["train"]], recipe)
+    batches = train.Batches(works, recipe)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], weight_decay=0.0)
     for step in range(steps):
         train.train_step(model, [optimizer], batches.of_step(step), step, recipe)
     save_adapters(model, options.save)
     merge_adapters(model.eval())
-    print(f"after: {evaluate.bits_per_byte(model, tokenizer, held_out, 1024):.3f}; adapter saved in {options.save}")
+    after = evaluate.bits_per_byte(model, tokenizer, held_out, 1024)
+    print(f"after: {after:.3f}; the adapter is in {options.save}")
     return 0
 
 
