@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from .hf import VISION_PREFIXES, text_name
 from .hub import find
 from .load import list_names
 from .mistral_tensors import to_mistral
-from .reader import KINDS, Checkpoint
+from .reader import Checkpoint
 from .writer import write
 
 TIED = ("tok_embeddings.weight", "output.weight")  # Mistral's names of the two tensors that may be one
@@ -35,15 +36,14 @@ def merge(
     the base. One shard is in memory at a time.
 
     The sum is computed in float32 and rounded once to the type of W. PEFT's `merge_and_unload` gives the same bits for
-    factors that are float32 or float64, and for those of 16 bits as PEFT loads them by default, in float32. With
-    `safe_merge=True` it rounds the product to the type of W first.
+    linear layers. For an embedding, and with `safe_merge=True`, it rounds the product to the type of W first.
 
     Args:
         adapter: a directory or Hub id with adapter_config.json and adapter_model.safetensors, as PEFT writes them.
         base: a directory or Hub id of the model, in either layout. The names of tensors may be those of another version
             of Transformers than the adapter has; an adapter of a text model fits a vision model's text part.
         destination: a new or empty directory; it appears complete or not at all.
-        dtype: cast all weights; None keeps every tensor's type. FP8 weights need one.
+        dtype: cast all weights; None keeps every tensor's type, which FP8 weights do not allow.
 
     Raises:
         FileExistsError: the destination holds something.
@@ -66,26 +66,32 @@ def merge(
     _expect_all_targets(lora, model, {to_mistral(name) for name in changes})
     _warn_of_other_base(lora, base)
 
-    def read(name: str) -> Tensor:
-        target = dtype
-        if target is None:
-            target = KINDS.get(files.kind(name))
-        if name not in changes or target is None:
-            return files.read(name, dtype)
-        exact = None
-        if files.scaled:
-            exact = torch.float32  # FP8 numbers times their scales, not rounded
-        merged = lora.apply(changes[name], files.read(name, exact), target)
-        if not merged.isfinite().all():
-            problem = f"{name}: the merged weight does not fit into {target}"
-            raise ValueError(f"{problem}; give a dtype (--dtype bfloat16)")
-        return merged
-
+    read = partial(_read, lora, files, changes, dtype)
     config = converted_config(files, dtype, has_head="output.weight" in in_mistral)
     sizes = {name: nbytes(files, name, dtype) for name in in_mistral.values()}
     with new_directory(destination) as temporary:
         write(temporary, config, sizes, read, max_shard_size)
         copy_other_files(directory, temporary)
+
+
+def _read(
+    lora: Adapter, files: Checkpoint, changes: dict[str, Change], dtype: torch.dtype | None, name: str
+) -> Tensor:
+    """A tensor of the result, of the base's type if `dtype` is none."""
+    if name not in changes:
+        return files.read(name, dtype)
+    exact = None
+    if files.scaled:
+        exact = torch.float32  # FP8 numbers times their scales, not rounded
+    weight = files.read(name, exact)
+    target = dtype
+    if target is None:
+        target = weight.dtype
+    merged = lora.apply(changes[name], weight, target)
+    if not merged.isfinite().all():
+        problem = f"{name}: the merged weight does not fit into {target}"
+        raise ValueError(f"{problem}; give a dtype (--dtype bfloat16)")
+    return merged
 
 
 def _changes(lora: Adapter, files: Checkpoint, in_mistral: dict[str, str]) -> dict[str, Change]:
@@ -134,9 +140,10 @@ def _expect_all_targets(lora: Adapter, model: nn.Module, changed: set[str | None
 def _trained_names(lora: Adapter, model: Any) -> Iterator[tuple[str, str]]:
     """The linear layers and embeddings of a model: their names, and those in the model that the adapter was trained
     on. One of the two may be a vision model, and the other its text part."""
-    of_vision = any(
-        "language_model." in name or name.removeprefix("model.").startswith(VISION_PREFIXES) for name in lora.changes
-    )
+    of_vision = False
+    for name in lora.changes:
+        in_vision_part = name.removeprefix("model.").startswith(VISION_PREFIXES)
+        of_vision |= "language_model." in name or in_vision_part
     for name, module in model.named_modules():
         if not isinstance(module, (nn.Linear, nn.Embedding)):
             continue

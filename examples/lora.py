@@ -1,4 +1,4 @@
-"""LoRA: fine-tune 5 % of as many parameters as the bundled model has, in a minute on two CPU cores.
+"""LoRA: fine-tune the bundled model with low-rank adapters, in a minute on two CPU cores.
 
     python -m examples.lora [--seed N] [--save DIR]
 

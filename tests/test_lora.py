@@ -1,4 +1,4 @@
-"""LoRA: the example's arithmetic and files against peft's, merging adapters into model directories, and what is refused."""
+"""LoRA: the example's arithmetic and files against peft's, merging adapters into model directories, and refusals."""
 
 import json
 import random
@@ -170,9 +170,8 @@ def test_the_types_of_numbers(tmp_path):
             merged = load_file(out / "model.safetensors")
             assert merged[f"{name}.weight"].equal(total.to(target or torch.bfloat16)), (dtype, target)
             assert {tensor.dtype for tensor in merged.values()} == {target or torch.bfloat16}
-    assert load_model(tmp_path / "torch.float32-None").get_parameter(f"{name}.weight").equal(
-        expected.get_parameter(f"{name}.weight")
-    )
+    merged = load_model(tmp_path / "torch.float32-None").get_parameter(f"{name}.weight")
+    assert merged.equal(expected.get_parameter(f"{name}.weight"))
 
 
 def test_fp8_weights_are_multiplied_by_their_scales(tmp_path, capsys):
@@ -296,7 +295,9 @@ TENSORS = {
     r"factors .* of model\.layers\.0\.self_attn\.q_proj; adapter_config\.json says rank 2": lambda t: t.update(
         {f"{Q}.lora_A.weight": torch.ones(3, t[f"{Q}.lora_A.weight"].shape[1])}
     ),
-    r"lora_A\.weight is for \[\d+, 999\], model\.layers": lambda t: t.update({f"{Q}.lora_A.weight": torch.ones(2, 999)}),
+    r"lora_A\.weight is for \[\d+, 999\], model\.layers": lambda t: t.update(
+        {f"{Q}.lora_A.weight": torch.ones(2, 999)}
+    ),
     r"lora_A\.weight holds NaN or infinity": lambda t: t[f"{Q}.lora_A.weight"].fill_(float("nan")),
     r"is I32; allowed: BF16": lambda t: t.update({f"{Q}.lora_A.weight": t[f"{Q}.lora_A.weight"].int()}),
     r"the merged weight does not fit into torch\.float16": lambda t: t[f"{Q}.lora_B.weight"].fill_(1e38),
@@ -412,5 +413,22 @@ def test_the_command_merges_and_names_another_base(directories, capsys):
     with pytest.warns(UserWarning, match=r"was trained on .*base, and is merged into .*other"):
         merge(*paths[:2], directories / "first")
     assert main(["merge", *paths, "--dtype", "bf16"]) == 0
-    assert {path.name for path in (directories / "out").iterdir()} == {"config.json", "model.safetensors", "tekken.json"}
+    files = sorted(path.name for path in (directories / "out").iterdir())
+    assert files == ["config.json", "model.safetensors", "tekken.json"]
     assert load_model(directories / "out").dtype == torch.bfloat16
+
+
+def test_an_adapter_on_the_hub(directories, monkeypatch):
+    """Its two files are fetched, and of the base everything."""
+    asked = []
+
+    def download(name, allow_patterns, **options):
+        asked.append((name, allow_patterns))
+        return directories / name.partition("/")[2]
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    merge("owner/adapter", "owner/base", directories / "out")
+    assert asked[0] == ("owner/adapter", ["config.json", "params.json", "adapter_config.json",
+                                          "adapter_model.safetensors"])  # fmt: skip
+    assert asked[1][0] == "owner/base" and "model.safetensors" in asked[1][1]
+    assert load_model(directories / "out")
