@@ -60,9 +60,9 @@ def merge(
     model = empty_model(files.config)
     in_mistral = mistral_names(files)
     expect_tensors(directory, model, in_mistral)
+    if "output.weight" not in in_mistral or model.config.tie_word_embeddings:
+        _expect_untied(lora)
     changes = _changes(lora, files, in_mistral)
-    tied = "output.weight" not in in_mistral or model.config.tie_word_embeddings
-    _expect_untied(lora, tied, [in_mistral[name] for name in TIED if name in in_mistral], changes)
     _expect_all_targets(lora, model, {to_mistral(name) for name in changes})
     _warn_of_other_base(lora, base)
 
@@ -116,13 +116,13 @@ def _changes(lora: Adapter, files: Checkpoint, in_mistral: dict[str, str]) -> di
     return changes
 
 
-def _expect_untied(lora: Adapter, tied: bool, names: list[str], changes: dict[str, Change]) -> None:
+def _expect_untied(lora: Adapter) -> None:
     """Raise ValueError if an adapter changes one of two tied tensors. PEFT then computes with two different ones, and
     its `merge_and_unload` changes both."""
-    changed = [name for name in names if name in changes]
-    if tied and changed:
-        problem = f"{lora.directory} changes {changed[0]}, which is both the embedding and the head (tied)"
-        raise ValueError(f"{problem}; train the adapter on a base that is not tied, or without this module")
+    for parameter in lora.changes:
+        if to_mistral(parameter) in TIED:
+            problem = f"{lora.directory} changes {parameter}; embedding and head of the base are one tensor (tied)"
+            raise ValueError(f"{problem}; train the adapter on a base that is not tied, or without this module")
 
 
 def _expect_all_targets(lora: Adapter, model: nn.Module, changed: set[str | None]) -> None:
