@@ -16,7 +16,17 @@ from cli import Parser, exit_code, format_bytes
 from .adapter import Adapter
 from .conversion import convert
 from .expected import count_by_part, empty_model
-from .files import ADAPTER, ADAPTER_WEIGHTS, CONSOLIDATED, CONSOLIDATED_INDEX, FORMATS, INDEX, WEIGHTS, has_any, layout
+from .files import (
+    ADAPTER,
+    ADAPTER_WEIGHTS,
+    CONSOLIDATED,
+    CONSOLIDATED_INDEX,
+    FORMATS,
+    INDEX,
+    WEIGHTS,
+    has_any,
+    layout,
+)
 from .fp8 import FP8
 from .hf import text_config
 from .hub import find
@@ -107,7 +117,7 @@ def run(options: argparse.Namespace) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse and run; returns the exit code."""
-    parser = Parser(prog="python -m checkpoint", description="Look into model directories, convert and merge them.")
+    parser = Parser(prog="python -m checkpoint", description="Show, convert and merge model directories.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     info = commands.add_parser("info", help="sizes, types, context and cache of a model, without loading it")
     small = "of a Hub repository only the small files are fetched"

@@ -40,8 +40,8 @@ FACTORS = {
 }
 # Keys of adapter_config.json that are read here.
 READ_KEYS = {
-    "peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "target_modules",
-    "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "init_lora_weights", "bias",
+    "peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "bias", "init_lora_weights",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save",
 }  # fmt: skip
 # Keys that are not: names, versions, and settings of training, which the trained tensors do not depend on any more.
 OTHER_KEYS = {
@@ -132,11 +132,11 @@ class Adapter:
         self._expect("r", is_size(config.get("r")), "a whole number above 0")
         self._expect("lora_alpha", is_number(config.get("lora_alpha"), float, -math.inf), "a number")
         self._expect("use_rslora", config.get("use_rslora") in (None, False, True), "true or false")
-        self._expect("bias", config.get("bias") in (None, "none"), "'none'; the models have no biases to train")
+        self._expect("bias", config.get("bias") in (None, "none"), "'none'")
         start = config.get("init_lora_weights")
-        unchanged = "true, false, 'gaussian', 'eva', 'orthogonal' or 'mica', which leave the base unchanged (in PEFT,"
-        cure = "save_pretrained(..., path_initial_model_for_weight_conversion=...) converts the others)"
-        self._expect("init_lora_weights", start in INITIALISATIONS, f"{unchanged} {cure}")
+        unchanged = "true, false, 'gaussian', 'eva', 'orthogonal' or 'mica', which leave the base unchanged"
+        cure = "convert it with PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+        self._expect("init_lora_weights", start in INITIALISATIONS, f"{unchanged}; {cure}")
         for key in sorted(config.keys() - READ_KEYS - OTHER_KEYS):
             if config[key] not in (None, False, "", [], {}):
                 problem = f"{self.directory / ADAPTER} has {key}={config[key]!r}, which is not supported"
@@ -211,7 +211,8 @@ class Adapter:
         """Add a tensor to the changes."""
         path = self.directory / ADAPTER_WEIGHTS
         if not name.startswith(PREFIX):
-            raise ValueError(f"{path} holds {name}; allowed: names that begin with {PREFIX!r}, as PEFT writes them")
+            allowed = f"names that begin with {PREFIX!r}, as PEFT writes them"
+            raise ValueError(f"{path} holds {name}; allowed: {allowed}")
         kind = self._file.get_slice(name).get_dtype()
         if kind not in KINDS:
             raise ValueError(f"{path}: {name} is {kind}; allowed: {', '.join(KINDS)}")
@@ -226,7 +227,8 @@ class Adapter:
         parameter = parameter.replace(".base_layer.", ".")  # of a weight that is saved beside its factors
         change = self.changes.setdefault(parameter, Change(parameter.rpartition(".")[0]))
         if getattr(change, part) is not None:
-            raise ValueError(f"{path}: {getattr(change, part)} and {name} are the same tensor; save the adapter again")
+            problem = f"{getattr(change, part)} and {name} are the same tensor"
+            raise ValueError(f"{path}: {problem}; save the adapter again")
         setattr(change, part, name)
         change.embedding |= embedding
 
@@ -236,7 +238,8 @@ class Adapter:
         if change.A is None and change.B is None:
             return
         if change.A is None or change.B is None:
-            raise ValueError(f"{path}: {change.tensors()[0]} is there without the other factor; save the adapter again")
+            problem = f"{change.tensors()[0]} is there without the other factor"
+            raise ValueError(f"{path}: {problem}; save the adapter again")
         if not self.targets(change.module):
             problem = f"{path}: {change.A} is there, but target_modules in {ADAPTER} does not name its module"
             raise ValueError(f"{problem}; both files must be of one adapter")
@@ -244,7 +247,8 @@ class Adapter:
         A, B = self.shape(change.A), self.shape(change.B)
         if len(A) != 2 or len(B) != 2 or A[0] != r or B[1] != r:
             problem = f"{path}: factors {list(A)} and {list(B)} of {change.module}; {ADAPTER} says rank {r}"
-            raise ValueError(f"{problem}; both files must be of one adapter, of linear layers and embeddings only")
+            allowed = "both files of one adapter, of linear layers and embeddings only"
+            raise ValueError(f"{problem}; allowed: {allowed}")
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, from the header."""

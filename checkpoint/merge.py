@@ -97,20 +97,21 @@ def _read(
 def _changes(lora: Adapter, files: Checkpoint, in_mistral: dict[str, str]) -> dict[str, Change]:
     """The changes by the names of tensors in the base. Raises ValueError unless each fits one."""
     changes: dict[str, Change] = {}
+    path = lora.directory / ADAPTER_WEIGHTS
     for parameter, change in lora.changes.items():
         name = in_mistral.get(str(to_mistral(parameter)))
         source = change.tensors()[0]
         if name is None:
-            problem = f"{lora.directory / ADAPTER_WEIGHTS}: {source} belongs to no tensor of {files.directory}"
+            problem = f"{path}: {source} belongs to no tensor of {files.directory}"
             raise ValueError(f"{problem}; give the base that the adapter was trained on")
         if name in changes:
-            problem = f"{lora.directory / ADAPTER_WEIGHTS}: two names of one tensor, {name}"
+            problem = f"{path}: two names of one tensor, {name}"
             raise ValueError(f"{problem}; save the adapter again")
         shape = files.shape(name)
         for changed in lora.shapes(change):
             if changed == shape:
                 continue
-            problem = f"{lora.directory / ADAPTER_WEIGHTS}: {source} is for {list(changed)}, {name} is {list(shape)}"
+            problem = f"{path}: {source} is for {list(changed)}, {name} is {list(shape)}"
             raise ValueError(f"{problem}; give the base that the adapter was trained on")
         changes[name] = change
     return changes
@@ -121,8 +122,9 @@ def _expect_untied(lora: Adapter) -> None:
     its `merge_and_unload` changes both."""
     for parameter in lora.changes:
         if to_mistral(parameter) in TIED:
-            problem = f"{lora.directory} changes {parameter}; embedding and head of the base are one tensor (tied)"
-            raise ValueError(f"{problem}; train the adapter on a base that is not tied, or without this module")
+            reason = "embedding and head of the base are one tensor (tied)"
+            cure = "train the adapter on a base that is not tied, or without this module"
+            raise ValueError(f"{lora.directory} changes {parameter}; {reason}; {cure}")
 
 
 def _expect_all_targets(lora: Adapter, model: nn.Module, changed: set[str | None]) -> None:

@@ -74,7 +74,8 @@ def merge_adapters(model: nn.Module) -> None:
 
 def save_adapters(model: nn.Module, directory: Path, r: int = 8, alpha: float = 16) -> None:
     """Write adapter_model.safetensors and adapter_config.json, as PEFT reads them."""
-    tensors = {f"base_model.model.{name}": tensor for name, tensor in model.state_dict().items() if ".lora_" in name}
+    factors = {name: tensor for name, tensor in model.state_dict().items() if ".lora_" in name}
+    tensors = {f"base_model.model.{name}": tensor for name, tensor in factors.items()}
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(BUNDLED)}
     sizes = {"r": r, "lora_alpha": alpha, "target_modules": TARGETS}
@@ -98,7 +99,7 @@ def main(steps: int = 100) -> int:
     torch.manual_seed(options.seed)
     add_adapters(model)
     works = [tokenizer.encode(corpus.spelling_of_1623(work)) for work in texts["train"]]
-    recipe = train.Recipe(steps, options.seed, tokens_per_step=1024, context=512, learning_rate=1e-2, warmup=10)
+    recipe = train.Recipe(steps, options.seed, 1024, context=512, learning_rate=1e-2, warmup=10)
     batches = train.Batches(works, recipe)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], weight_decay=0.0)
     for step in range(steps):
