@@ -19,11 +19,14 @@ order of rows (`NAMES`, `half_split`), and FP8 weights as plain numbers (`dequan
     writer.py             from tensors to files
     expected.py           the parameters that a configuration asks for
     conversion.py         from one layout to the other
+    adapter.py, merge.py  LoRA adapters, and merging them into a model
 
     python -m checkpoint info DIR_OR_HUB_ID
     python -m checkpoint convert SOURCE DESTINATION [--format hf|mistral] [--dtype bfloat16]
+    python -m checkpoint merge ADAPTER BASE DESTINATION [--dtype bfloat16]
 """
 
+from .adapter import Adapter
 from .conversion import convert
 from .expected import count_parameters, empty_model
 from .files import CONFIG, FORMATS, GENERATION, WEIGHTS, layout, read_json
@@ -32,6 +35,7 @@ from .generation_config import SETTINGS, GenerationConfig, changes_text, check_s
 from .hf import VISION_PREFIXES, config_fields, label_maps, text_config, text_name
 from .hub import find
 from .load import load_weights
+from .merge import merge
 from .mistral import from_params, to_params
 from .mistral_tensors import NAMES, from_mistral, half_split, interleave, to_mistral
 from .reader import DTYPES, Checkpoint, as_dtype, read_config
@@ -46,6 +50,7 @@ __all__ = [
     "SETTINGS",
     "VISION_PREFIXES",
     "WEIGHTS",
+    "Adapter",
     "Checkpoint",
     "GenerationConfig",
     "as_dtype",
@@ -64,6 +69,7 @@ __all__ = [
     "label_maps",
     "layout",
     "load_weights",
+    "merge",
     "read_config",
     "read_json",
     "replace_file",

@@ -1,4 +1,4 @@
-"""The commands `python -m checkpoint info` and `python -m checkpoint convert`."""
+"""The commands `python -m checkpoint info`, `python -m checkpoint convert` and `python -m checkpoint merge`."""
 
 from __future__ import annotations
 
@@ -13,12 +13,24 @@ import torch
 
 from cli import Parser, exit_code, format_bytes
 
+from .adapter import Adapter
 from .conversion import convert
 from .expected import count_by_part, empty_model
-from .files import CONSOLIDATED, CONSOLIDATED_INDEX, FORMATS, INDEX, WEIGHTS, has_any, layout
+from .files import (
+    ADAPTER,
+    ADAPTER_WEIGHTS,
+    CONSOLIDATED,
+    CONSOLIDATED_INDEX,
+    FORMATS,
+    INDEX,
+    WEIGHTS,
+    has_any,
+    layout,
+)
 from .fp8 import FP8
 from .hf import text_config
 from .hub import find
+from .merge import merge
 from .reader import DTYPES, Checkpoint, named_dtype, read_config
 
 SHORT_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # of DTYPES
@@ -26,7 +38,10 @@ SHORT_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # of D
 
 def describe(directory: Path) -> list[str]:
     """The sizes and types of a model, a line each, without loading weights; without weights there, from its
-    configuration (raises as `Checkpoint` and `empty_model`)."""
+    configuration (raises as `Checkpoint` and `empty_model`). Of an adapter: what it is for (raises as `Adapter`)."""
+    has_weights = has_any(directory, WEIGHTS, INDEX, CONSOLIDATED, CONSOLIDATED_INDEX)
+    if has_any(directory, ADAPTER) and has_any(directory, ADAPTER_WEIGHTS) and not has_weights:
+        return [f"{name:11} {value}" for name, value in Adapter(directory).describe()]
     content = read_config(directory)
     model = empty_model(content)
     config = model.config.get_text_config()
@@ -35,7 +50,7 @@ def describe(directory: Path) -> list[str]:
     sizes = f"{config.num_hidden_layers} layers, hidden size {config.hidden_size}"
 
     dtype: torch.dtype
-    if has_any(directory, WEIGHTS, INDEX, CONSOLIDATED, CONSOLIDATED_INDEX):
+    if has_weights:
         files = Checkpoint(directory, raw=True)
         dtype = files.dtype
         numbers = files.numbers
@@ -93,13 +108,16 @@ def run(options: argparse.Namespace) -> int:
     dtype = None
     if options.dtype is not None:
         dtype = DTYPES[SHORT_NAMES.get(options.dtype, options.dtype)]
-    convert(find(options.source, options.revision), options.destination, dtype, options.format)
+    if options.command == "merge":
+        merge(options.adapter, options.base, options.destination, dtype)
+    else:
+        convert(find(options.source, options.revision), options.destination, dtype, options.format)
     return 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse and run; returns the exit code."""
-    parser = Parser(prog="python -m checkpoint", description="Look into model directories, and convert them.")
+    parser = Parser(prog="python -m checkpoint", description="Show, convert and merge model directories.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     info = commands.add_parser("info", help="sizes, types, context and cache of a model, without loading it")
     small = "of a Hub repository only the small files are fetched"
@@ -109,6 +127,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     to.add_argument("destination", metavar="DIR", help="a new directory")
     to.add_argument("--format", choices=FORMATS, default="hf", help="Transformers' (default) or Mistral's")
     to.add_argument("--dtype", choices=[*DTYPES, *SHORT_NAMES], help="default: as stored, FP8 included")
+    into = commands.add_parser("merge", help="write a model whose weights include a LoRA adapter")
+    into.add_argument("adapter", metavar="ADAPTER", help="a directory or Hub id, in the format of PEFT")
+    into.add_argument("base", metavar="BASE", help="directory or Hub id of the model that it was trained on")
+    into.add_argument("destination", metavar="OUT", help="a new directory")
+    into.add_argument("--dtype", choices=[*DTYPES, *SHORT_NAMES], help="default: as the base is stored")
     for command in (info, to):
         command.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a Hub repository")
     options = parser.parse_args(arguments)

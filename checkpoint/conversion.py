@@ -44,15 +44,13 @@ def convert(
         FileNotFoundError, ValueError: see `find`, `Checkpoint` and `empty_model`; or the other layout has no field
             for it.
     """
-    destination = Path(destination).resolve()
-    if destination.is_file() or (destination.is_dir() and any(destination.iterdir())):
-        raise FileExistsError(f"{destination} holds something already; give a new or empty directory")
+    destination = expect_new(destination)
     directory = find(source)
     files = Checkpoint(directory, raw=dtype is None)
     model = empty_model(files.config)
 
     # Tensors: new name -> stored name.
-    in_mistral = _mistral_names(files)
+    in_mistral = mistral_names(files)
     expect_tensors(directory, model, in_mistral)
     stored_names = in_mistral
     if format != "mistral":
@@ -61,7 +59,7 @@ def convert(
         _expect_no_grid(files, list(in_mistral.values()))
 
     # Configuration.
-    config = _converted_config(files, dtype, has_head="output.weight" in in_mistral)
+    config = converted_config(files, dtype, has_head="output.weight" in in_mistral)
     complete = _complete_config(config, model.config)
     if format == "mistral":
         config = to_params(complete)
@@ -72,16 +70,16 @@ def convert(
             return reorder_rows(stored_names[name], tensor, complete, interleave)
         return tensor
 
-    sizes = {name: _nbytes(files, stored_name, dtype) for name, stored_name in stored_names.items()}
-    with _new_directory(destination) as temporary:
+    sizes = {name: nbytes(files, stored_name, dtype) for name, stored_name in stored_names.items()}
+    with new_directory(destination) as temporary:
         write(temporary, config, sizes, read, max_shard_size, format=format)
-        _copy_other_files(directory, temporary)
+        copy_other_files(directory, temporary)
 
 
 # ------------------------------------------------------------------------------------------------------- tensors
 
 
-def _mistral_names(files: Checkpoint) -> dict[str, str]:
+def mistral_names(files: Checkpoint) -> dict[str, str]:
     """Mistral's name of every tensor that is converted -> its name in Transformers' files."""
     names: dict[str, str] = {}
     for name in files.names():
@@ -105,7 +103,8 @@ def _expect_no_grid(files: Checkpoint, names: list[str]) -> None:
             raise ValueError(f"{files.directory}: {problem}; give a dtype (--dtype)")
 
 
-def _nbytes(files: Checkpoint, name: str, dtype: torch.dtype | None) -> int:
+def nbytes(files: Checkpoint, name: str, dtype: torch.dtype | None) -> int:
+    """The bytes of a tensor, cast to `dtype` if one is given."""
     itemsize = files.itemsize(name) if dtype is None else dtype.itemsize
     return math.prod(files.shape(name)) * itemsize
 
@@ -113,7 +112,7 @@ def _nbytes(files: Checkpoint, name: str, dtype: torch.dtype | None) -> int:
 # ------------------------------------------------------------------------------------------------- configuration
 
 
-def _converted_config(files: Checkpoint, dtype: torch.dtype | None, has_head: bool) -> dict[str, Any]:
+def converted_config(files: Checkpoint, dtype: torch.dtype | None, has_head: bool) -> dict[str, Any]:
     """The content of config.json after a conversion to `dtype`. Without a head of its own a model is tied, even if the
     file says otherwise."""
     config = dict(files.config)
@@ -147,8 +146,16 @@ def _complete_config(content: dict[str, Any], config: Any) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------------------- files
 
 
+def expect_new(destination: str | Path) -> Path:
+    """The absolute path of a new or empty directory; raises FileExistsError for another."""
+    path = Path(destination).resolve()
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        raise FileExistsError(f"{path} holds something already; give a new or empty directory")
+    return path
+
+
 @contextmanager
-def _new_directory(destination: Path) -> Iterator[Path]:
+def new_directory(destination: Path) -> Iterator[Path]:
     """A path to write a directory to, which becomes `destination` if no error occurs. Otherwise nothing is left, nor
     of the folders that were made for it."""
     temporary = destination.with_name(f".{destination.name}.{os.getpid()}.tmp")
@@ -163,7 +170,7 @@ def _new_directory(destination: Path) -> Iterator[Path]:
                 folder.rmdir()
 
 
-def _copy_other_files(source: Path, destination: Path) -> None:
+def copy_other_files(source: Path, destination: Path) -> None:
     """Copy the tokenizer and other files beside the weights."""
     for pattern in (*OTHER_FILES, "README.md", "LICENSE*"):
         for path in source.glob(pattern):

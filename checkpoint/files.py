@@ -16,7 +16,9 @@ CONSOLIDATED = "consolidated.safetensors"
 CONSOLIDATED_INDEX = "consolidated.safetensors.index.json"
 # Both.
 GENERATION = "generation_config.json"
-ADAPTER = "adapter_config.json"  # of a LoRA adapter, as PEFT writes it
+# An adapter, as PEFT writes it.
+ADAPTER = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 FORMATS = ("hf", "mistral")
 # Files beside weights and configuration, which are downloaded and converted along with them.
 OTHER_FILES = ["tekken.json", "tokenizer*.json", "special_tokens_map.json", GENERATION,

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
+import shlex
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .files import ADAPTER, CONFIG, INDEX, OTHER_FILES, PARAMS, WEIGHTS, has_any, read_json
+from .files import ADAPTER, ADAPTER_WEIGHTS, CONFIG, INDEX, OTHER_FILES, PARAMS, WEIGHTS, has_any, read_json
 
-# The parts of a repository that can be downloaded: the configuration only; everything but the weights; everything.
-PARTS = ("config", "tokenizer", "model")
+# The parts of a repository that can be downloaded: the configuration only; everything but the weights; everything; an
+# adapter.
+PARTS = ("config", "tokenizer", "model", "adapter")
 # One set of weights is downloaded, Transformers' if there is one, and no pickle.
 HF_WEIGHTS = [WEIGHTS, "model-*-of-*.safetensors", INDEX]
 MISTRAL_WEIGHTS = ["consolidated*.safetensors", "consolidated*.json"]
@@ -79,6 +81,8 @@ def _download(name: str, parts: str, options: dict[str, Any]) -> Path:
             return download()
         if parts == "tokenizer":
             return download(*OTHER_FILES)
+        if parts == "adapter":
+            return download(ADAPTER_WEIGHTS)
         directory = download(*OTHER_FILES, *HF_WEIGHTS)
         if not has_any(directory, WEIGHTS, INDEX):
             directory = download(*OTHER_FILES, *MISTRAL_WEIGHTS)
@@ -102,13 +106,13 @@ def _cure(name: str, error: Exception) -> str:
 
 
 def refuse_adapter(directory: Path) -> None:
-    """Raise ValueError if a directory that lacks a model's files is a LoRA adapter."""
+    """Raise ValueError if a directory that lacks a model's files holds an adapter."""
     if not has_any(directory, ADAPTER):
         return
     content = read_json(directory / ADAPTER)
-    base = None
-    if isinstance(content, dict):
-        base = content.get("base_model_name_or_path")
-    loaded = f"PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), {str(directory)!r})"
-    cure = f"merge it into its base with peft: {loaded}.merge_and_unload().save_pretrained('merged')"
-    raise ValueError(f"{directory} is a LoRA adapter ({ADAPTER}) of {base}, not a whole model; {cure}")
+    base = "BASE"
+    if isinstance(content, dict) and content.get("base_model_name_or_path"):
+        base = str(content["base_model_name_or_path"])
+    problem = f"{directory} is a LoRA adapter ({ADAPTER}) of {base}, not a whole model"
+    paths = shlex.join([str(directory), base, "OUT"])
+    raise ValueError(f"{problem}; merge it into its base: python -m checkpoint merge {paths}")

@@ -22,6 +22,8 @@ NOT_RUN = {
     "pytest": "these tests",
     "python -m notebooks": "minutes; .ci/run does it",
     "python -m examples.verse": "minutes; test_training.py runs it in short",
+    "python -m examples.lora": "minutes; test_lora.py runs it in short",
+    "python -m checkpoint merge": "needs an adapter; test_lora.py runs it",
     "python -m training": "minutes to hours",
     "python -m benchmarks": "minutes; the test of their usage is below",
     "python generate.py --model mistralai/": "needs published weights",

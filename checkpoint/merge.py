@@ -1,0 +1,166 @@
+"""Merging a LoRA adapter into its base: a model directory that needs no adapter."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .adapter import Adapter, Change
+from .conversion import converted_config, copy_other_files, expect_new, mistral_names, nbytes, new_directory
+from .expected import empty_model, expect_tensors
+from .files import ADAPTER, ADAPTER_WEIGHTS
+from .hf import VISION_PREFIXES, text_name
+from .hub import find
+from .load import list_names
+from .mistral_tensors import to_mistral
+from .reader import Checkpoint
+from .writer import write
+
+TIED = ("tok_embeddings.weight", "output.weight")  # Mistral's names of the two tensors that may be one
+
+
+def merge(
+    adapter: str | Path,
+    base: str | Path,
+    destination: str | Path,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int | str = "5GB",
+) -> None:
+    """Write a model with the weights W + scaling * B A (see `Adapter`), in Transformers' layout, with the tokenizer of
+    the base. One shard is in memory at a time.
+
+    The sum is computed in float32 and rounded once to the type of W. PEFT's `merge_and_unload` gives the same bits for
+    linear layers. For an embedding, and with `safe_merge=True`, it rounds the product to the type of W first.
+
+    Args:
+        adapter: a directory or Hub id with adapter_config.json and adapter_model.safetensors, as PEFT writes them.
+        base: a directory or Hub id of the model, in either layout. The names of tensors may be those of another version
+            of Transformers than the adapter has; an adapter of a text model fits a vision model's text part.
+        destination: a new or empty directory; it appears complete or not at all.
+        dtype: cast all weights; None keeps every tensor's type, which FP8 weights do not allow.
+
+    Raises:
+        FileExistsError: the destination holds something.
+        FileNotFoundError, ValueError: see `Adapter`, `find` and `Checkpoint`; the adapter does not fit the base; it
+            changes one of two tied tensors; or a merged weight is not finite.
+    """
+    destination = expect_new(destination)
+    lora = Adapter(find(adapter, parts="adapter"))
+    directory = find(base)
+    files = Checkpoint(directory)
+    if files.scaled and dtype is None:
+        problem = f"{directory} has {files.scaled} FP8 weights, whose type cannot hold merged ones"
+        raise ValueError(f"{problem}; give a dtype (--dtype bfloat16)")
+    model = empty_model(files.config)
+    in_mistral = mistral_names(files)
+    expect_tensors(directory, model, in_mistral)
+    if "output.weight" not in in_mistral or model.config.tie_word_embeddings:
+        _expect_untied(lora)
+    changes = _changes(lora, files, in_mistral)
+    _expect_all_targets(lora, model, {to_mistral(name) for name in changes})
+    _warn_of_other_base(lora, base)
+
+    read = partial(_read, lora, files, changes, dtype)
+    config = converted_config(files, dtype, has_head="output.weight" in in_mistral)
+    sizes = {name: nbytes(files, name, dtype) for name in in_mistral.values()}
+    with new_directory(destination) as temporary:
+        write(temporary, config, sizes, read, max_shard_size)
+        copy_other_files(directory, temporary)
+
+
+def _read(
+    lora: Adapter, files: Checkpoint, changes: dict[str, Change], dtype: torch.dtype | None, name: str
+) -> Tensor:
+    """A tensor of the result, of the base's type if `dtype` is none."""
+    if name not in changes:
+        return files.read(name, dtype)
+    exact = None
+    if files.scaled:
+        exact = torch.float32  # FP8 numbers times their scales, not rounded
+    weight = files.read(name, exact)
+    target = dtype
+    if target is None:
+        target = weight.dtype
+    merged = lora.apply(changes[name], weight, target)
+    if not merged.isfinite().all():
+        problem = f"{name}: the merged weight does not fit into {target}"
+        raise ValueError(f"{problem}; give a dtype (--dtype bfloat16)")
+    return merged
+
+
+def _changes(lora: Adapter, files: Checkpoint, in_mistral: dict[str, str]) -> dict[str, Change]:
+    """The changes by the names of tensors in the base. Raises ValueError unless each fits one."""
+    changes: dict[str, Change] = {}
+    path = lora.directory / ADAPTER_WEIGHTS
+    for parameter, change in lora.changes.items():
+        name = in_mistral.get(str(to_mistral(parameter)))
+        source = change.tensors()[0]
+        if name is None:
+            problem = f"{path}: {source} belongs to no tensor of {files.directory}"
+            raise ValueError(f"{problem}; give the base that the adapter was trained on")
+        if name in changes:
+            problem = f"{path}: two names of one tensor, {name}"
+            raise ValueError(f"{problem}; save the adapter again")
+        shape = files.shape(name)
+        for changed in lora.shapes(change):
+            if changed == shape:
+                continue
+            problem = f"{path}: {source} is for {list(changed)}, {name} is {list(shape)}"
+            raise ValueError(f"{problem}; give the base that the adapter was trained on")
+        changes[name] = change
+    return changes
+
+
+def _expect_untied(lora: Adapter) -> None:
+    """Raise ValueError if an adapter changes one of two tied tensors. PEFT then computes with two different ones, and
+    its `merge_and_unload` changes both."""
+    for parameter in lora.changes:
+        if to_mistral(parameter) in TIED:
+            reason = "embedding and head of the base are one tensor (tied)"
+            cure = "train the adapter on a base that is not tied, or without this module"
+            raise ValueError(f"{lora.directory} changes {parameter}; {reason}; {cure}")
+
+
+def _expect_all_targets(lora: Adapter, model: nn.Module, changed: set[str | None]) -> None:
+    """Raise ValueError unless every module of the model that target_modules names has an adapter."""
+    missing = []
+    for name, trained_name in _trained_names(lora, model):
+        if lora.targets(trained_name) and to_mistral(f"{name}.weight") not in changed:
+            missing.append(trained_name)
+    if missing:
+        problem = f"{lora.directory / ADAPTER_WEIGHTS} lacks factors of {list_names(missing, 4)}"
+        cure = "give the whole file, and the base that the adapter was trained on"
+        raise ValueError(f"{problem}, which target_modules in {ADAPTER} names; {cure}")
+
+
+def _trained_names(lora: Adapter, model: Any) -> Iterator[tuple[str, str]]:
+    """The linear layers and embeddings of a model: their names, and those in the model that the adapter was trained
+    on. One of the two may be a vision model, and the other its text part."""
+    of_vision = False
+    for name in lora.changes:
+        in_vision_part = name.removeprefix("model.").startswith(VISION_PREFIXES)
+        of_vision |= "language_model." in name or in_vision_part
+    for name, module in model.named_modules():
+        if not isinstance(module, (nn.Linear, nn.Embedding)):
+            continue
+        text = text_name(name)
+        is_vision_model = model.config is not model.config.get_text_config()
+        if is_vision_model == of_vision or name == "lm_head":
+            yield name, name
+        elif of_vision:
+            yield name, f"model.language_model.{text}"
+        elif text is not None:
+            yield name, f"model.{text}"
+
+
+def _warn_of_other_base(lora: Adapter, base: str | Path) -> None:
+    """Warn if adapter_config.json names another base. The directory may have another name, so this is no error."""
+    named = lora.config.get("base_model_name_or_path")
+    if isinstance(named, str) and named and Path(named).name != Path(base).name:
+        warnings.warn(f"{lora.directory} was trained on {named}, and is merged into {base}", stacklevel=3)

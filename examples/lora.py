@@ -1,0 +1,115 @@
+"""LoRA: fine-tune the bundled model with low-rank adapters, in a minute on two CPU cores.
+
+    python -m examples.lora [--seed N] [--save DIR]
+
+A linear layer computes W x. With an adapter it computes
+
+    W x + (alpha / r) B A x        W (out, in), A (r, in), B (out, r)
+
+W is frozen; A and B are trained. B A has the shape of W and at most rank r. With out = in = 256 and r = 8, W has 65,536
+numbers, A and B together 4,096. Only these have gradients and optimizer states. A starts random and B with zeros. B A
+is then zero, so training starts at the base model. (With A zero as well, all gradients would be zero.) At the end,
+W + (alpha / r) B A replaces W, and the model has its old shape and speed. Source: https://arxiv.org/abs/2106.09685.
+
+The task is the spelling of 1623. The bundled model was trained on a modern edition. The printers of Shakespeare's time
+used the letters u, v, i and j in another way: "vpon my soule, I haue iudged". The adapter is trained on the training
+plays in this spelling, and tested on parts of two plays that neither the model nor the adapter has seen. In modern
+spelling the model needs 1.893 bits per byte for them. That is the aim, as both spellings have nearly the same content.
+
+DIR is a directory that PEFT reads. `python -m checkpoint merge DIR models/shakespeare OUT` writes the merged model.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from checkpoint import write_json
+from cli import Parser, exit_code
+from generate import BUNDLED
+from ministral3 import Ministral3ForCausalLM
+from tokenizer import Tokenizer
+from training import corpus, evaluate, train
+
+# All matrices of a layer.
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class LoraLinear(nn.Module):
+    """A linear layer with an adapter. The names of its parts are PEFT's."""
+
+    def __init__(self, base_layer: nn.Linear, r: int, alpha: float) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.lora_A = nn.Linear(base_layer.in_features, r, bias=False)
+        self.lora_B = nn.Linear(r, base_layer.out_features, bias=False)
+        nn.init.zeros_(self.lora_B.weight)
+        self.scaling = alpha / r
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        return self.base_layer(x) + self.lora_B(self.lora_A(x)) * self.scaling
+
+
+def add_adapters(model: nn.Module, r: int = 8, alpha: float = 16) -> None:
+    """Freeze all parameters, then add adapters to the layers of `TARGETS`. Only their parameters are not frozen."""
+    model.requires_grad_(False)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and name.endswith(TARGETS):
+            model.set_submodule(name, LoraLinear(module, r, alpha))
+
+
+@torch.no_grad()
+def merge_adapters(model: nn.Module) -> None:
+    """Add each low-rank product to its weight, and remove the adapters."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LoraLinear):
+            module.base_layer.weight += module.lora_B.weight @ module.lora_A.weight * module.scaling
+            model.set_submodule(name, module.base_layer)
+
+
+def save_adapters(model: nn.Module, directory: Path, r: int = 8, alpha: float = 16) -> None:
+    """Write adapter_model.safetensors and adapter_config.json, as PEFT reads them."""
+    factors = {name: tensor for name, tensor in model.state_dict().items() if ".lora_" in name}
+    tensors = {f"base_model.model.{name}": tensor for name, tensor in factors.items()}
+    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(BUNDLED)}
+    sizes = {"r": r, "lora_alpha": alpha, "target_modules": TARGETS}
+    write_json(directory / "adapter_config.json", config | sizes)
+
+
+def main(steps: int = 100) -> int:
+    """Train, save and merge; print the held-out bits per byte before and after. Returns the exit code."""
+    parser = Parser(prog="python -m examples.lora", description="Fine-tune the bundled model with LoRA.")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
+    parser.add_argument("--save", type=Path, default="runs/lora", metavar="DIR", help="default: runs/lora")
+    options = parser.parse_args()
+    options.save.mkdir(parents=True, exist_ok=True)
+    texts = corpus.load()
+    held_out = [corpus.spelling_of_1623(play[20_000:50_000]) for play in texts["test"]]
+    tokenizer = Tokenizer.from_dir(BUNDLED)
+    model = Ministral3ForCausalLM.from_pretrained(BUNDLED, torch.float32)
+    before = evaluate.bits_per_byte(model, tokenizer, held_out, 1024)
+    print(f"held-out bits per byte before: {before:.3f}", flush=True)
+
+    torch.manual_seed(options.seed)
+    add_adapters(model)
+    works = [tokenizer.encode(corpus.spelling_of_1623(work)) for work in texts["train"]]
+    recipe = train.Recipe(steps, options.seed, 1024, context=512, learning_rate=1e-2, warmup=10)
+    batches = train.Batches(works, recipe)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], weight_decay=0.0)
+    for step in range(steps):
+        train.train_step(model, [optimizer], batches.of_step(step), step, recipe)
+    save_adapters(model, options.save)
+    merge_adapters(model.eval())
+    after = evaluate.bits_per_byte(model, tokenizer, held_out, 1024)
+    print(f"after: {after:.3f}; the adapter is in {options.save}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))
