@@ -7,7 +7,7 @@ choose a class by the `model_type` in config.json. docs/transformers.md lists wh
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -137,10 +137,7 @@ class AutoConfig:
         content = read_config(path_or_hub_id, arguments)
         cls = choose_class(CONFIGS, content.get("model_type"), "AutoConfig")
         changes = {name: value for name, value in arguments.items() if name not in HUB_ARGUMENTS}
-        unknown = sorted(changes.keys() - {field.name for field in fields(cls)})
-        if unknown:
-            raise ValueError(f"{', '.join(unknown)}: no argument here and no field of {cls.__name__}")
-        return cls.from_dict(content | changes)
+        return cls.from_content(content, changes)
 
 
 # -------------------------------------------------------------------------------------------------------- models
@@ -183,11 +180,30 @@ class AutoModel:
         return model_class.from_pretrained(path_or_hub_id, **arguments)
 
     @classmethod
-    def from_config(cls, config: PreTrainedConfig) -> Any:
-        """A new model of a configuration, with random weights (raises ValueError if there is no class for it)."""
+    def from_config(
+        cls, config: Any, dtype: Any = None, torch_dtype: Any = None,
+        attn_implementation: str | None = None,
+    ) -> Any:  # fmt: skip
+        """A new model of a configuration, with random weights.
+
+        Args:
+            config: a configuration of this project.
+            dtype, torch_dtype, attn_implementation: see `PreTrainedModel.from_pretrained`; None is float32.
+
+        Raises:
+            ValueError: there is no class for the configuration, or another dtype or implementation.
+        """
         if not isinstance(config, PreTrainedConfig):
             raise ValueError(f"config is a {type(config).__name__}; allowed: a configuration of this project")
-        return choose_class(cls.classes, config.model_type, cls.__name__)(config)
+        changes: dict[str, Any] = {}
+        if attn_implementation is not None:
+            changes["attn_implementation"] = attn_implementation
+        config = replace(config, **changes)
+        model = choose_class(cls.classes, config.model_type, cls.__name__)(config)
+        number_type = checkpoint.as_dtype(dtype, torch_dtype)
+        if number_type is not None:
+            model.to(number_type)
+        return model
 
 
 class AutoModelForCausalLM(AutoModel):

@@ -93,6 +93,47 @@ class PreTrainedConfig:
         except TypeError as error:  # a list in the place of a number, for example
             raise ValueError(f"{cls.source} holds a value of the wrong kind: {error}") from error
 
+    @classmethod
+    def from_pretrained(
+        cls: type[Config], path_or_hub_id: str | Path, revision: str | None = None,
+        token: str | bool | None = None, cache_dir: str | Path | None = None, local_files_only: bool = False,
+        **changes: Any,
+    ) -> Config:  # fmt: skip
+        """Read the configuration of a directory, or of a Hub repository without its weights.
+
+        Args:
+            revision, token, cache_dir, local_files_only: see `checkpoint.find`.
+            changes: fields to set.
+
+        Raises:
+            FileNotFoundError: no such directory or repository, or no config.json.
+            ValueError: no field of this name; as `from_dict`.
+        """
+        directory = checkpoint.find(path_or_hub_id, revision, "config", token, cache_dir, local_files_only)
+        return cls.from_content(checkpoint.read_config(directory), changes)
+
+    @classmethod
+    def from_content(cls: type[Config], content: dict[str, Any], changes: dict[str, Any]) -> Config:
+        """The configuration in the content of a config.json, with some fields changed. A text model reads the text part
+        of a vision model's."""
+        unknown = sorted(changes.keys() - {field.name for field in fields(cls)})
+        if unknown:
+            names = ", ".join(unknown)
+            raise ValueError(f"{names}: no argument here and no field of {cls.__name__}")
+        if cls.reads_text_config:
+            content = checkpoint.text_config(content)
+        labels = {"num_labels", "id2label", "label2id"}
+        stored_count = len(content.get("id2label") or ())
+        if labels & changes.keys() and changes.get("num_labels") != stored_count:
+            content = {name: value for name, value in content.items() if name not in labels}
+        return cls.from_dict(content | changes)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write config.json into a directory, which is made if it does not exist."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_json(directory / checkpoint.CONFIG, self.to_dict())
+
     def to_dict(self) -> dict[str, Any]:
         """The content of a config.json that Transformers 5 loads. Fields of classifiers and of outputs are in it only
         if set."""
@@ -305,7 +346,7 @@ class PreTrainedModel(TrainableModel):
         directory = checkpoint.find(path_or_hub_id, revision, "model", token, cache_dir, local_files_only)
         content = checkpoint.read_config(directory)
         if config is None:
-            config = cls._read_config(content, changes)
+            config = cls.config_class.from_content(content, changes)
         else:
             checks.check_given_config(config, cls.config_class, changes)
             config = replace(config)  # loading may change whether embeddings are tied
@@ -320,21 +361,6 @@ class PreTrainedModel(TrainableModel):
         model._load(directory, text_only, tied, dtype, to)
         model.name_or_path = str(path_or_hub_id)
         return model.eval()
-
-    @classmethod
-    def _read_config(cls, content: dict[str, Any], changes: dict[str, Any]) -> Any:
-        """The configuration for this class from the content of a config.json, with some fields changed."""
-        unknown = sorted(changes.keys() - {field.name for field in fields(cls.config_class)})
-        if unknown:
-            names, kind = ", ".join(unknown), cls.config_class.__name__
-            raise ValueError(f"{names}: no argument here and no field of {kind}")
-        if cls.config_class.reads_text_config:
-            content = checkpoint.text_config(content)
-        labels = {"num_labels", "id2label", "label2id"}
-        stored_count = len(content.get("id2label") or ())
-        if labels & changes.keys() and changes.get("num_labels") != stored_count:
-            content = {name: value for name, value in content.items() if name not in labels}
-        return cls.config_class.from_dict(content | changes)
 
     def _load(
         self, directory: Path, text_only: bool, tied: bool | None, dtype: torch.dtype | None,

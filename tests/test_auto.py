@@ -148,6 +148,17 @@ def test_the_examples_of_configurations():
             assert getattr(theirs, name) == value, name
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_new_models_have_the_type_that_is_asked_for(name):
+    arguments = dict(torch_dtype="bfloat16", attn_implementation="eager")
+    model = auto.AutoModel.from_config(CONFIGS[name](), **arguments)
+    assert model.dtype == torch.bfloat16
+    assert model.config.get_text_config().attn_implementation == "eager"
+    assert auto.AutoModel.from_config(CONFIGS[name]()).dtype == torch.float32
+    with pytest.raises(ValueError, match="dtype='float99' is not supported"):
+        auto.AutoModel.from_config(CONFIGS[name](), dtype="float99")
+
+
 def test_a_mistral_is_one_in_transformers(tmp_path):
     """Same defaults, same logits, and a config.json of its model type."""
     config = CONFIGS["mistral"]()
@@ -342,13 +353,19 @@ def test_heads_are_loaded(directories):
     assert type(model) is auto.MinistralForTokenClassification and model.score.out_features == 5
 
 
-def test_configurations_are_read(directories):
+def test_configurations_are_read_and_written(directories, tmp_path):
     for name, path in directories.items():
         config = auto.AutoConfig.from_pretrained(path)
+        assert type(config).from_pretrained(path) == config
+        config.save_pretrained(tmp_path / name)
+        assert type(config).from_pretrained(tmp_path / name) == config
+        assert transformers.AutoConfig.from_pretrained(tmp_path / name).model_type == config.model_type
         theirs = transformers.AutoConfig.from_pretrained(path)
         assert config.get_text_config().num_hidden_layers == theirs.get_text_config().num_hidden_layers
         assert isinstance(config, auto.CONFIGS[name])
     assert auto.AutoConfig.from_pretrained(directories["ministral"], sliding_window=7).sliding_window == 7
+    text_part = auto.Ministral3Config.from_pretrained(directories["mistral3"], num_labels=3)
+    assert text_part.hidden_size == TEXT["hidden_size"] and text_part.num_labels == 3
     with pytest.raises(ValueError, match="sliding: no argument here and no field of MinistralConfig"):
         auto.AutoConfig.from_pretrained(directories["ministral"], sliding=7)
     for cls in (auto.AutoConfig, auto.AutoModel, auto.AutoTokenizer, auto.AutoProcessor):
