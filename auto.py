@@ -17,7 +17,6 @@ import torch
 import checkpoint
 from checkpoint import GenerationConfig
 from checks import require
-from generate import MODELS
 from heads import (
     Ministral3ForQuestionAnswering,
     Ministral3ForSequenceClassification,
@@ -28,6 +27,7 @@ from heads import (
 )
 from ministral import MinistralConfig, MinistralForCausalLM, MinistralModel
 from ministral3 import Ministral3Config, Ministral3ForCausalLM, Ministral3Model
+from model_types import MODELS
 from pretrained import PreTrainedConfig, PreTrainedModel
 from processor import MistralCommonBackend, Processor
 from tokenizer import BatchEncoding, TextStreamer

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from generate import GenerativeModel, generate
+from generate import generate
 from images import batch_images, image_tokens, load_image, preprocess
 from ministral import KVCache
+from model_types import GenerativeModel
 from tokenizer import Tokenizer, content_with_thinking
 from vision import ImageSizes
 from vision_config import Mistral3Config

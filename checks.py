@@ -6,6 +6,7 @@ Types and shapes are always checked. Values are checked only where reading them 
 from __future__ import annotations
 
 import math
+import reprlib
 import warnings
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -273,6 +274,26 @@ SAVING_CURES = {
 }
 
 
+def has_effect(value: Any, without_effect: Any = None) -> bool:
+    """Whether a value of an argument is not the same as leaving the argument out.
+
+    Without an effect are None and the value `without_effect`. If that is None: False, 0, and what is empty.
+    """
+    if value is None:
+        return False
+    if without_effect is not None:
+        return type(value) not in (bool, int, float, str) or value != without_effect
+    if isinstance(value, (bool, int, float, str, list, tuple, dict)):
+        return bool(value)
+    return True
+
+
+def refuse_argument(name: str, value: Any, cure: str, without_effect: Any = None) -> None:
+    """Raise ValueError for an argument that is not supported, if its value has an effect (see `has_effect`)."""
+    if has_effect(value, without_effect):
+        raise ValueError(f"{name}={reprlib.repr(value)} is not supported; {cure}")
+
+
 def refuse_arguments(arguments: dict[str, Any], cures: dict[str, str]) -> dict[str, Any]:
     """The arguments without those of Transformers that ask for nothing (None, False or "") or change nothing.
 
@@ -283,8 +304,8 @@ def refuse_arguments(arguments: dict[str, Any], cures: dict[str, str]) -> dict[s
     for name, value in arguments.items():
         if name in SAFETENSORS_ARGUMENTS and value is False:
             raise ValueError(f"{name}=False is not supported; supported: safetensors files only, no pickles")
-        if name in cures and value not in (None, False, ""):
-            raise ValueError(f"{name}={str(value)[:40]} is not supported; {cures[name]}")
+        if name in cures:
+            refuse_argument(name, value, cures[name])
         if name not in SAFETENSORS_ARGUMENTS | HARMLESS_ARGUMENTS | cures.keys():
             kept[name] = value
     return kept
@@ -393,7 +414,7 @@ def check_start(
         if cache_position.tolist() != list(range(past, past + new)):
             raise ValueError(f"cache_position must be {past}..{past + new - 1} after {past} cached tokens")
     if input_ids is not None and past == 0 and may_read(input_ids):
-        warn_of_padding(input_ids, attention_mask, config)
+        warn_of_padding(input_ids, attention_mask, config, config.pad_token_id)
 
 
 def check_cache(past_key_values: Any, cache_class: type, use_cache: bool | None, recomputes: bool) -> None:
@@ -454,23 +475,19 @@ def as_positions(position_ids: Tensor | None, positions: Tensor, batch: int) -> 
 
 
 def warn_of_padding(
-    input_ids: Tensor, attention_mask: Tensor | None, config: Any, ends: bool = False
+    input_ids: Tensor, attention_mask: Tensor | None, config: Any, pad: int | None, edges: Sequence[int] = (0,)
 ) -> None:
-    """Warn if a row of a prompt begins with padding and no mask says so.
+    """Warn if a row of a prompt begins with the id `pad` and no mask says that it is padding.
 
-    Padding after a text changes nothing before it. It matters only to code that continues after the last token: with
-    `ends`, a row that ends with padding is warned of, too. A pad_token_id that begins or ends texts does not count.
+    Padding after a text changes nothing before it. It matters only to code that continues after the last token, which
+    gives edges=(0, -1). An id that begins or ends texts does not count.
     """
-    pad = config.pad_token_id
     ending: Any = config.eos_token_id
     if not isinstance(ending, list):
         ending = [ending]
     if attention_mask is not None or pad is None or pad == config.bos_token_id or pad in ending:
         return
-    edges = input_ids[:, :1]
-    if ends:
-        edges = input_ids[:, [0, -1]]
-    if (edges == pad).any():
+    if (input_ids[:, list(edges)] == pad).any():
         cure = "give attention_mask, 1 at text and 0 at padding"
         found = f"a row is padded with pad_token_id {pad}, which is read as text"
         # One text from one line, so that Python shows it once.

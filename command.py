@@ -26,8 +26,10 @@ from chat import Conversation, awaits_user, batch_or_none, open_calls
 from checkpoint import DTYPES, GenerationConfig
 from checks import devices_present
 from cli import Parser, exit_code, format_bytes, progress_bar, setting_type
+from decoder import kv_cache_bytes
 from fast import wide_rows
-from generate import BUNDLED, GenerativeModel, Sampling, generate, kv_cache_bytes, model_class
+from generate import Sampling, generate
+from model_types import BUNDLED, GenerativeModel, model_class
 from settings import as_list, check_length, choose_length, ending_ids
 from terminal import Writer, converse, cut_message, measure, report_calls, system_prompt
 from tokenizer import Tokenizer, read_chat_template

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from checks import expect_tensor
 from fast import Captured, Flat, flat
-from ministral import KVCache
+from ministral import KVCache, MinistralConfig
 from vision import ImageSizes, Mistral3ForConditionalGeneration
 
 Forward = Callable[[Tensor, Tensor, KVCache, Tensor | None], Tensor]
@@ -102,3 +102,14 @@ class Decoder:
             slots = self.positions.shape[1]
             first = self.positions[:, -1:] + 1 - slots  # (B, 1), the position of slot 0: minus the padding
             self.step = Captured(self.forward, self.cache, slots, first, self.mask, compile)
+
+
+def kv_cache_bytes(config: MinistralConfig, tokens: int, bytes_per_number: int) -> int:
+    """Bytes of the keys and values of `tokens` tokens; sliding layers keep a window of them."""
+    slots = 0
+    for kind in config.layer_types:
+        if kind == "sliding_attention" and config.sliding_window:
+            slots += min(tokens, config.sliding_window)
+        else:
+            slots += tokens
+    return 2 * slots * config.num_key_value_heads * config.head_dim * bytes_per_number

@@ -4,7 +4,7 @@
 
 runs the bundled model, a small Ministral 3 trained on Shakespeare; `--model` takes any directory or Hub id. The command
 line is in `command.py`, conversations are in `chat.py`. `generate` uses `settings.py`, which checks the arguments, and
-`decoder.py`, the model with its cache.
+`decoder.py`, the model with its cache. `model_types.py` has `load_model`.
 """
 
 from __future__ import annotations
@@ -15,36 +15,24 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import checkpoint
 import settings
 from checkpoint import GenerationConfig, check_setting
 from decoder import Decoder, choose_forward, embed_images
 from fast import Flat
-from ministral import KVCache, MinistralConfig, MinistralForCausalLM
-from ministral3 import Ministral3ForCausalLM
+from ministral import KVCache
+from model_types import BUNDLED as BUNDLED, GenerativeModel, expect_model, load_model as load_model
 from outputs import ModelOutput, at_least_float32
-from pretrained import PreTrainedConfig
-from vision import ImageSizes, Mistral3ForConditionalGeneration
+from settings import Plan
+from vision import ImageSizes
 
 if TYPE_CHECKING:
     from tokenizer import StopText, Tokenizer
-
-BUNDLED = Path(__file__).resolve().parent / "models" / "shakespeare"
-GenerativeModel = MinistralForCausalLM | Mistral3ForConditionalGeneration
-MODELS: dict[str, type[GenerativeModel]] = {
-    "ministral": MinistralForCausalLM,
-    "mistral": MinistralForCausalLM,
-    "llama": MinistralForCausalLM,
-    "ministral3": Ministral3ForCausalLM,
-    "mistral3": Mistral3ForConditionalGeneration,
-}
 
 
 @torch.inference_mode()
@@ -95,31 +83,35 @@ class Sampling:
             check_setting(name, value)
 
 
-def resolve_sampling(chosen: GenerationConfig, call: Mapping[str, Any]) -> Sampling:
-    """The `Sampling` of a call of `generate`: `call` has the settings that it gives, `chosen` those of the model, too.
+def resolve_sampling(resolved: GenerationConfig, given: Mapping[str, Any]) -> Sampling:
+    """The `Sampling` of a call of `generate`.
 
     As in Transformers it is greedy unless `do_sample` is on, in the call or in the file, with a temperature of 1 unless
     that is given. Beyond Transformers, where the call has a temperature and no do_sample: 0 is greedy, others draw.
 
+    Args:
+        resolved: the settings of the call, completed by those of the model.
+        given: the settings of the call alone.
+
     Raises:
         ValueError: do_sample=True with a temperature of 0.
     """
-    do_sample, temperature = call.get("do_sample"), call.get("temperature")
+    do_sample, temperature = given.get("do_sample"), given.get("temperature")
     if do_sample and temperature == 0:
         raise ValueError("do_sample=True with temperature=0, which is greedy; allowed: one of the two")
     if do_sample is None and temperature is not None:
         do_sample = temperature > 0
     if do_sample is None:
-        do_sample = bool(chosen.do_sample)
-    penalty = settings.first_given(chosen.repetition_penalty, 1.0)
+        do_sample = bool(resolved.do_sample)
+    penalty = settings.first_given(resolved.repetition_penalty, 1.0)
     if not do_sample:
-        unused = [name for name in ("temperature", "top_k", "top_p", "min_p") if call.get(name)]
+        unused = [name for name in ("temperature", "top_k", "top_p", "min_p") if given.get(name)]
         if unused:
             names = ", ".join(unused)
             warnings.warn(f"{names}: no effect on greedy decoding; give do_sample=True", stacklevel=3)
         return Sampling(repetition_penalty=penalty)
-    temperature = settings.first_given(chosen.temperature, 1.0)
-    return Sampling(temperature, chosen.top_k, chosen.top_p, chosen.min_p, penalty)
+    temperature = settings.first_given(resolved.temperature, 1.0)
+    return Sampling(temperature, resolved.top_k, resolved.top_p, resolved.min_p, penalty)
 
 
 def penalize_repetition(logits: Tensor, ids: Tensor, penalty: float) -> Tensor:
@@ -168,7 +160,7 @@ StoppingCriterion = Callable[[Tensor, Any], Any]
 
 
 @dataclass
-class Hooks:
+class Callbacks:
     """The caller's functions, see `generate`."""
 
     logits_processor: Sequence[LogitsProcessor]
@@ -197,101 +189,107 @@ class GenerateDecoderOnlyOutput(ModelOutput):
     past_key_values: Any = None
 
 
-@dataclass
 class Rows:
-    """The texts of a batch: `draw` chooses the next token of each row, `append` adds them and ends rows."""
+    """The texts of a batch: `draw` chooses the next token of each row, `append` adds them and ends rows.
 
-    tokens: Tensor  # ids (B, T), later (B, T + n)
-    visible: Tensor  # bool (B, T + new tokens), False at padding
-    max_positions: int  # tokens of a row at most, without padding
-    sampling: Sampling
-    generators: list[torch.Generator]  # one for each row; []: PyTorch's global one draws for all
-    ends: list[int]  # ids that end a row
-    filler: int  # the id that fills up a row that has ended
-    stops: list[StopText]  # one for each row, or []
-    hooks: Hooks
-    logits: list[Tensor] | None = None  # the logits (B, V) of each step; None: they are not kept
-    scores: list[Tensor] | None = None  # the same after penalty, processors and filters
+    Args:
+        tokens: ids (B, T) of the prompts.
+        visible: bool (B, T + new tokens), False at padding.
+        plan: see `settings.Plan`.
+        stops: one for each row, or [].
+        resolved: which logits are kept for the result.
+    """
 
-    def __post_init__(self) -> None:
-        B, total = self.visible.shape
-        padding = total - self.visible.sum(dim=1)
-        # The length at which each row is full, padding included.
-        self.limits = (padding + self.max_positions).clamp(max=total).tolist()
-        self.running = [True] * B
-
-    def start(self, chosen: GenerationConfig) -> None:
-        """Hand the prompts to the streamer, and keep logits and scores if they are wanted."""
-        if self.hooks.streamer is not None:
-            self.hooks.streamer.put(self.tokens.cpu())
-        if chosen.return_dict_in_generate and chosen.output_logits:
+    def __init__(
+        self, tokens: Tensor, visible: Tensor, plan: Plan, sampling: Sampling, stops: list[StopText],
+        callbacks: Callbacks, resolved: GenerationConfig,
+    ) -> None:  # fmt: skip
+        self.tokens = tokens  # later (B, T + n)
+        self.plan = plan
+        self.sampling = sampling
+        self.stops = stops
+        self.callbacks = callbacks
+        self.as_dict = bool(resolved.return_dict_in_generate)
+        # The logits (B, V) of each step, and the same after penalty, processors and filters. None: they are not kept.
+        self.logits: list[Tensor] | None = None
+        self.scores: list[Tensor] | None = None
+        if self.as_dict and resolved.output_logits:
             self.logits = []
-        if chosen.return_dict_in_generate and chosen.output_scores:
+        if self.as_dict and resolved.output_scores:
             self.scores = []
+
+        B, total = visible.shape
+        padding = total - visible.sum(dim=1)
+        # The length at which each row is full, padding included.
+        self.limits = (padding + plan.max_positions).clamp(max=total).tolist()
+        self.starts = visible.int().argmax(dim=1).tolist()  # the first token of each row that is no padding
+        self.running = [True] * B
+        if callbacks.streamer is not None:
+            callbacks.streamer.put(tokens.cpu())
 
     def draw(self, logits: Tensor) -> Tensor:
         """New ids (B, 1) from the logits (B, V). With a generator for each row, a row draws as if it were alone."""
+        logits = logits.to(at_least_float32(logits.dtype))
+        if self.logits is not None:
+            self.logits.append(logits.clone())
         scores = self.score(logits)
-        if self.generators:
-            rows = zip(scores, self.generators)
-            ids = torch.stack([sample(row, self.sampling, generator) for row, generator in rows])
+        if self.plan.generators:
+            ids = torch.stack([sample(row, self.sampling, g) for row, g in zip(scores, self.plan.generators)])
         else:
             ids = sample(scores, self.sampling)
         running = torch.tensor(self.running, device=ids.device)
-        return ids.where(running, self.filler)[:, None]
+        return ids.where(running, self.plan.filler)[:, None]
 
     def score(self, logits: Tensor) -> Tensor:
-        """Logits (B, V) after the repetition penalty and the processors."""
-        scores = logits.to(at_least_float32(logits.dtype))
-        if self.logits is not None:
-            self.logits.append(scores.clone())
-        if self.sampling.repetition_penalty != 1:
-            starts = self.visible.int().argmax(dim=1).tolist()  # the first token that is no padding
-            texts = [row[start:] for row, start in zip(self.tokens, starts)]
-            penalty = self.sampling.repetition_penalty
-            scores = torch.stack([penalize_repetition(*row, penalty) for row in zip(scores, texts)])
-        for process in self.hooks.logits_processor:
+        """Logits (B, V) after the repetition penalty and the processors. Keeps them, filtered, if they are wanted."""
+        scores = logits
+        penalty = self.sampling.repetition_penalty
+        if penalty != 1:
+            texts = [ids[start:] for ids, start in zip(self.tokens, self.starts)]
+            rows = [penalize_repetition(row, ids, penalty) for row, ids in zip(logits, texts)]
+            scores = torch.stack(rows)
+        for process in self.callbacks.logits_processor:
             scores = process(self.tokens, scores)
-        if self.scores is not None and self.sampling.temperature > 0:
-            self.scores.append(filter_logits(scores, self.sampling))
-        elif self.scores is not None:
-            self.scores.append(scores.clone())
+        if self.scores is not None:
+            kept = scores.clone()
+            if self.sampling.temperature > 0:
+                kept = filter_logits(scores, self.sampling)
+            self.scores.append(kept)
         return scores
 
     def append(self, ids: Tensor) -> None:
         """Add the new ids (B, 1). A row ends with an id of `ends`, a stop text, by `on_token`, a criterion, or when it
         is full."""
         self.tokens = torch.cat((self.tokens, ids), dim=1)
-        if self.hooks.streamer is not None:
-            self.hooks.streamer.put(ids[:, 0].cpu())
+        if self.callbacks.streamer is not None:
+            self.callbacks.streamer.put(ids[:, 0].cpu())
         ended = torch.zeros(len(ids), dtype=torch.bool)
-        for criterion in self.hooks.stopping_criteria:
+        for criterion in self.callbacks.stopping_criteria:
             ended |= torch.as_tensor(criterion(self.tokens, self.scores)).cpu()
         for row, token in enumerate(ids[:, 0].tolist()):
             if not self.running[row]:
                 continue
-            if token in self.ends or self.tokens.shape[1] >= self.limits[row]:
+            if token in self.plan.ends or self.tokens.shape[1] >= self.limits[row]:
                 ended[row] = True
-            if self.hooks.on_token is not None and self.hooks.on_token(row, token):
-                ended[row] = True
-            if self.stops and self.stops[row].push(token):
-                ended[row] = True
+            if self.callbacks.on_token is not None:
+                ended[row] |= bool(self.callbacks.on_token(row, token))
+            if self.stops:
+                ended[row] |= self.stops[row].push(token)
             self.running[row] = not ended[row]
 
-    def finish(self, chosen: GenerationConfig, cache: KVCache) -> Any:
+    def finish(self, cache: KVCache) -> Any:
         """The result of `generate`."""
-        if self.hooks.streamer is not None:
-            self.hooks.streamer.end()
+        if self.callbacks.streamer is not None:
+            self.callbacks.streamer.end()
         tokens = self.tokens.clone()  # an ordinary tensor outside of inference mode
-        if not chosen.return_dict_in_generate:
+        if not self.as_dict:
             return tokens
-        scores, logits = self.scores, self.logits
-        return GenerateDecoderOnlyOutput(
-            tokens,
-            scores=None if scores is None else tuple(scores),
-            logits=None if logits is None else tuple(logits),
-            past_key_values=cache,
-        )
+        result = GenerateDecoderOnlyOutput(tokens, past_key_values=cache)
+        if self.scores is not None:
+            result.scores = tuple(self.scores)
+        if self.logits is not None:
+            result.logits = tuple(self.logits)
+        return result
 
 
 def generate(
@@ -313,7 +311,7 @@ def generate(
     prefill_chunk_size: int | None = None,
     fast: bool = True,
     compile: bool = False,
-    **sampling_settings: Any,
+    **other_settings: Any,
 ) -> Any:
     """Continue each row of `input_ids` until it ends with an end-of-sequence token or is long enough.
 
@@ -321,9 +319,10 @@ def generate(
     `settings.transformers_call`).
 
     Args:
+        model: a causal language model or a vision model of this project.
         input_ids: (B, T). Shorter prompts are padded on the left.
-        attention_mask: (B, T), 1 at text and 0 at padding; None: all is text. (Padding without a mask is read as text;
-            a warning says so where `pad_token_id` shows it.)
+        attention_mask: (B, T), 1 at text and 0 at padding; None: all is text. (A warning is given if a row then begins
+            or ends with `pad_token_id`.)
         max_new_tokens: the number of tokens that are added at most; by default 128, or as many as `max_length`, which
             counts the prompt, allows. A row also ends when it fills the model's `max_position_embeddings`.
         generation_config: settings in one object, `GenerationConfig`. Those of the call have precedence over it, and it
@@ -343,8 +342,8 @@ def generate(
         on_prompt: called as on_prompt(read, T) after each chunk of the prompt.
         prefill_chunk_size: the prompt is read (prefill) in chunks of this size, so that the memory beside weights and
             cache does not grow with it; None is 512 on a CPU and 4096 elsewhere. A chunk may end within an image.
-        fast: use the form of the model in `fast.py` if there is one. It computes the same function, but rounds in
-            another order. False: call `model(...)`.
+        fast: use the form of the model in `fast.py` if it supports this model. It computes the same function, but
+            rounds in another order. False: call `model(...)`.
         compile: let `torch.compile` fuse a decode step of fixed shapes, for long texts: it takes up to a minute in each
             call. (On CUDA the fast path records and replays such a step without it, if all slots are reserved.)
 
@@ -369,119 +368,51 @@ def generate(
     # Check the arguments. Those that are None get a value from the model's files or a default.
     expect_model(model)
     config, device = model.config.get_text_config(), model.device
-    call = settings.call_settings(generation_config, sampling_settings | {"max_new_tokens": max_new_tokens})
-    chosen = settings.resolve(model.generation_config, call)
-    sampling = resolve_sampling(chosen, call)
-    # (B, T), True at text.
-    padding_mask = settings.check_prompt(input_ids, attention_mask, past_key_values, config, device)
-    chunk_size = settings.choose_chunk_size(prefill_chunk_size, device)
-    B, T = input_ids.shape
-    lengths = padding_mask.sum(dim=1)
-    settings.check_length(int(lengths.max()), config)
-    max_positions = config.max_position_embeddings  # the shortest row has most room; longer ones end first
-    new_tokens = min(settings.choose_length(chosen, T), max_positions - int(lengths.min()))
-    reserved = settings.reserved_tokens(chosen, new_tokens)
-    ends = settings.ending_ids(chosen, config)
-    filler = settings.padding_id(chosen, config, ends)
-    copies = settings.choose_copies(chosen, sampling.temperature, past_key_values)
-    generators = settings.make_generators(seed, B, copies, device)
-    hooks = Hooks(settings.as_list(logits_processor), settings.as_list(stopping_criteria), streamer, on_token)
+    given = settings.given_settings(generation_config, other_settings | {"max_new_tokens": max_new_tokens})
+    resolved = settings.resolve(model.generation_config, given)
+    sampling = resolve_sampling(resolved, given)
+    plan = settings.make_plan(
+        model, input_ids, attention_mask, past_key_values, resolved, sampling.temperature, seed, prefill_chunk_size
+    )
+    processors, criteria = settings.as_list(logits_processor), settings.as_list(stopping_criteria)
+    callbacks = Callbacks(processors, criteria, streamer, on_token)
     forward = choose_forward(model, fast)
     if compile and not isinstance(forward, Flat):
         allowed = "with fast=True, 'sdpa', and a model in eval mode"
         raise ValueError(f"compile=True needs the fast path; allowed: {allowed}")
 
     # A cache that the caller keeps must hold tensors that other code may use, so not those of inference mode.
-    private = past_key_values is None and not chosen.return_dict_in_generate
+    private = past_key_values is None and not resolved.return_dict_in_generate
     with torch.inference_mode(private), torch.no_grad():
         # Lay out the rows, and the tokens that are not in the cache: ids, or embeddings where there are images.
         # Memory is reserved for all new tokens if the caller or the files give their number, else for 128.
         cache = past_key_values
         if cache is None:
-            cache = KVCache(config, T + reserved)
-        input_ids = input_ids.to(device)
-        unread = input_ids[:, cache.get_seq_length() :]
+            cache = KVCache(config, input_ids.shape[1] + plan.reserved)
+        prompts = input_ids.to(device).repeat_interleave(plan.copies, dim=0)
+        unread = input_ids.to(device)[:, cache.get_seq_length() :]
         if pixel_values is not None:
             unread = embed_images(model, unread, pixel_values, image_sizes)
-        if copies > 1:
-            input_ids = input_ids.repeat_interleave(copies, dim=0)
-            padding_mask = padding_mask.repeat_interleave(copies, dim=0)
-            unread = unread.repeat_interleave(copies, dim=0)
-        stops = settings.make_stop_texts(chosen, tokenizer, input_ids, padding_mask)
-        visible = F.pad(padding_mask, (0, new_tokens), value=True).to(device)  # (B * copies, T + new_tokens)
-        rows = Rows(input_ids, visible, max_positions, sampling, generators, ends, filler, stops, hooks)
-        rows.start(chosen)
+        unread = unread.repeat_interleave(plan.copies, dim=0)
+        padding_mask = plan.padding_mask.repeat_interleave(plan.copies, dim=0)
+        visible = F.pad(padding_mask, (0, plan.new_tokens), value=True).to(device)
+        stops = settings.make_stop_texts(resolved, tokenizer, prompts, padding_mask)
+        rows = Rows(prompts, visible, plan, sampling, stops, callbacks, resolved)
 
         # Prefill: read the prompt into the cache. Then, where it pays, record the step that follows.
         decoder = Decoder(forward, cache, visible)
-        logits = decoder.prefill(unread, chunk_size, on_prompt)
-        if new_tokens > 1 and (compile or (device.type == "cuda" and reserved == new_tokens)):
+        logits = decoder.prefill(unread, plan.chunk_size, on_prompt)
+        if plan.new_tokens > 1 and (compile or (device.type == "cuda" and plan.reserved == plan.new_tokens)):
             decoder.record(compile)
 
         # Draw, append, stop, step.
-        for _ in range(new_tokens):
+        for _ in range(plan.new_tokens):
             ids = rows.draw(logits)
             rows.append(ids)
             if not any(rows.running):  # at the latest in the last round, when every row is full
                 break
             logits = decoder.step(ids)
-    return rows.finish(chosen, cache)
-
-
-# ------------------------------------------------------------------------------------------------------ models
-
-
-def model_class(config: dict[str, object]) -> type[GenerativeModel]:
-    """The class for a config.json.
-
-    Raises:
-        ValueError: there is none for its model_type.
-    """
-    model_type = config.get("model_type")
-    if str(model_type) not in MODELS:
-        raise ValueError(f"config.json has model_type {model_type!r}; allowed: {', '.join(MODELS)}")
-    return MODELS[str(model_type)]
-
-
-def load_model(
-    path_or_hub_id: str | Path,
-    dtype: torch.dtype | str | None = None,
-    device: str | torch.device | None = None,
-    attn_implementation: str | None = None,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | Path | None = None,
-    local_files_only: bool = False,
-    **others: Any,
-) -> GenerativeModel:
-    """`from_pretrained` of the class that config.json asks for; arguments and errors are those of
-    `PreTrainedModel.from_pretrained`."""
-    directory = checkpoint.find(path_or_hub_id, revision, "model", token, cache_dir, local_files_only)
-    cls = model_class(checkpoint.read_config(directory))
-    model = cls.from_pretrained(directory, dtype, device, attn_implementation, **others)
-    model.name_or_path = str(path_or_hub_id)
-    return model
-
-
-def expect_model(model: Any) -> None:
-    """Raise ValueError unless that is a language model of this project (or a wrapper that has its attributes)."""
-    if isinstance(model, (str, Path)):
-        raise ValueError(f"model must be a loaded model; found a name: give load_model({str(model)!r})")
-    if not isinstance(getattr(model, "config", None), PreTrainedConfig) or not hasattr(model, "lm_head"):
-        supported = "; ".join(sorted({cls.__name__ for cls in MODELS.values()}))
-        name = type(model).__name__
-        raise ValueError(f"model must be one that load_model returns ({supported}); found {name}")
-
-
-def kv_cache_bytes(config: MinistralConfig, tokens: int, bytes_per_number: int) -> int:
-    """Bytes of the keys and values of `tokens` tokens; sliding layers keep a window of them."""
-    slots = 0
-    for kind in config.layer_types:
-        if kind == "sliding_attention" and config.sliding_window:
-            slots += min(tokens, config.sliding_window)
-        else:
-            slots += tokens
-    return 2 * slots * config.num_key_value_heads * config.head_dim * bytes_per_number
+    return rows.finish(cache)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -463,8 +463,7 @@ class PreTrainedModel(TrainableModel):
         Raises:
             ValueError: this is no language model; as `generate.generate`.
         """
-        from generate import expect_model, generate  # imported late: it imports the models
+        from generate import generate  # imported late: it imports the models
         from settings import transformers_call
 
-        expect_model(self)
         return generate(self, **transformers_call(self, inputs, arguments))  # type: ignore[arg-type]

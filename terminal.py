@@ -23,7 +23,7 @@ import checkpoint
 from chat import Conversation, awaits_user, open_calls, take_back
 from checkpoint import GenerationConfig
 from cli import progress_bar
-from generate import GenerativeModel
+from model_types import GenerativeModel
 from settings import ending_ids
 from tokenizer import ChatStream, TextStream, Tokenizer, split_thinking
 

@@ -28,8 +28,9 @@ import transformers
 from benchmarks import common
 from checkpoint import DTYPES
 from cli import Parser, exit_code, format_bytes
-from generate import BUNDLED, generate
+from generate import generate
 from ministral import KVCache
+from model_types import BUNDLED
 from tests.cases import cache_name
 
 SHORT = {"f32": "float32", "bf16": "bfloat16"}

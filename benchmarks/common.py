@@ -18,9 +18,9 @@ import transformers
 
 from checkpoint import GenerationConfig
 from fast import flat
-from generate import BUNDLED, load_model
 from ministral import KVCache, MinistralConfig, MinistralForCausalLM
 from ministral3 import Ministral3Config, Ministral3ForCausalLM
+from model_types import BUNDLED, load_model
 
 transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
 # The shape of a model with 135 million parameters (SmolLM2), one of 5 million in three patterns of layers, and the

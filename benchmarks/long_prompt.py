@@ -19,7 +19,8 @@ import torch
 
 from benchmarks import common
 from cli import Parser, exit_code, format_bytes, progress_bar
-from generate import generate, kv_cache_bytes
+from decoder import kv_cache_bytes
+from generate import generate
 from ministral import MinistralConfig, MinistralForCausalLM
 from ministral3 import Ministral3Config, Ministral3ForCausalLM
 

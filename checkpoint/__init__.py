@@ -31,7 +31,7 @@ from .conversion import convert
 from .expected import count_parameters, empty_model
 from .files import CONFIG, FORMATS, GENERATION, WEIGHTS, layout, read_json
 from .fp8 import dequantize
-from .generation_config import SETTINGS, GenerationConfig, changes_text, check_setting
+from .generation_config import SETTINGS, GenerationConfig, check_setting
 from .hf import VISION_PREFIXES, config_fields, label_maps, text_config, text_name
 from .hub import find
 from .load import load_weights
@@ -54,7 +54,6 @@ __all__ = [
     "Checkpoint",
     "GenerationConfig",
     "as_dtype",
-    "changes_text",
     "check_setting",
     "config_fields",
     "convert",

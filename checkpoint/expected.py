@@ -24,7 +24,7 @@ def empty_model(config: dict[str, Any]) -> Any:
         ValueError: the file leaves out numbers that shapes depend on (see `expect_complete`), or no class here reads
             it.
     """
-    from generate import model_class  # imported late: the models import this package
+    from model_types import model_class  # imported late: the models import this package
 
     expect_complete(config)
     cls = model_class(config)

@@ -9,7 +9,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-from checks import is_number
+from checks import has_effect, is_number
 
 from .files import GENERATION, read_json_object
 
@@ -21,6 +21,9 @@ def _is_one_or_list(value: Any, valid: Callable[[Any], bool]) -> bool:
     return valid(value)
 
 
+# NumPy's numbers are numbers, too.
+
+
 def _is_bool(value: Any) -> bool:
     return isinstance(value, bool)
 
@@ -29,82 +32,175 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) and value != ""
 
 
+def _is_texts(value: Any) -> bool:
+    return _is_one_or_list(value, _is_text)
+
+
 def _is_id(value: Any) -> bool:
     return is_number(value, Integral, 0)
 
 
-# The settings of `generate`: what each may be, in words and as a test. NumPy's numbers are numbers, too.
+def _is_ids(value: Any) -> bool:
+    return _is_one_or_list(value, _is_id)
+
+
+def _is_count(value: Any) -> bool:
+    return is_number(value, Integral, 1)
+
+
+def _is_temperature(value: Any) -> bool:
+    return is_number(value, Real, 0)
+
+
+def _is_top_p(value: Any) -> bool:
+    return is_number(value, Real, 0, 1) and value > 0
+
+
+def _is_min_p(value: Any) -> bool:
+    return is_number(value, Real, 0, 1)
+
+
+def _is_penalty(value: Any) -> bool:
+    return is_number(value, Real, 0.01, 100)
+
+
+def _is_seed(value: Any) -> bool:
+    return is_number(value, Integral, 0, 2**63 - 1)
+
+
+# The settings of `generate`: the values that each may have, in words and as a function.
 SETTINGS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "do_sample": ("true or false", _is_bool),
-    "temperature": (
-        "a number not below 0 (0 always takes the most likely token)",
-        lambda value: is_number(value, Real, 0),
-    ),
-    "top_k": ("a whole number not below 0 (0 is off)", lambda value: is_number(value, Integral, 0)),
-    "top_p": (
-        "a number above 0, at most 1 (1 is off)",
-        lambda value: is_number(value, Real, 0, 1) and value > 0,
-    ),
-    "min_p": ("a number from 0 to 1 (0 is off)", lambda value: is_number(value, Real, 0, 1)),
-    "repetition_penalty": (
-        "a number from 0.01 to 100 (1 is off)",
-        lambda value: is_number(value, Real, 0.01, 100),
-    ),
-    "max_new_tokens": ("a whole number not below 1", lambda value: is_number(value, Integral, 1)),
-    "max_length": ("a whole number not below 1", lambda value: is_number(value, Integral, 1)),
-    "num_return_sequences": ("a whole number not below 1", lambda value: is_number(value, Integral, 1)),
-    "seed": ("a whole number from 0 to 2**63 - 1", lambda value: is_number(value, Integral, 0, 2**63 - 1)),
-    "stop_strings": (
-        "a text that is not empty, or a list of such",
-        lambda value: _is_one_or_list(value, _is_text),
-    ),
+    "temperature": ("a number not below 0 (0 always takes the most likely token)", _is_temperature),
+    "top_k": ("a whole number not below 0 (0 is off)", _is_id),
+    "top_p": ("a number above 0, at most 1 (1 is off)", _is_top_p),
+    "min_p": ("a number from 0 to 1 (0 is off)", _is_min_p),
+    "repetition_penalty": ("a number from 0.01 to 100 (1 is off)", _is_penalty),
+    "max_new_tokens": ("a whole number not below 1", _is_count),
+    "max_length": ("a whole number not below 1", _is_count),
+    "num_return_sequences": ("a whole number not below 1", _is_count),
+    "seed": ("a whole number from 0 to 2**63 - 1", _is_seed),
+    "stop_strings": ("a text that is not empty, or a list of such", _is_texts),
     "bos_token_id": ("a token id", _is_id),
     "pad_token_id": ("a token id", _is_id),
-    "eos_token_id": ("a token id, or a list of such", lambda value: _is_one_or_list(value, _is_id)),
+    "eos_token_id": ("a token id, or a list of such", _is_ids),
     "return_dict_in_generate": ("true or false", _is_bool),
     "output_scores": ("true or false", _is_bool),
     "output_logits": ("true or false", _is_bool),
 }
 # Settings of a single call. A generation_config.json has no influence on them.
-OF_A_CALL = {"seed", "return_dict_in_generate", "output_scores", "output_logits"}
+CALL_ONLY_SETTINGS = {"seed", "return_dict_in_generate", "output_scores", "output_logits"}
 
 
 def check_setting(name: str, value: Any, where: str = "") -> None:
-    """Raise ValueError, which begins with `where`, unless a setting of `generate` may have this value. None always
-    may: the setting is not given."""
+    """Raise ValueError, which begins with `where`, unless a setting of `generate` may have this value. None is always
+    valid and means: not given."""
     allowed, valid = SETTINGS[name]
     if value is not None and not valid(value):
         raise ValueError(f"{where}{name}={value!r} is impossible; allowed: {allowed}")
 
 
-# Settings in a generation_config.json that change no text, or none without another that does.
+# ------------------------------------------------------------------------------- settings that are not supported
+
+
+SAMPLING = "supported: greedy decoding, and sampling with num_return_sequences"
+ASSISTANT = "leave it out: assisted decoding gives the same text"
+FILTER = "supported: top_k, top_p, min_p, and any function of the logits in logits_processor"
+PROCESSOR = "supported: any function of the logits in logits_processor"
+OUTPUTS = "supported: output_scores and output_logits"
+MASK = "leave it out: attention_mask decides it"
+# Settings and arguments of Transformers' `generate` that are not supported, each with a cure: those that would change
+# the text, and the others.
+CHANGES_TEXT = {
+    "num_beams": SAMPLING,
+    "constraints": SAMPLING,
+    "force_words_ids": SAMPLING,
+    "penalty_alpha": SAMPLING,
+    "dola_layers": SAMPLING,
+    "custom_generate": SAMPLING,
+    "typical_p": FILTER,
+    "top_h": FILTER,
+    "epsilon_cutoff": FILTER,
+    "eta_cutoff": FILTER,
+    "min_length": PROCESSOR,
+    "min_new_tokens": PROCESSOR,
+    "no_repeat_ngram_size": PROCESSOR,
+    "bad_words_ids": PROCESSOR,
+    "suppress_tokens": PROCESSOR,
+    "begin_suppress_tokens": PROCESSOR,
+    "forced_bos_token_id": PROCESSOR,
+    "forced_eos_token_id": PROCESSOR,
+    "sequence_bias": PROCESSOR,
+    "guidance_scale": PROCESSOR,
+    "negative_prompt_ids": PROCESSOR,
+    "negative_prompt_attention_mask": PROCESSOR,
+    "prefix_allowed_tokens_fn": PROCESSOR,
+    "exponential_decay_length_penalty": PROCESSOR,
+    "encoder_repetition_penalty": PROCESSOR,
+    "encoder_no_repeat_ngram_size": PROCESSOR,
+    "watermarking_config": PROCESSOR,
+    "max_time": "supported: a function in stopping_criteria",
+    "token_healing": "end the prompt at the end of a word",
+    "position_ids": MASK,
+    "cache_position": MASK,
+    "token_type_ids": MASK,
+    "inputs_embeds": "supported: input_ids, and images in pixel_values",
+}
+CHANGES_NO_TEXT = {
+    "num_beam_groups": SAMPLING,
+    "length_penalty": SAMPLING,
+    "early_stopping": SAMPLING,
+    "diversity_penalty": SAMPLING,
+    "assistant_model": ASSISTANT,
+    "assistant_tokenizer": ASSISTANT,
+    "assistant_early_exit": ASSISTANT,
+    "prompt_lookup_num_tokens": ASSISTANT,
+    "num_assistant_tokens": ASSISTANT,
+    "use_mtp": ASSISTANT,
+    "remove_invalid_values": PROCESSOR,
+    "renormalize_logits": PROCESSOR,
+    "output_attentions": OUTPUTS,
+    "output_hidden_states": OUTPUTS,
+    "logits_to_keep": OUTPUTS,
+    "use_cache": "supported: True; generate.generate_naive is the loop without a cache",
+    "cache": "give a KVCache as past_key_values",
+    "cache_implementation": "supported: 'dynamic'; compile=True is faster for long texts",
+    "synced_gpus": "supported: one process",
+}
+UNSUPPORTED = CHANGES_TEXT | CHANGES_NO_TEXT
+# The value that is the same as leaving the setting out, where that is not None, False, 0 or nothing.
+WITHOUT_EFFECT = {
+    "num_beams": 1, "num_beam_groups": 1, "length_penalty": 1, "typical_p": 1, "guidance_scale": 1,
+    "encoder_repetition_penalty": 1, "use_cache": True, "cache_implementation": "dynamic",
+}  # fmt: skip
+# Settings of Transformers that have no influence on what is returned.
 HARMLESS_SETTINGS = {
-    "_from_model_config", "_commit_hash", "transformers_version", "use_cache", "cache_implementation",
-    "cache_config", "max_cache_len", "low_memory", "compile_config", "disable_compile",
-    "prefill_chunk_size", "output_attentions", "output_hidden_states", "output_scores", "output_logits",
-    "return_dict_in_generate", "renormalize_logits", "remove_invalid_values", "early_stopping",
-    "length_penalty", "num_beam_groups", "diversity_penalty", "decoder_start_token_id", "is_assistant",
-    "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold",
-    "target_lookbehind", "assistant_early_exit", "assistant_lookbehind", "max_matching_ngram_size",
-    "prompt_lookup_num_tokens", "use_mtp", "assistant_ensemble_weight", "speculation_type",
+    "_from_model_config", "_commit_hash", "transformers_version", "cache_config", "max_cache_len", "low_memory",
+    "compile_config", "disable_compile", "prefill_chunk_size", "decoder_start_token_id", "is_assistant",
+    "num_assistant_tokens_schedule", "assistant_confidence_threshold", "target_lookbehind",
+    "assistant_lookbehind", "max_matching_ngram_size", "assistant_ensemble_weight", "speculation_type",
     "continuous_batching_config",
 }  # fmt: skip
-# Off at 1; all others are off at 0, null, false or empty.
-OFF_AT_ONE = ("num_beams", "typical_p", "guidance_scale", "encoder_repetition_penalty")
 
 
 def changes_text(name: str, value: Any) -> bool:
-    """Whether a setting that `generate` does not know would change the text."""
-    if name in HARMLESS_SETTINGS or not value:
+    """Whether a setting of a generation_config.json that `generate` does not know would change the text."""
+    if name in HARMLESS_SETTINGS | CHANGES_NO_TEXT.keys() | CALL_ONLY_SETTINGS:
         return False
-    return not (name in OFF_AT_ONE and value == 1)
+    return has_effect(value, WITHOUT_EFFECT.get(name))
+
+
+# ------------------------------------------------------------------------------------------------------- the file
 
 
 @dataclass(init=False)
 class GenerationConfig:
     """The settings of `generate`, by Transformers' names: those of a model's generation_config.json, or those that are
-    given to `generate`. None: not given. `others` are those that `generate` does not know; they are kept for
-    `save_pretrained`.
+    given to `generate`.
+
+    Attributes:
+        others: the settings that `generate` does not know, kept for `save_pretrained`. Of the settings, None means: not
+            given.
 
     Raises:
         ValueError: an impossible value.
@@ -150,8 +246,8 @@ class GenerationConfig:
         if not path.exists():
             return cls()
         content = read_json_object(path)
-        others = {name: value for name, value in content.items() if name in OF_A_CALL}
-        settings = {name: value for name, value in content.items() if name not in OF_A_CALL}
+        others = {name: value for name, value in content.items() if name in CALL_ONLY_SETTINGS}
+        settings = {name: value for name, value in content.items() if name not in CALL_ONLY_SETTINGS}
         for name in SETTINGS.keys() & settings.keys():
             check_setting(name, settings[name], f"{path}: ")
         config = cls(**settings)

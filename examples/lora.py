@@ -30,8 +30,8 @@ from torch import Tensor, nn
 
 from checkpoint import write_json
 from cli import Parser, exit_code
-from generate import BUNDLED
 from ministral3 import Ministral3ForCausalLM
+from model_types import BUNDLED
 from tokenizer import Tokenizer
 from training import corpus, evaluate, train
 

@@ -34,7 +34,8 @@ from torch.distributed.tensor.parallel import (
 )
 
 from cli import Parser, exit_code
-from generate import BUNDLED, generate, load_model
+from generate import generate
+from model_types import BUNDLED, load_model
 from tokenizer import Tokenizer
 
 

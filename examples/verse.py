@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from generate import BUNDLED
 from heads import Ministral3ForSequenceClassification
+from model_types import BUNDLED
 from tokenizer import Tokenizer
 from training import corpus
 

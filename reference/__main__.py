@@ -26,8 +26,8 @@ from torch import Tensor
 from chat import read_image
 from checkpoint import DTYPES, find
 from cli import Parser, exit_code
-from generate import BUNDLED, GenerativeModel, load_model
 from images import batch_images
+from model_types import BUNDLED, GenerativeModel, load_model
 from reference import golden
 from reference.compare import (
     LEAST,

@@ -33,10 +33,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import checkpoint
-from generate import load_model
 from images import image_tokens
 from ministral import MinistralConfig, MinistralForCausalLM
 from ministral3 import Ministral3Config, Ministral3ForCausalLM
+from model_types import load_model
 from pretrained import PreTrainedModel
 from reference.compare import compare
 from reference.trace import LAYER, POINTS, dimensions, load, record, save

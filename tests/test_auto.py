@@ -15,8 +15,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers.tokenization_mistral_common import MistralCommonBackend as TheirBackend
 
 import auto
-from generate import BUNDLED
 from images import preprocess, transformers_size
+from model_types import BUNDLED
 from processor import MistralCommonBackend, Processor
 from tokenizer import Tokenizer
 

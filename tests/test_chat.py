@@ -22,7 +22,7 @@ from mistral_common.tokens.tokenizers.base import TokenizerVersion
 from mistral_common.tokens.tokenizers.image import ImageEncoding
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
-from generate import BUNDLED
+from model_types import BUNDLED
 from tests.test_tokenizer import official_template
 from tokenizer import (
     KEYS,

@@ -15,9 +15,9 @@ from hypothesis import given, strategies as st
 from safetensors.torch import load_file, save_file
 
 import checkpoint
-from generate import load_model
 from ministral import MinistralConfig, MinistralForCausalLM, MinistralModel
 from ministral3 import Ministral3ForCausalLM, Ministral3Model
+from model_types import load_model
 from tests.cases import draw_case, draw_config, pair
 from tests.published import quantize
 from tests.test_parity import assert_same
@@ -367,7 +367,7 @@ def test_loading_peaks_at_the_weights_plus_one_tensor(tmp_path, fp8):
         quantize(tmp_path)
     program = """
 import sys, torch, checkpoint
-from generate import load_model
+from model_types import load_model
 def anonymous():  # memory of the process itself; the mapped file is the system's, which takes it back at need
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
 load_model(sys.argv[2])  # whatever is imported late

@@ -17,8 +17,10 @@ import command
 import generate
 from cli import format_bytes, progress_bar
 from command import available_memory, model_words
-from generate import BUNDLED, kv_cache_bytes, load_model, main
+from decoder import kv_cache_bytes
+from generate import main
 from ministral import KVCache, MinistralConfig
+from model_types import BUNDLED, load_model
 from terminal import Writer
 from tokenizer import Tokenizer
 

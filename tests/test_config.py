@@ -11,9 +11,10 @@ import torch
 import transformers
 from hypothesis import given, strategies as st
 
-from generate import MODELS, generate, model_class
+from generate import generate
 from ministral import KVCache, MinistralConfig, MinistralForCausalLM, MinistralModel
 from ministral3 import Ministral3Config, Ministral3ForCausalLM
+from model_types import MODELS, model_class
 from tests.cases import draw_case, draw_config, pair, their_arguments
 from tests.published import MINISTRAL3_3B, MINISTRAL_8B
 from tests.test_parity import assert_same

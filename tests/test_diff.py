@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from generate import BUNDLED, load_model
+from model_types import BUNDLED, load_model
 from reference import golden
 from reference.__main__ import main
 from reference.compare import compare, computed_in, narrowest

@@ -40,10 +40,11 @@ from checkpoint import (
     to_params,
 )
 from checkpoint.__main__ import describe, main
-from generate import BUNDLED, kv_cache_bytes, load_model
+from decoder import kv_cache_bytes
 from heads import Ministral3ForSequenceClassification
 from ministral import MinistralConfig, MinistralForCausalLM
 from ministral3 import Ministral3Config, Ministral3ForCausalLM, Ministral3Model, YarnRotaryEmbedding
+from model_types import BUNDLED, load_model
 from tests.cases import VOCAB, draw_config
 from tests.published import MINISTRAL3_8B_PARAMS, MINISTRAL_8B, MINISTRAL_8B_PARAMS, hub_names, ministral3, quantize
 from tests.test_checkpoint import assert_same_weights

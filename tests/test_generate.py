@@ -13,8 +13,9 @@ import transformers
 from hypothesis import given, settings, strategies as st
 
 import generate as generation
-from generate import BUNDLED, Sampling, filter_logits, generate, generate_naive, penalize_repetition, sample
+from generate import Sampling, filter_logits, generate, generate_naive, penalize_repetition, sample
 from ministral import KVCache, MinistralConfig, MinistralForCausalLM
+from model_types import BUNDLED
 from tests.cases import VOCAB, draw_case
 from tests.conftest import newer_transformers
 from tokenizer import StopText, TextStream, Tokenizer

@@ -14,7 +14,7 @@ import transformers
 from hypothesis import given, strategies as st
 
 from examples import verse
-from generate import BUNDLED, generate, load_model
+from generate import generate
 from heads import (
     Ministral3ForSequenceClassification,
     MinistralForQuestionAnswering,
@@ -23,6 +23,7 @@ from heads import (
 )
 from ministral import KVCache, MinistralConfig, MinistralForCausalLM
 from ministral3 import Ministral3Config
+from model_types import BUNDLED, load_model
 from tests.cases import (
     DTYPES,
     HEADS,

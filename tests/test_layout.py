@@ -25,6 +25,7 @@ LAYERS = (
     ("ministral3",),
     ("vision_config",),
     ("vision", "heads", "fast"),
+    ("model_types",),
     ("images",),
     ("tokenizer",),
     ("settings", "decoder"),
@@ -39,7 +40,7 @@ MODELS = {"outputs", "trainable", "pretrained", "ministral", "ministral3", "visi
 # Imports against that order: (file, module, whether the import is inside a function).
 EXCEPTIONS = {
     ("checkpoint/__main__.py", "cli", False),  # a command
-    ("checkpoint/expected.py", "generate", True),  # builds the model that a configuration describes
+    ("checkpoint/expected.py", "model_types", True),  # builds the model that a configuration describes
     ("generate.py", "command", True),  # `main`, the command line
     ("pretrained.py", "generate", True),  # `model.generate`
     ("pretrained.py", "settings", True),

@@ -18,8 +18,8 @@ import command
 from checkpoint import Checkpoint, convert, merge
 from checkpoint.__main__ import main
 from examples import lora
-from generate import BUNDLED, load_model
 from ministral3 import Ministral3ForCausalLM
+from model_types import BUNDLED, load_model
 from tests.cases import VOCAB, draw_config, pair
 from tests.published import hub_names, quantize
 from tests.test_checkpoint import assert_same_weights

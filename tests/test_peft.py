@@ -11,8 +11,9 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
-from generate import generate, load_model
+from generate import generate
 from ministral import KVCache
+from model_types import load_model
 from tests.cases import VOCAB, draw_config, pair
 
 # peft reads names of Transformers' models that Transformers has replaced.

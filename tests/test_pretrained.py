@@ -26,9 +26,10 @@ import trainable
 import vision
 from checkpoint.writer import parse_size
 from checks import LOADING_CURES, SAVING_CURES, devices_present
-from generate import generate, load_model
+from generate import generate
 from ministral import KVCache, MinistralConfig, MinistralForCausalLM
 from ministral3 import Ministral3Config, Ministral3ForCausalLM
+from model_types import load_model
 from tests import test_vision
 from tests.cases import VOCAB, draw_config, our_class, pair
 from vision import Mistral3ForConditionalGeneration, Mistral3Model

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file as load_numpy
 from safetensors.torch import load_file
 
 import checkpoint
-from generate import BUNDLED, load_model
+from model_types import BUNDLED, load_model
 from reference import golden
 from reference.__main__ import main
 from reference.compare import compare

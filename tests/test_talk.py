@@ -24,8 +24,8 @@ import terminal
 from chat import Conversation
 from checkpoint import GenerationConfig
 from command import choose_format, choose_sampling, parse_arguments
-from generate import BUNDLED
 from ministral import KVCache, MinistralConfig, MinistralForCausalLM
+from model_types import BUNDLED
 from tests.cases import draw_case, draw_chunks
 from tests.test_cli import COMMAND, run
 from tokenizer import SPECIAL_TOKENS, Tokenizer, from_tekken

@@ -17,7 +17,7 @@ from PIL import Image
 from tokenizers import AddedToken, Regex, decoders, pre_tokenizers
 
 from chat import encode_messages
-from generate import BUNDLED
+from model_types import BUNDLED
 from tokenizer import SPLIT, VERSIONS, TextStream, Tokenizer, bpe, from_tekken, read_chat_template
 from training import corpus
 from training.vocabulary import learn

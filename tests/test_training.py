@@ -12,8 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from generate import BUNDLED, generate, load_model
+from generate import generate
 from ministral3 import Ministral3ForCausalLM
+from model_types import BUNDLED, load_model
 from tests.conftest import newer_torch
 from tokenizer import Tokenizer
 from training import corpus, samples

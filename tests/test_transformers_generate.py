@@ -6,7 +6,9 @@ tests/test_generate.py compares the loops with attention.
 """
 
 import inspect
+import json
 import random
+import re
 
 import pytest
 import torch
@@ -14,15 +16,16 @@ import transformers
 from hypothesis import given, settings, strategies as st
 
 from checkpoint import GenerationConfig
+from checkpoint.generation_config import HARMLESS_SETTINGS, UNSUPPORTED, WITHOUT_EFFECT
 from generate import generate, generate_naive
 from ministral import KVCache
-from settings import CALL_SETTINGS, CURES, NO_EFFECT
+from settings import GENERATION_SETTINGS
 from tests.cases import VOCAB, draw_case
 from tests.conftest import newer_transformers
 from tests.test_generate import assert_same_tokens
 
 rngs = st.randoms(use_true_random=False)
-GENERATE_ARGUMENTS = set(inspect.signature(generate).parameters) - {"model", "sampling_settings"}
+GENERATE_ARGUMENTS = set(inspect.signature(generate).parameters) - {"model", "other_settings"}
 
 
 def draw_models(rng):
@@ -96,10 +99,10 @@ def draw_hooks(rng, prompt):
     return hooks
 
 
-def both(case, inputs, arguments, seed=0, theirs_only=None):
+def both(case, inputs, arguments, seed=0):
     """The results of Transformers and of ours, each after the same seed."""
     results = []
-    for model, extra in ((case.theirs, theirs_only or {}), (case.ours, {"fast": False})):
+    for model, extra in ((case.theirs, {}), (case.ours, {"fast": False})):
         torch.manual_seed(seed)
         results.append(model.generate(**inputs, **arguments, **extra))
     return results
@@ -114,7 +117,9 @@ def assert_same_results(theirs, ours):
     for name in ("scores", "logits"):
         expected, found = getattr(theirs, name), getattr(ours, name)
         assert (expected is None) == (found is None)
-        for a, b in zip(expected or (), found or (), strict=True):
+        if expected is None:
+            continue
+        for a, b in zip(expected, found, strict=True):
             assert b.dtype == torch.float32 and torch.equal(a, b)
 
 
@@ -216,8 +221,11 @@ def test_without_a_prompt_a_text_begins_with_bos():
     case.ours.config.bos_token_id = None
     with pytest.raises(ValueError, match="no prompt, and no bos_token_id to begin with; give input_ids"):
         case.ours.generate(**arguments)
-    with pytest.raises(ValueError, match="give either inputs or input_ids"):
-        case.ours.generate(case.ids, input_ids=case.ids)
+    for inputs in (case.ids, {"input_ids": case.ids}):
+        with pytest.raises(ValueError, match="input_ids: given in inputs and as an argument; give one of the two"):
+            case.ours.generate(inputs, input_ids=case.ids)
+        expected = case.ours.generate(case.ids, max_new_tokens=2)
+        assert torch.equal(case.ours.generate(inputs, input_ids=None, max_new_tokens=2), expected)
 
 
 def test_a_tokenizers_mapping_is_an_input():
@@ -238,28 +246,41 @@ def their_arguments():
     return method | config
 
 
-# Settings that only others use, and what concerns no single call.
-WITHOUT_MEANING = {
-    "transformers_version", "compile_config", "disable_compile", "continuous_batching_config", "cache_config",
-    "max_cache_len", "low_memory", "is_assistant", "decoder_start_token_id", "num_assistant_tokens_schedule",
-    "assistant_confidence_threshold", "assistant_lookbehind", "target_lookbehind", "max_matching_ngram_size",
-    "assistant_ensemble_weight", "speculation_type",
-}  # fmt: skip
-
-
 @newer_transformers
-@pytest.mark.parametrize("name", sorted(their_arguments() - WITHOUT_MEANING))
+@pytest.mark.parametrize("name", sorted(their_arguments() - HARMLESS_SETTINGS))
 def test_every_argument_is_supported_or_refused_by_name(name):
-    if name in CALL_SETTINGS | GENERATE_ARGUMENTS:
-        assert name not in CURES
+    if name in GENERATION_SETTINGS | GENERATE_ARGUMENTS:
+        assert name not in UNSUPPORTED
         return
     case = draw_case(random.Random(3))
     value = {"use_cache": False, "cache_implementation": "static"}.get(name, 3)
-    with pytest.raises(ValueError, match=f"^{name}={value!r} is not supported; {CURES[name][:20]}"):
+    without_effect = WITHOUT_EFFECT.get(name)
+    message = f"^{name}={value!r} is not supported; {re.escape(UNSUPPORTED[name])}"
+    with pytest.raises(ValueError, match=message):
         case.ours.generate(case.ids, **{name: value})
-    case.ours.generate(case.ids, max_new_tokens=1, **{name: NO_EFFECT.get(name, None)})
-    with pytest.raises(ValueError, match=f"{name}={value!r} is not supported"):
-        case.ours.generate(case.ids, generation_config=GenerationConfig(**{name: value}), **{name: value})
+    case.ours.generate(case.ids, max_new_tokens=1, **{name: without_effect})
+    theirs = transformers.GenerationConfig(max_new_tokens=1)
+    setattr(theirs, name, value)  # past the checks of its constructor
+    for config in (GenerationConfig(**{name: value}), theirs):
+        with pytest.raises(ValueError, match=message):
+            case.ours.generate(case.ids, generation_config=config)
+    setattr(theirs, name, without_effect)
+    for config in (GenerationConfig(max_new_tokens=1, **{name: without_effect}), theirs):
+        case.ours.generate(case.ids, generation_config=config)
+
+
+def test_settings_of_a_call_are_not_read_from_a_file(tmp_path):
+    """Code that calls `generate` relies on the type of the result."""
+    case = draw_case(random.Random(3))
+    case.ours.save_pretrained(tmp_path)
+    content = {"return_dict_in_generate": True, "output_scores": True, "seed": 3, "max_new_tokens": 2}
+    (tmp_path / "generation_config.json").write_text(json.dumps(content))
+    model = type(case.ours).from_pretrained(tmp_path)
+    assert torch.is_tensor(model.generate(case.ids)) and torch.is_tensor(generate(model, case.ids))
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "generation_config.json").read_text()) == content
+    model.generation_config.return_dict_in_generate = True  # set in Python, it counts
+    assert len(model.generate(case.ids)) == 2
 
 
 def test_an_unknown_argument_is_refused():
@@ -267,6 +288,10 @@ def test_an_unknown_argument_is_refused():
     for model_generate in (case.ours.generate, lambda *a, **k: generate(case.ours, *a, **k)):
         with pytest.raises(ValueError, match="generate has no argument temprature"):
             model_generate(case.ids, temprature=0.5)
+    with pytest.raises(ValueError, match="seed is an argument of generate, and no setting of a GenerationConfig"):
+        generate(case.ours, case.ids, generation_config=GenerationConfig(seed=3))
+    with pytest.raises(ValueError, match="generate has no argument foo"):
+        generate(case.ours, case.ids, foo=None)
     with pytest.raises(ValueError, match="generation_config must be a GenerationConfig; found int"):
         generate(case.ours, case.ids, generation_config=3)
     with pytest.raises(ValueError, match="model must be one that load_model returns"):

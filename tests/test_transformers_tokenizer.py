@@ -13,7 +13,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers.tokenization_mistral_common import MistralCommonBackend as TheirBackend
 
 import images
-from generate import BUNDLED
+from model_types import BUNDLED
 from processor import MistralCommonBackend
 from tokenizer import SPECIAL_TOKENS, BatchEncoding, TextStreamer, Tokenizer
 

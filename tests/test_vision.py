@@ -30,9 +30,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import checkpoint
 import images
 from chat import encode_messages
-from generate import BUNDLED, generate, load_model
+from generate import generate
 from images import batch_images, image_tokens, load_image, mistral_size, preprocess, transformers_size
 from ministral import KVCache
+from model_types import BUNDLED, load_model
 from tests.cases import draw_chunks, draw_config
 from tests.errors import Errors, number_of_cases
 from tests.published import hub_names

@@ -13,7 +13,8 @@ import transformers
 
 import checkpoint
 from command import choose_device
-from generate import generate, load_model
+from generate import generate
+from model_types import load_model
 from tests.test_parity import assert_same
 from tokenizer import Tokenizer
 
