@@ -195,10 +195,9 @@ class AutoModel:
         """
         if not isinstance(config, PreTrainedConfig):
             raise ValueError(f"config is a {type(config).__name__}; allowed: a configuration of this project")
-        changes: dict[str, Any] = {}
+        config = replace(config)  # the model may change its own
         if attn_implementation is not None:
-            changes["attn_implementation"] = attn_implementation
-        config = replace(config, **changes)
+            config = replace(config, attn_implementation=attn_implementation)
         model = choose_class(cls.classes, config.model_type, cls.__name__)(config)
         number_type = checkpoint.as_dtype(dtype, torch_dtype)
         if number_type is not None:
@@ -221,10 +220,10 @@ class AutoModelForImageTextToText(AutoModel):
 
 
 def text_classes(
-    first: type[PreTrainedModel], third: type[PreTrainedModel]
+    ministral: type[PreTrainedModel], ministral3: type[PreTrainedModel]
 ) -> dict[str, type[PreTrainedModel]]:
     """The classes of a task, for Ministral and for Ministral 3."""
-    return {"ministral": first, "mistral": first, "llama": first, "ministral3": third}
+    return {"ministral": ministral, "mistral": ministral, "llama": ministral, "ministral3": ministral3}
 
 
 class AutoModelForSequenceClassification(AutoModel):

@@ -372,8 +372,9 @@ def generate(
     resolved = settings.resolve(model.generation_config, given)
     sampling = resolve_sampling(resolved, given)
     plan = settings.make_plan(
-        model, input_ids, attention_mask, past_key_values, resolved, sampling.temperature, seed, prefill_chunk_size
-    )
+        model, input_ids, attention_mask, past_key_values, resolved, sampling.temperature, seed,
+        prefill_chunk_size,
+    )  # fmt: skip
     processors, criteria = settings.as_list(logits_processor), settings.as_list(stopping_criteria)
     callbacks = Callbacks(processors, criteria, streamer, on_token)
     forward = choose_forward(model, fast)

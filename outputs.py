@@ -77,13 +77,13 @@ class ModelOutput:
 
 
 def with_output_arguments(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a `forward`: the configuration has the values of output arguments that are None, and `return_dict` is one
-    of them. `PreTrainedModel` wraps that of every model."""
+    """Wrap a `forward`: it takes `return_dict`, too, and output arguments that are None have the value of the
+    configuration. `PreTrainedModel` wraps that of every model."""
 
     @wraps(forward)
     def wrapped(self: Any, *args: Any, return_dict: bool | None = None, **kwargs: Any) -> Any:
         for name in ("output_hidden_states", "output_attentions"):
-            # Where this configuration does not ask for it, that of an inner model still may.
+            # Only True is passed on, so that the configuration of an inner model can still ask for it.
             if kwargs.get(name) is None and getattr(self.config, name):
                 kwargs[name] = True
         if return_dict is None:

@@ -1,8 +1,9 @@
-"""The base classes of configurations and models, apart from what a model computes.
+"""The base classes of configurations and models: reading, writing, initialisation.
 
     PreTrainedConfig    read a configuration from a config.json, fill in fields, write it back
     PreTrainedModel     load and save a model, tie weights, initialise them
     Linear, Embedding   PyTorch's layers without their own initialisation
+    FrequencyCache      frequencies of rotary positions, kept for each dtype and device
 
 `ministral.py` is the model. `trainable.py` has what training code calls, `outputs.py` the results of `forward`.
 """
@@ -41,7 +42,6 @@ SAME_FUNCTION: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 Config = TypeVar("Config", bound="PreTrainedConfig")
-Output = TypeVar("Output")
 Model = TypeVar("Model", bound="PreTrainedModel")
 
 
@@ -50,7 +50,7 @@ Model = TypeVar("Model", bound="PreTrainedModel")
 
 @dataclass
 class PreTrainedConfig:
-    """What all configurations have in common: they are read from a config.json and written to one.
+    """Base class of all configurations: they are read from a config.json and written to one.
 
     The fields here say what `forward` returns if its arguments of the same names do not: see `PreTrainedModel`.
     """
@@ -123,7 +123,10 @@ class PreTrainedConfig:
         if cls.reads_text_config:
             content = checkpoint.text_config(content)
         labels = {"num_labels", "id2label", "label2id"}
-        stored_count = len(content.get("id2label") or ())
+        stored_labels = content.get("id2label")
+        stored_count = 0
+        if stored_labels:
+            stored_count = len(stored_labels)
         if labels & changes.keys() and changes.get("num_labels") != stored_count:
             content = {name: value for name, value in content.items() if name not in labels}
         return cls.from_dict(content | changes)
@@ -138,11 +141,11 @@ class PreTrainedConfig:
         """The content of a config.json that Transformers 5 loads. Fields of classifiers and of outputs are in it only
         if set."""
         _, id2label, label2id = checkpoint.label_maps()
-        unset = {"id2label": id2label, "label2id": label2id, "problem_type": None, "classifier_dropout": None}
-        unset |= {"return_dict": True, "output_hidden_states": False, "output_attentions": False}
+        left_out = {"id2label": id2label, "label2id": label2id, "problem_type": None, "classifier_dropout": None}
+        left_out |= {"return_dict": True, "output_hidden_states": False, "output_attentions": False}
         content: dict[str, Any] = {"model_type": self.model_type}
         for name, value in asdict(self).items():
-            default = name in unset and value == unset[name]
+            default = name in left_out and value == left_out[name]
             if name not in self.unwritten and not default:
                 content[name] = value
         return content
@@ -325,9 +328,9 @@ class PreTrainedModel(TrainableModel):
             attn_implementation: "sdpa" or "eager"; None is the configuration's.
             config: a configuration to use instead of the one in the files.
             revision, token, cache_dir, local_files_only: of a Hub repository, see `checkpoint.find`.
-            changes: fields of the configuration to set, such as `num_labels=3`. Arguments of Transformers that are not
-                supported are refused (docs/usage.md has a table); `trust_remote_code` and `low_cpu_mem_usage` change
-                nothing: no code of a repository is run, and memory is taken only by the weights.
+            changes: fields of the configuration to set, such as `num_labels=3`. Unsupported arguments of Transformers are
+                refused (docs/transformers.md has a table). `trust_remote_code` and `low_cpu_mem_usage` change nothing:
+                no code of a repository is run, and memory is taken only by the weights.
 
         Returns:
             The model in eval mode. The head is the stored one. If none is stored, it is tied to the embeddings; a
@@ -341,24 +344,24 @@ class PreTrainedModel(TrainableModel):
                 argument that is not supported.
         """
         dtype = checkpoint.as_dtype(dtype, changes.pop("torch_dtype", None))
-        to = as_device(device, changes.pop("device_map", None))
+        target_device = as_device(device, changes.pop("device_map", None))
         changes = checks.refuse_arguments(changes, checks.LOADING_CURES)
         directory = checkpoint.find(path_or_hub_id, revision, "model", token, cache_dir, local_files_only)
         content = checkpoint.read_config(directory)
+        tied = checkpoint.text_config(content).get("tie_word_embeddings")
         if config is None:
             config = cls.config_class.from_content(content, changes)
+            tied = changes.get("tie_word_embeddings", tied)
         else:
             checks.check_given_config(config, cls.config_class, changes)
             config = replace(config)  # loading may change whether embeddings are tied
-            changes = {"tie_word_embeddings": config.tie_word_embeddings}
+            tied = config.tie_word_embeddings
         if attn_implementation is not None:
             config = replace(config, attn_implementation=attn_implementation)
         with torch.device("meta"):
             model = cls(config)
-        stored_tied = checkpoint.text_config(content).get("tie_word_embeddings")
-        tied = changes.get("tie_word_embeddings", stored_tied)
         text_only = "text_config" in content and config.reads_text_config
-        model._load(directory, text_only, tied, dtype, to)
+        model._load(directory, text_only, tied, dtype, target_device)
         model.name_or_path = str(path_or_hub_id)
         return model.eval()
 
@@ -383,16 +386,16 @@ class PreTrainedModel(TrainableModel):
             return self.own_name(name)
 
         files = checkpoint.Checkpoint(directory)
-        new = {name for name, _ in self.named_parameters() if name.partition(".")[0] == self.new_layer}
-        if new & {own_name(name) for name in files.names()}:
-            new = set()
-        tie = checkpoint.load_weights(self, files, own_name, self.may_tie, tied, new, dtype, device)
+        missing = {name for name, _ in self.named_parameters() if name.partition(".")[0] == self.new_layer}
+        if missing & {own_name(name) for name in files.names()}:
+            missing = set()  # the files have the layer
+        tie = checkpoint.load_weights(self, files, own_name, self.may_tie, tied, missing, dtype, device)
         if self.may_tie:
             self.config.tie_word_embeddings = tie
             self.generation_config = checkpoint.GenerationConfig.from_pretrained(directory)
         self.tie_weights()
-        if self.new_layer is not None and new:
-            names = ", ".join(sorted(new))
+        if self.new_layer is not None and missing:
+            names = ", ".join(sorted(missing))
             warnings.warn(f"{directory} has no {names}: initialised, to be trained", stacklevel=3)
             layer = self.get_submodule(self.new_layer).to_empty(device=self.device).to(self.dtype)
             init_weights(layer, self.config.initializer_range)
@@ -400,16 +403,17 @@ class PreTrainedModel(TrainableModel):
     def own_name(self, stored: str) -> str | None:
         """The name in this model of a stored tensor, or None for one that this model does not have.
 
-        A backbone has no head, and a classifier has no language model head. (Other heads are not left out without a
-        message.) The files of a backbone lack the prefix under which heads keep it.
+        A backbone leaves out every head. A model with a head leaves out another one's `lm_head`; any other head keeps
+        its name, and is reported as unexpected. The files of a backbone lack the prefix under which heads keep it.
         """
         if stored.endswith("rotary_emb.inv_freq"):
             return None  # written by old versions of Transformers, computed here
         is_backbone = self.base_model is self
         layer, _, rest = stored.partition(".")
         if layer in ("lm_head", "score", "qa_outputs"):
-            left_out = not hasattr(self, layer) and (is_backbone or layer == "lm_head")
-            return None if left_out else stored
+            if not hasattr(self, layer) and (is_backbone or layer == "lm_head"):
+                return None
+            return stored
         if layer in ("model", "transformer"):
             stored = rest
         if is_backbone:
@@ -439,7 +443,7 @@ class PreTrainedModel(TrainableModel):
         """
         unknown = checks.refuse_arguments(others, checks.SAVING_CURES)
         if unknown:
-            raise TypeError(f"save_pretrained has no arguments {', '.join(unknown)}")
+            raise ValueError(f"{', '.join(unknown)}: no argument of save_pretrained")
         if not is_main_process:
             return
         config = {"architectures": [type(self).__name__], **self.config.to_dict()}

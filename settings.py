@@ -74,7 +74,8 @@ def given_settings(generation_config: Any, arguments: dict[str, Any]) -> dict[st
             refuse_argument(name, value, UNSUPPORTED[name], WITHOUT_EFFECT.get(name))
         else:
             raise ValueError(f"generate has no argument {name}; docs/transformers.md has a table of them")
-    return {name: settings[name] for name in GENERATION_SETTINGS & settings.keys() if settings[name] is not None}
+    known = {name: value for name, value in settings.items() if name in GENERATION_SETTINGS}
+    return {name: value for name, value in known.items() if value is not None}
 
 
 def resolve(stored: GenerationConfig, given: dict[str, Any]) -> GenerationConfig:

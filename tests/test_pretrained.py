@@ -322,7 +322,7 @@ def test_arguments_of_transformers_that_are_refused(saved, load, name, value):
 
 
 def test_the_documentation_names_every_refused_argument():
-    page = (Path(__file__).parent.parent / "docs" / "usage.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parent.parent / "docs" / "transformers.md").read_text(encoding="utf-8")
     rows = [row for row in page.splitlines() if row.startswith("|")]
     refused = set(re.findall(r"`(\w+)`", " ".join(row.split("|")[3] for row in rows)))
     assert refused == LOADING_CURES.keys() | SAVING_CURES.keys()
@@ -399,7 +399,7 @@ def test_arguments_of_saving(saved, tmp_path):
     for name in [*SAVING_CURES, "safe_serialization"]:
         with pytest.raises(ValueError, match=f"{name}=.* is not supported; "):
             model.save_pretrained(tmp_path / "none", **{name: name != "safe_serialization"})
-    with pytest.raises(TypeError, match="save_pretrained has no arguments max_shard_bytes"):
+    with pytest.raises(ValueError, match="max_shard_bytes: no argument of save_pretrained"):
         model.save_pretrained(tmp_path / "none", max_shard_bytes=5)
 
     doubled = {name: 2 * tensor for name, tensor in model.state_dict().items()}
