@@ -6,6 +6,7 @@ choose a class by the `model_type` in config.json. docs/transformers.md lists wh
 
 from __future__ import annotations
 
+import copy
 import random
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,6 +47,8 @@ __all__ = [
     "AutoTokenizer",
     "BatchEncoding",
     "GenerationConfig",
+    "LogitsProcessor",
+    "LogitsProcessorList",
     "Ministral3Config",
     "Ministral3ForCausalLM",
     "Ministral3ForQuestionAnswering",
@@ -70,6 +73,9 @@ __all__ = [
     "PixtralVisionModel",
     "PreTrainedConfig",
     "PreTrainedModel",
+    "PretrainedConfig",
+    "StoppingCriteria",
+    "StoppingCriteriaList",
     "TextStreamer",
     "set_seed",
 ]
@@ -83,11 +89,15 @@ class MistralConfig(MinistralConfig):
     model_type: ClassVar[str] = "mistral"
     unwritten: ClassVar[tuple[str, ...]] = (*MinistralConfig.unwritten, "layer_types")
 
+    def architecture(self, class_name: str) -> str:
+        return class_name.replace("Ministral", "Mistral")
+
     def __post_init__(self) -> None:
         super().__post_init__()
         kind = "full_attention" if self.sliding_window is None else "sliding_attention"
         alike = set(self.layer_types) == {kind}
         require(self, "layer_types", alike, f"{kind} for every layer; MinistralConfig mixes them")
+        self.complete_layer_types()
 
 
 # The models of a `MistralConfig`. They compute the same function as Ministral's.
@@ -96,6 +106,28 @@ MistralForCausalLM = MinistralForCausalLM
 PixtralProcessor = Processor
 AutoProcessor = Processor
 AutoTokenizer = MistralCommonBackend
+
+
+# Lists of functions, and base classes of such functions; `generate` takes any functions.
+LogitsProcessorList = list
+StoppingCriteriaList = list
+LogitsProcessor = object
+StoppingCriteria = object
+PretrainedConfig = PreTrainedConfig  # an older spelling
+
+
+def __getattr__(name: str) -> Any:
+    """Explain a name that this file does not have.
+
+    Raises:
+        ImportError: always, except for names that Python itself looks for.
+    """
+    if name.startswith("_"):
+        raise AttributeError(f"module 'auto' has no attribute {name!r}")
+    cure = "import it from transformers: its Trainer, data collators and pipelines take these models"
+    if name == "BitsAndBytesConfig":
+        cure = "quantised weights are not supported"
+    raise ImportError(f"auto has no {name}; {cure} (docs/transformers.md)")
 
 
 def set_seed(seed: int) -> None:
@@ -114,17 +146,17 @@ CONFIGS: dict[str, type[PreTrainedConfig]] = {
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only")
 
 
-def read_config(path_or_hub_id: str | Path, arguments: dict[str, Any]) -> dict[str, Any]:
+def read_config(pretrained_model_name_or_path: str | Path, arguments: dict[str, Any]) -> dict[str, Any]:
     """The content of config.json, downloaded alone. The arguments may hold those of `checkpoint.find`."""
     options = {name: arguments[name] for name in HUB_ARGUMENTS if name in arguments}
-    return checkpoint.read_config(checkpoint.find(path_or_hub_id, parts="config", **options))
+    return checkpoint.read_config(checkpoint.find(pretrained_model_name_or_path, parts="config", **options))
 
 
 class AutoConfig:
     """Chooses the configuration class for a config.json."""
 
     @staticmethod
-    def from_pretrained(path_or_hub_id: str | Path, **arguments: Any) -> Any:
+    def from_pretrained(pretrained_model_name_or_path: str | Path, **arguments: Any) -> Any:
         """Read a configuration.
 
         Args:
@@ -134,9 +166,10 @@ class AutoConfig:
             FileNotFoundError: no such directory or repository, or no config.json.
             ValueError: another model type, an impossible value, or no field of this name.
         """
-        content = read_config(path_or_hub_id, arguments)
+        content = read_config(pretrained_model_name_or_path, arguments)
         cls = choose_class(CONFIGS, content.get("model_type"), "AutoConfig")
         changes = {name: value for name, value in arguments.items() if name not in HUB_ARGUMENTS}
+        changes.pop("trust_remote_code", None)  # no code of a repository is run
         return cls.from_content(content, changes)
 
 
@@ -167,7 +200,7 @@ class AutoModel:
     }  # fmt: skip
 
     @classmethod
-    def from_pretrained(cls, path_or_hub_id: str | Path, **arguments: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **arguments: Any) -> Any:
         """Load the model that config.json asks for.
 
         Arguments and errors are those of `PreTrainedModel.from_pretrained`.
@@ -175,9 +208,9 @@ class AutoModel:
         Raises:
             ValueError: there is no class for its model_type.
         """
-        content = read_config(path_or_hub_id, arguments)
+        content = read_config(pretrained_model_name_or_path, arguments)
         model_class = choose_class(cls.classes, content.get("model_type"), cls.__name__)
-        return model_class.from_pretrained(path_or_hub_id, **arguments)
+        return model_class.from_pretrained(pretrained_model_name_or_path, **arguments)
 
     @classmethod
     def from_config(
@@ -195,7 +228,7 @@ class AutoModel:
         """
         if not isinstance(config, PreTrainedConfig):
             raise ValueError(f"config is a {type(config).__name__}; allowed: a configuration of this project")
-        config = replace(config)  # the model may change its own
+        config = copy.deepcopy(config)  # the model may change its own
         if attn_implementation is not None:
             config = replace(config, attn_implementation=attn_implementation)
         model = choose_class(cls.classes, config.model_type, cls.__name__)(config)

@@ -277,15 +277,15 @@ SAVING_CURES = {
 def has_effect(value: Any, without_effect: Any = None) -> bool:
     """Whether a value of an argument is not the same as leaving the argument out.
 
-    Without an effect are None and the value `without_effect`. If that is None: False, 0, and what is empty.
+    Without an effect are None and the value `without_effect`; False and "" if that is None.
     """
     if value is None:
         return False
-    if without_effect is not None:
-        return type(value) not in (bool, int, float, str) or value != without_effect
-    if isinstance(value, (bool, int, float, str, list, tuple, dict)):
-        return bool(value)
-    return True
+    if not isinstance(value, (bool, int, float, str)):
+        return True
+    if without_effect is None:
+        return value is not False and value != ""
+    return bool(value != without_effect)
 
 
 def refuse_argument(name: str, value: Any, cure: str, without_effect: Any = None) -> None:

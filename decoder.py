@@ -45,18 +45,19 @@ def choose_forward(model: Any, fast: bool) -> Forward:
 
 
 def embed_images(
-    model: Any, input_ids: Tensor, pixel_values: Tensor, image_sizes: ImageSizes | None
+    model: Any, input_ids: Tensor, pixel_values: Tensor | None, image_sizes: ImageSizes | None
 ) -> Tensor:
     """Embeddings (B, S, E) of ids (B, S) and of the images whose [IMG] tokens are among them.
 
     Raises:
         ValueError: a text model, or as `Mistral3Model.embed`.
     """
-    expect_tensor("pixel_values", pixel_values)
+    pixels: Any = pixel_values
+    expect_tensor("pixel_values", pixels)
     if not isinstance(model, Mistral3ForConditionalGeneration):
         name = type(model).__name__
         raise ValueError(f"pixel_values for a {name}, a text model; allowed: a mistral3 model")
-    embeds, _ = model.model.embed(input_ids, pixel_values.to(model.device), image_sizes)
+    embeds, _ = model.model.embed(input_ids, pixels.to(model.device), image_sizes)
     return embeds
 
 

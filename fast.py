@@ -238,7 +238,7 @@ def flat(model: pretrained.PreTrainedModel) -> Flat | None:
     forwards = {type(part).forward.__module__ for part in [model, model.base_model, *parts]}
     own = own and all(name in OWN_MODULES or name.startswith(("vision", "torch.")) for name in forwards)
     hooked = any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
-    replaced = any("forward" in part.__dict__ for part in parts)  # of one module, not of its class
+    replaced = any("forward" in part.__dict__ for part in [model, model.base_model, *parts])  # not of the class
     parts = [part for part in parts if hasattr(part, "weight")]
     plain = all(type(part.weight.data) is Tensor and getattr(part, "bias", None) is None for part in parts)
     sdpa = language.config.attn_implementation == "sdpa"

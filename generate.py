@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import checks
 import settings
 from checkpoint import GenerationConfig, check_setting
 from decoder import Decoder, choose_forward, embed_images
@@ -250,6 +251,7 @@ class Rows:
             scores = torch.stack(rows)
         for process in self.callbacks.logits_processor:
             scores = process(self.tokens, scores)
+            checks.expect("the result of a logits processor", scores, tuple(logits.shape))
         if self.scores is not None:
             kept = scores.clone()
             if self.sampling.temperature > 0:
@@ -265,7 +267,9 @@ class Rows:
             self.callbacks.streamer.put(ids[:, 0].cpu())
         ended = torch.zeros(len(ids), dtype=torch.bool)
         for criterion in self.callbacks.stopping_criteria:
-            ended |= torch.as_tensor(criterion(self.tokens, self.scores)).cpu()
+            answer = torch.as_tensor(criterion(self.tokens, self.scores))
+            checks.expect("the result of a stopping criterion", answer, (), (len(ids),))
+            ended |= answer.bool().cpu()
         for row, token in enumerate(ids[:, 0].tolist()):
             if not self.running[row]:
                 continue
@@ -392,7 +396,7 @@ def generate(
             cache = KVCache(config, input_ids.shape[1] + plan.reserved)
         prompts = input_ids.to(device).repeat_interleave(plan.copies, dim=0)
         unread = input_ids.to(device)[:, cache.get_seq_length() :]
-        if pixel_values is not None:
+        if pixel_values is not None or image_sizes is not None:
             unread = embed_images(model, unread, pixel_values, image_sizes)
         unread = unread.repeat_interleave(plan.copies, dim=0)
         padding_mask = plan.padding_mask.repeat_interleave(plan.copies, dim=0)

@@ -96,8 +96,7 @@ class MinistralConfig(PreTrainedConfig):
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.layer_types is None:
-            kind = "full_attention" if self.sliding_window is None else "sliding_attention"
-            self.layer_types = [kind] * self.num_hidden_layers
+            self.complete_layer_types()
         self.complete_fields()
         checks.check_text_config(self)
 

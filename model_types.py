@@ -64,3 +64,8 @@ def expect_model(model: Any) -> None:
         supported = "; ".join(sorted({cls.__name__ for cls in MODELS.values()}))
         name = type(model).__name__
         raise ValueError(f"model must be one that load_model returns ({supported}); found {name}")
+    if "prepare_inputs_for_generation" in vars(model):
+        found = "prepare_inputs_for_generation was replaced, by a prompt of peft for example"
+        raise ValueError(f"{found}, and is not called; supported: adapters that change layers, such as LoRA")
+    if model.device.type == "meta":
+        raise ValueError("the weights are on the meta device, without values; load them first")

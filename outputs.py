@@ -6,13 +6,14 @@ import warnings
 from collections.abc import Callable, ItemsView, Iterator, KeysView, ValuesView
 from dataclasses import dataclass
 from functools import wraps
+from inspect import signature
 from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checks import expect_classes
+from checks import expect_classes, refuse_argument
 
 Output = TypeVar("Output")
 
@@ -80,12 +81,19 @@ def with_output_arguments(forward: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a `forward`: it takes `return_dict`, too, and output arguments that are None have the value of the
     configuration. `PreTrainedModel` wraps that of every model."""
 
+    parameters = signature(forward).parameters
+    names = list(parameters)[1:]
+    takes_others = any(each.kind == each.VAR_KEYWORD for each in parameters.values())  # for an inner model
+
     @wraps(forward)
     def wrapped(self: Any, *args: Any, return_dict: bool | None = None, **kwargs: Any) -> Any:
         for name in ("output_hidden_states", "output_attentions"):
             # Only True is passed on, so that the configuration of an inner model can still ask for it.
-            if kwargs.get(name) is None and getattr(self.config, name):
+            by_position = name in names[: len(args)]
+            if not by_position and kwargs.get(name) is None and getattr(self.config, name):
                 kwargs[name] = True
+        for name in [name for name in kwargs if name not in names and not takes_others]:
+            refuse_argument(name, kwargs.pop(name), f"arguments: {', '.join(names)}")
         if return_dict is None:
             return_dict = self.config.return_dict
         out = forward(self, *args, **kwargs)

@@ -95,7 +95,7 @@ class PreTrainedConfig:
 
     @classmethod
     def from_pretrained(
-        cls: type[Config], path_or_hub_id: str | Path, revision: str | None = None,
+        cls: type[Config], pretrained_model_name_or_path: str | Path, revision: str | None = None,
         token: str | bool | None = None, cache_dir: str | Path | None = None, local_files_only: bool = False,
         **changes: Any,
     ) -> Config:  # fmt: skip
@@ -109,7 +109,8 @@ class PreTrainedConfig:
             FileNotFoundError: no such directory or repository, or no config.json.
             ValueError: no field of this name; as `from_dict`.
         """
-        directory = checkpoint.find(path_or_hub_id, revision, "config", token, cache_dir, local_files_only)
+        hub_arguments = (token, cache_dir, local_files_only)
+        directory = checkpoint.find(pretrained_model_name_or_path, revision, "config", *hub_arguments)
         return cls.from_content(checkpoint.read_config(directory), changes)
 
     @classmethod
@@ -122,6 +123,8 @@ class PreTrainedConfig:
             raise ValueError(f"{names}: no argument here and no field of {cls.__name__}")
         if cls.reads_text_config:
             content = checkpoint.text_config(content)
+        changes = dict(changes)
+        attn_implementation = changes.pop("attn_implementation", None)  # no field of a config.json
         labels = {"num_labels", "id2label", "label2id"}
         stored_labels = content.get("id2label")
         stored_count = 0
@@ -129,11 +132,14 @@ class PreTrainedConfig:
             stored_count = len(stored_labels)
         if labels & changes.keys() and changes.get("num_labels") != stored_count:
             content = {name: value for name, value in content.items() if name not in labels}
-        return cls.from_dict(content | changes)
+        config: Any = cls.from_dict(content | changes)
+        if attn_implementation is not None:
+            config = replace(config, attn_implementation=attn_implementation)
+        return config
 
-    def save_pretrained(self, directory: str | Path) -> None:
+    def save_pretrained(self, save_directory: str | Path) -> None:
         """Write config.json into a directory, which is made if it does not exist."""
-        directory = Path(directory)
+        directory = Path(save_directory)
         directory.mkdir(parents=True, exist_ok=True)
         checkpoint.write_json(directory / checkpoint.CONFIG, self.to_dict())
 
@@ -149,6 +155,35 @@ class PreTrainedConfig:
             if name not in self.unwritten and not default:
                 content[name] = value
         return content
+
+    def complete_layer_types(self: Any) -> None:
+        """Make every layer a sliding one if `sliding_window` is set, and a full one if not. Later changes of
+        `sliding_window` and `num_hidden_layers` are followed."""
+        kind = "sliding_attention"
+        if self.sliding_window is None:
+            kind = "full_attention"
+        self.layer_types = [kind] * self.num_hidden_layers
+        self._layers_follow = True
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        follows = name in ("num_hidden_layers", "sliding_window") and getattr(self, "_layers_follow", False)
+        if follows and isinstance(self.num_hidden_layers, int):  # type: ignore[attr-defined]
+            self.complete_layer_types()
+
+    @property
+    def _attn_implementation(self: Any) -> str:
+        """The name in Transformers of `attn_implementation`."""
+        implementation: str = self.attn_implementation
+        return implementation
+
+    @_attn_implementation.setter
+    def _attn_implementation(self: Any, value: str) -> None:
+        self.attn_implementation = value
+
+    def architecture(self, class_name: str) -> str:
+        """The name of a model's class that config.json has."""
+        return class_name
 
     def complete_fields(self) -> None:
         """Fill in the fields of rotary positions and of labels that are not given."""
@@ -310,7 +345,7 @@ class PreTrainedModel(TrainableModel):
 
     @classmethod
     def from_pretrained(
-        cls: type[Model], path_or_hub_id: str | Path, dtype: torch.dtype | str | None = None,
+        cls: type[Model], pretrained_model_name_or_path: str | Path, dtype: torch.dtype | str | None = None,
         device: str | torch.device | None = None, attn_implementation: str | None = None,
         revision: str | None = None, config: Any = None, token: str | bool | None = None,
         cache_dir: str | Path | None = None, local_files_only: bool = False, **changes: Any,
@@ -328,9 +363,9 @@ class PreTrainedModel(TrainableModel):
             attn_implementation: "sdpa" or "eager"; None is the configuration's.
             config: a configuration to use instead of the one in the files.
             revision, token, cache_dir, local_files_only: of a Hub repository, see `checkpoint.find`.
-            changes: fields of the configuration to set, such as `num_labels=3`. Unsupported arguments of Transformers are
-                refused (docs/transformers.md has a table). `trust_remote_code` and `low_cpu_mem_usage` change nothing:
-                no code of a repository is run, and memory is taken only by the weights.
+            changes: fields of the configuration to set, such as `num_labels=3`. Unsupported arguments of Transformers
+                are refused (docs/transformers.md has a table). `trust_remote_code` and `low_cpu_mem_usage` change
+                nothing: no code of a repository is run, and memory is taken only by the weights.
 
         Returns:
             The model in eval mode. The head is the stored one. If none is stored, it is tied to the embeddings; a
@@ -346,7 +381,8 @@ class PreTrainedModel(TrainableModel):
         dtype = checkpoint.as_dtype(dtype, changes.pop("torch_dtype", None))
         target_device = as_device(device, changes.pop("device_map", None))
         changes = checks.refuse_arguments(changes, checks.LOADING_CURES)
-        directory = checkpoint.find(path_or_hub_id, revision, "model", token, cache_dir, local_files_only)
+        hub_arguments = (token, cache_dir, local_files_only)
+        directory = checkpoint.find(pretrained_model_name_or_path, revision, "model", *hub_arguments)
         content = checkpoint.read_config(directory)
         tied = checkpoint.text_config(content).get("tie_word_embeddings")
         if config is None:
@@ -362,7 +398,7 @@ class PreTrainedModel(TrainableModel):
             model = cls(config)
         text_only = "text_config" in content and config.reads_text_config
         model._load(directory, text_only, tied, dtype, target_device)
-        model.name_or_path = str(path_or_hub_id)
+        model.name_or_path = str(pretrained_model_name_or_path)
         return model.eval()
 
     def _load(
@@ -423,7 +459,7 @@ class PreTrainedModel(TrainableModel):
     # Saving.
 
     def save_pretrained(
-        self, directory: str | Path, max_shard_size: int | str = "5GB", state_dict: Any = None,
+        self, save_directory: str | Path, max_shard_size: int | str = "5GB", state_dict: Any = None,
         is_main_process: bool = True, **others: Any,
     ) -> None:  # fmt: skip
         """Write config.json, the weights, and generation_config.json if it has content.
@@ -438,7 +474,7 @@ class PreTrainedModel(TrainableModel):
             others: `safe_serialization=True` changes nothing. Other arguments of Transformers are refused.
 
         Raises:
-            NotADirectoryError: `directory` exists and is a file.
+            NotADirectoryError: `save_directory` exists and is a file.
             ValueError: an argument that is not supported, or a state dict of another model.
         """
         unknown = checks.refuse_arguments(others, checks.SAVING_CURES)
@@ -446,23 +482,25 @@ class PreTrainedModel(TrainableModel):
             raise ValueError(f"{', '.join(unknown)}: no argument of save_pretrained")
         if not is_main_process:
             return
-        config = {"architectures": [type(self).__name__], **self.config.to_dict()}
+        architecture = self.config.architecture(type(self).__name__)
+        config = {"architectures": [architecture], **self.config.to_dict()}
         config["dtype"] = str(self.dtype).removeprefix("torch.")
         tensors = {name: tensor.detach() for name, tensor in self.named_parameters()}  # each once
         if state_dict is not None:
             tensors = checks.expect_state(state_dict, tensors)
         sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
         read = tensors.__getitem__
-        checkpoint.write(directory, config, sizes, read, max_shard_size, self.generation_config)
+        checkpoint.write(save_directory, config, sizes, read, max_shard_size, self.generation_config)
 
     # Generating.
 
-    def generate(self, inputs: Any = None, **arguments: Any) -> Any:
+    def generate(self, inputs: Any = None, generation_config: Any = None, **arguments: Any) -> Any:
         """Continue texts, with the arguments and the defaults of Transformers: `generate.generate` has the arguments,
         `settings.transformers_call` the defaults, docs/transformers.md a table of both.
 
         Args:
             inputs: ids (B, T), or the mapping that a tokenizer returns; None: give `input_ids`.
+            generation_config, arguments: see `generate.generate`. None switches a setting of the model's files off.
 
         Raises:
             ValueError: this is no language model; as `generate.generate`.
@@ -470,4 +508,5 @@ class PreTrainedModel(TrainableModel):
         from generate import generate  # imported late: it imports the models
         from settings import transformers_call
 
+        arguments["generation_config"] = generation_config
         return generate(self, **transformers_call(self, inputs, arguments))  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from checkpoint import GenerationConfig, check_setting
+from checkpoint import SETTINGS, GenerationConfig, check_setting
 from checkpoint.generation_config import HARMLESS_SETTINGS, UNSUPPORTED, WITHOUT_EFFECT
 from checks import as_padding_mask, expect_ids, expect_kind, is_number, refuse_argument, warn_of_padding
 from ministral import KVCache, MinistralConfig
@@ -43,7 +43,12 @@ def as_list(value: Any) -> list[Any]:
 # ----------------------------------------------------------------------------------------- from several sources
 
 
-GENERATION_SETTINGS = {each.name for each in fields(GenerationConfig)} - {"others"}
+GENERATION_SETTINGS = {each.name for each in fields(GenerationConfig)} & SETTINGS.keys()
+# For settings that are None in a call of `model.generate`: the values that are off.
+OFF = {
+    "top_k": 0, "top_p": 1.0, "min_p": 0.0, "temperature": 1.0, "repetition_penalty": 1.0, "eos_token_id": (),
+    "stop_strings": (), "num_return_sequences": 1, "do_sample": False,
+}  # fmt: skip
 
 
 def given_settings(generation_config: Any, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -59,8 +64,6 @@ def given_settings(generation_config: Any, arguments: dict[str, Any]) -> dict[st
             found = type(generation_config).__name__
             raise ValueError(f"generation_config must be a GenerationConfig; found {found}")
         settings.update(generation_config.to_dict())
-        for name in HARMLESS_SETTINGS:
-            settings.pop(name, None)
     for name, value in arguments.items():
         if value is not None or name not in settings:
             settings[name] = value
@@ -70,6 +73,8 @@ def given_settings(generation_config: Any, arguments: dict[str, Any]) -> dict[st
             raise ValueError("seed is an argument of generate, and no setting of a GenerationConfig")
         if name in GENERATION_SETTINGS:
             check_setting(name, value)
+        elif name in HARMLESS_SETTINGS:
+            continue
         elif name in UNSUPPORTED:
             refuse_argument(name, value, UNSUPPORTED[name], WITHOUT_EFFECT.get(name))
         else:
@@ -78,8 +83,17 @@ def given_settings(generation_config: Any, arguments: dict[str, Any]) -> dict[st
     return {name: value for name, value in known.items() if value is not None}
 
 
-def resolve(stored: GenerationConfig, given: dict[str, Any]) -> GenerationConfig:
-    """The settings of a call (see `given_settings`), and those of the model where the call does not give one."""
+def resolve(stored: Any, given: dict[str, Any]) -> GenerationConfig:
+    """The settings of a call (see `given_settings`), and those of `model.generation_config` where the call does not
+    give one.
+
+    Raises:
+        ValueError: the latter has a setting that is not supported and was not in the model's file.
+    """
+    if not isinstance(stored, GenerationConfig):  # Transformers' class
+        stored = GenerationConfig(**stored.to_dict())
+    set_later = {name: value for name, value in stored.others.items() if stored.of_file.get(name) != value}
+    given_settings(None, set_later)
     settings = {name: getattr(stored, name) for name in GENERATION_SETTINGS}
     return GenerationConfig(**settings | given)
 
@@ -105,12 +119,13 @@ def transformers_call(model: Any, inputs: Any, arguments: dict[str, Any]) -> dic
     Args:
         model: the model that continues the texts.
         inputs: ids (B, T), or the mapping that a tokenizer returns.
-        arguments: those of `generate`.
+        arguments: those of `generate`. As in Transformers, None switches a setting of the model's files off.
 
     Raises:
         ValueError: an argument that is also in `inputs`; neither prompts nor a `bos_token_id`; as `given_settings`.
     """
     call = {name: value for name, value in arguments.items() if value is not None}
+    switched_off = [name for name in OFF if name in arguments and arguments[name] is None]
     if inputs is not None:
         if not isinstance(inputs, Mapping):
             inputs = {"input_ids": inputs}
@@ -119,11 +134,15 @@ def transformers_call(model: Any, inputs: Any, arguments: dict[str, Any]) -> dic
             raise ValueError(f"{', '.join(twice)}: given in inputs and as an argument; give one of the two")
         call.update(inputs)
 
+    call.update({name: OFF[name] for name in switched_off})
     settings = {name: value for name, value in call.items() if name in GENERATION_SETTINGS}
     resolved = resolve(model.generation_config, given_settings(call.get("generation_config"), settings))
     call["do_sample"] = bool(resolved.do_sample)
     if resolved.do_sample and resolved.top_k is None:
         call["top_k"] = TRANSFORMERS_TOP_K
+    if not resolved.do_sample:
+        for name in {"top_k", "top_p", "min_p", "temperature"} & set(switched_off):
+            del call[name]
     if resolved.max_new_tokens is None and resolved.max_length is None:
         call["max_new_tokens"] = TRANSFORMERS_NEW_TOKENS
 

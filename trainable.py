@@ -25,6 +25,7 @@ class TrainableModel(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self._gradient_checkpointing = False
+        self._require_grads_hook: Any = None
 
     # Gradient checkpointing.
 
@@ -87,6 +88,18 @@ class TrainableModel(nn.Module):
         return layer(*inputs)
 
     # Parts and their sizes.
+
+    def set_attn_implementation(self, attn_implementation: str) -> None:
+        """Change the attention of all parts: "sdpa" or "eager".
+
+        Raises:
+            ValueError: another value.
+        """
+        parts = [part for part in self.modules() if isinstance(part, TrainableModel)]
+        for part in parts:
+            replace(part.config, attn_implementation=attn_implementation)  # raises for another value
+        for part in parts:
+            part.config.attn_implementation = attn_implementation
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """How many numbers the parameters have; a tensor that two layers share counts once.
@@ -173,6 +186,8 @@ class TrainableModel(nn.Module):
 
     # What training and generation in other libraries (peft, Transformers' Trainer) read.
 
+    _keys_to_ignore_on_save = None  # the Trainer asks for it when it loads the best model
+
     def can_generate(self) -> bool:
         """Whether the model has a language model head."""
         return hasattr(self, "lm_head")
@@ -195,11 +210,14 @@ class TrainableModel(nn.Module):
         def require_grad(module: nn.Module, inputs: Any, output: Tensor) -> None:
             output.requires_grad_(True)
 
+        self.disable_input_require_grads()
         self._require_grads_hook = self.get_input_embeddings().register_forward_hook(require_grad)
 
     def disable_input_require_grads(self) -> None:
-        """Undo `enable_input_require_grads`."""
-        self._require_grads_hook.remove()
+        """Undo `enable_input_require_grads`, if it was called."""
+        if self._require_grads_hook is not None:
+            self._require_grads_hook.remove()
+        self._require_grads_hook = None
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, past_key_values: Any = None, **kwargs: Any

@@ -147,10 +147,6 @@ CHANGES_TEXT = {
     "inputs_embeds": "supported: input_ids, and images in pixel_values",
 }
 CHANGES_NO_TEXT = {
-    "num_beam_groups": SAMPLING,
-    "length_penalty": SAMPLING,
-    "early_stopping": SAMPLING,
-    "diversity_penalty": SAMPLING,
     "assistant_model": ASSISTANT,
     "assistant_tokenizer": ASSISTANT,
     "assistant_early_exit": ASSISTANT,
@@ -168,13 +164,15 @@ CHANGES_NO_TEXT = {
     "synced_gpus": "supported: one process",
 }
 UNSUPPORTED = CHANGES_TEXT | CHANGES_NO_TEXT
-# The value that is the same as leaving the setting out, where that is not None, False, 0 or nothing.
+# The value that is the same as leaving the setting out, where that is not None or False.
 WITHOUT_EFFECT = {
-    "num_beams": 1, "num_beam_groups": 1, "length_penalty": 1, "typical_p": 1, "guidance_scale": 1,
-    "encoder_repetition_penalty": 1, "use_cache": True, "cache_implementation": "dynamic",
+    "num_beams": 1, "typical_p": 1, "guidance_scale": 1, "encoder_repetition_penalty": 1, "use_cache": True,
+    "cache_implementation": "dynamic", "min_length": 0, "min_new_tokens": 0, "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0, "epsilon_cutoff": 0, "eta_cutoff": 0, "penalty_alpha": 0,
 }  # fmt: skip
-# Settings of Transformers that have no influence on what is returned.
+# Settings of Transformers that have no influence on what is returned; the first four concern beams only.
 HARMLESS_SETTINGS = {
+    "num_beam_groups", "length_penalty", "early_stopping", "diversity_penalty",
     "_from_model_config", "_commit_hash", "transformers_version", "cache_config", "max_cache_len",
     "low_memory", "compile_config", "disable_compile", "prefill_chunk_size", "decoder_start_token_id", "is_assistant",
     "num_assistant_tokens_schedule", "assistant_confidence_threshold", "target_lookbehind",
@@ -201,6 +199,8 @@ class GenerationConfig:
     Attributes:
         others: the settings that `generate` does not know, kept for `save_pretrained`. Of the settings, None means: not
             given.
+        of_file: those of `others` that were in the file. A warning named the ones that are left out. `generate` refuses
+            others that are set later.
 
     Raises:
         ValueError: an impossible value.
@@ -223,16 +223,34 @@ class GenerationConfig:
     output_scores: bool | None = None
     output_logits: bool | None = None
     others: dict[str, Any] = field(default_factory=dict)
+    of_file: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __init__(self, **settings: Any) -> None:
         self.others = {}
-        known = {each.name for each in fields(self)} - {"others"}
+        self.of_file = {}
+        self.update(**settings)
+
+    def update(self, **settings: Any) -> None:
+        """Set several settings (raises ValueError for an impossible value)."""
         for name, value in settings.items():
-            if name in known:
+            setattr(self, name, value)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("others", "of_file") or name in {each.name for each in fields(self)}:
+            if name in SETTINGS:
                 check_setting(name, value)
-                setattr(self, name, value)
-            else:
-                self.others[name] = value
+            super().__setattr__(name, value)
+        else:
+            self.others[name] = value
+
+    def __getattr__(self, name: str) -> Any:
+        """A setting in `others`; None for one of Transformers that is not set."""
+        others = self.__dict__.get("others", {})
+        if name in others:
+            return others[name]
+        if name in UNSUPPORTED or name in HARMLESS_SETTINGS:
+            return None
+        raise AttributeError(f"GenerationConfig has no {name}")
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> GenerationConfig:
@@ -252,6 +270,7 @@ class GenerationConfig:
             check_setting(name, settings[name], f"{path}: ")
         config = cls(**settings)
         config.others |= others
+        config.of_file = dict(config.others)
         ignored = [f"{name}={value!r}" for name, value in config.others.items() if changes_text(name, value)]
         if ignored:
             warnings.warn(f"{path}: not supported here, and left out: {', '.join(ignored)}", stacklevel=1)
@@ -260,5 +279,8 @@ class GenerationConfig:
     def to_dict(self) -> dict[str, Any]:
         """The content of the file: the settings that are not None, and `others`."""
         settings = asdict(self)
+        settings.pop("of_file")
         others: dict[str, Any] = settings.pop("others")
         return {name: value for name, value in settings.items() if value is not None} | others
+
+    to_diff_dict = to_dict  # the name that Transformers' pipelines call

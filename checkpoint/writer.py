@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -121,7 +122,10 @@ def _shards(sizes: Mapping[str, int], shard_bytes: int) -> dict[str, list[str]]:
 
 
 def _write_shard(names: list[str], read: Callable[[str], Tensor], path: Path) -> None:
-    save_file({name: read(name).contiguous() for name in names}, path, metadata={"format": "pt"})
+    try:
+        save_file({name: read(name).contiguous() for name in names}, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # a full disk, for example
+        raise OSError(f"{path} could not be written: {error}") from error
 
 
 def _remove_old(directory: Path, config_path: Path) -> None:

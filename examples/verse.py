@@ -98,7 +98,7 @@ def fine_tune(
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, len(bar))
     for start in bar:
         ids, labels = to_tensors(tokenizer, order[start : start + batch_size], pad)
-        loss = model(ids, attention_mask=ids != pad, labels=labels).loss
+        loss = model(ids, attention_mask=ids != pad, labels=labels, return_dict=True).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -117,7 +117,7 @@ def probabilities(
     batches = []
     for start in range(0, len(examples), 64):
         ids, _ = to_tensors(tokenizer, examples[start : start + 64], pad)
-        logits = model(ids, attention_mask=ids != pad).logits
+        logits = model(ids, attention_mask=ids != pad, return_dict=True).logits
         batches.append(logits.softmax(-1)[:, 1])
     return torch.cat(batches)
 

@@ -37,7 +37,7 @@ def model_bits(
         for row, start in enumerate(group):
             if start > 0:
                 y[row, : half - 1] = -100  # the previous window has scored these
-        logits = model(x, use_cache=False).logits[:, :-1].float()
+        logits = model(x, use_cache=False, return_dict=True).logits[:, :-1].float()
         loss = F.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=-100, reduction="sum")
         total += loss.item()
     return total / math.log(2)

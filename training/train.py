@@ -267,7 +267,7 @@ def train_step(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, recipe)
     with autocast(x.device):
-        loss = model(x, position_ids=positions, labels=x, use_cache=False).loss
+        loss = model(x, position_ids=positions, labels=x, use_cache=False, return_dict=True).loss
     assert loss is not None
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
