@@ -19,8 +19,8 @@ from typing import Any
 from torch import Tensor
 
 import checkpoint
-from chat import read_image
 from checkpoint.files import CONFIG, PARAMS, has_any
+from images import read_image
 from tokenizer import BatchEncoding, Tokenizer, brief
 from tokenizer.batches import TENSORS, choose, list_of_texts, size_inputs, split_conversations
 from vision_config import Mistral3Config

@@ -23,11 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chat import read_image
 from checkpoint import DTYPES, find
 from cli import Parser, exit_code
 from generate import BUNDLED, GenerativeModel, load_model
-from images import batch_images
+from images import batch_images, read_image
 from reference import golden
 from reference.compare import (
     LEAST,
