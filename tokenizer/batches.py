@@ -124,8 +124,9 @@ class BatchTokenizer(TextTokenizer):
         return batch
 
     def truncate(
-        self, rows: list[list[int]], truncation: Any, max_length: int | None, padding: Any, leading_ids: int = 0
-    ) -> list[list[int]]:
+        self, rows: list[list[int]], truncation: Any, max_length: int | None, padding: Any,
+        leading_ids: int = 0,
+    ) -> list[list[int]]:  # fmt: skip
         """Cut rows of ids on `truncation_side`.
 
         Args:
