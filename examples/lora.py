@@ -74,13 +74,14 @@ def merge_adapters(model: nn.Module) -> None:
 
 
 def save_adapters(model: nn.Module, directory: Path) -> None:
-    """Write adapter_model.safetensors and adapter_config.json, as PEFT reads them."""
+    """Write adapter_model.safetensors and adapter_config.json, as PEFT reads them. r and alpha are those of the first
+    adapter."""
     tensors = {"base_model.model." + name: t for name, t in model.state_dict().items() if ".lora_" in name}
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(BUNDLED)}
     lora = next(module for module in model.modules() if isinstance(module, LoraLinear))
-    sizes = {"r": lora.lora_A.out_features, "lora_alpha": lora.alpha, "target_modules": TARGETS}
-    write_json(directory / "adapter_config.json", config | sizes)
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(BUNDLED),
+              "r": lora.lora_A.out_features, "lora_alpha": lora.alpha, "target_modules": TARGETS}  # fmt: skip
+    write_json(directory / "adapter_config.json", config)
 
 
 def main(steps: int = 100) -> int:
@@ -106,7 +107,7 @@ def main(steps: int = 100) -> int:
     # Training
     recipe = train.Recipe(steps, options.seed, 1024, context=512, learning_rate=1e-2, warmup=10)
     batches = train.Batches([tokenizer.encode(work) for work in texts["train"]], recipe)
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)  # skips the frozen ones: no gradients
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)  # skips what has no gradient
     for step in range(steps):
         train.train_step(model, [optimizer], batches.of_step(step), step, recipe)
 
