@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from generate import generate
-from images import batch_images, image_tokens, load_image, preprocess
+from images import batch_images, read_image
 from ministral import KVCache
 from model_types import GenerativeModel
 from tokenizer import Tokenizer, content_with_thinking
@@ -23,23 +23,6 @@ from vision import ImageSizes
 from vision_config import Mistral3Config
 
 # ------------------------------------------------------------------------------------------------------ images
-
-
-def read_image(source: Any, config: Mistral3Config, tokenizer: Tokenizer) -> tuple[Tensor, list[int]]:
-    """An image, preprocessed (3, height, width), and the ids that stand for it in a prompt.
-
-    Raises:
-        ValueError: the tokenizer has no such tokens, or the model has another id for [IMG]; as `load_image`.
-    """
-    pixels = preprocess(load_image(source), config)
-    names = ("[IMG]", "[IMG_BREAK]", "[IMG_END]")
-    image_id, break_id, end_id = (tokenizer.special_tokens.get(name) for name in names)
-    if break_id is None or end_id is None or image_id != config.image_token_id:
-        present = ", ".join(f"{name} {tokenizer.special_tokens.get(name)}" for name in names)
-        allowed = f"these three, [IMG] being {config.image_token_id}"
-        raise ValueError(f"the tokenizer has {present}; allowed: {allowed}")
-    _, height, width = pixels.shape
-    return pixels, image_tokens((height, width), config, break_id, end_id)
 
 
 def batch_or_none(images: Sequence[Tensor]) -> tuple[Tensor | None, ImageSizes | None]:
@@ -79,7 +62,7 @@ class Conversation:
         self._cached_images: list[Tensor] = []  # the images among them
 
     def read_image(self, source: Any) -> tuple[Tensor, list[int]]:
-        """See the function `read_image`."""
+        """See `images.read_image`."""
         if not isinstance(self.config, Mistral3Config):
             conflict = f"an image, for a text model (model_type {self.config.model_type!r})"
             raise ValueError(f"{conflict}; give a vision model (model_type 'mistral3')")

@@ -173,6 +173,22 @@ def require_rope_key(config: Any, key: str) -> None:
 # -------------------------------------------------------------------------------------------- any kind of argument
 
 
+def as_list(value: Any) -> list[Any]:
+    """[] for None, [value] for one value, a list for several."""
+    if value is None:
+        return []
+    if isinstance(value, (list, tuple)):
+        return list(value)
+    return [value]
+
+
+def expect_size(name: str, value: object) -> None:
+    """Raise ValueError unless the value is None or a whole number above 0."""
+    if value is not None and not is_size(value):
+        found = reprlib.repr(value)
+        raise ValueError(f"{name}={found} is impossible; allowed: a whole number above 0, or None")
+
+
 def expect_kind(name: str, value: object, kind: type | tuple[type, ...], said: str) -> None:
     """Raise ValueError unless the value is None or of the kind; `said` is that kind in words."""
     if value is not None and not isinstance(value, kind):

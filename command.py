@@ -24,13 +24,13 @@ from torch import Tensor
 import checkpoint
 from chat import Conversation, awaits_user, batch_or_none, open_calls
 from checkpoint import DTYPES, GenerationConfig
-from checks import devices_present
+from checks import as_list, devices_present
 from cli import Parser, exit_code, format_bytes, progress_bar, setting_type
 from decoder import kv_cache_bytes
 from fast import wide_rows
 from generate import Sampling, generate
 from model_types import BUNDLED, GenerativeModel, model_class
-from settings import as_list, check_length, choose_length, ending_ids
+from settings import check_length, choose_length, ending_ids
 from terminal import Writer, converse, cut_message, measure, report_calls, system_prompt
 from tokenizer import Tokenizer, read_chat_template
 from vision_config import Mistral3Config

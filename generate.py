@@ -379,7 +379,7 @@ def generate(
         model, input_ids, attention_mask, past_key_values, resolved, sampling.temperature, seed,
         prefill_chunk_size,
     )  # fmt: skip
-    processors, criteria = settings.as_list(logits_processor), settings.as_list(stopping_criteria)
+    processors, criteria = checks.as_list(logits_processor), checks.as_list(stopping_criteria)
     callbacks = Callbacks(processors, criteria, streamer, on_token)
     forward = choose_forward(model, fast)
     if compile and not isinstance(forward, Flat):

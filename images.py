@@ -302,3 +302,26 @@ def image_tokens(size: tuple[int, int], config: Any, break_id: int, end_id: int)
     rows, columns = size[0] // merged_patch, size[1] // merged_patch
     row = [config.image_token_id] * columns + [break_id]
     return (row * rows)[:-1] + [end_id]
+
+
+def read_image(source: Any, config: Any, tokenizer: Any) -> tuple[Tensor, list[int]]:
+    """An image, preprocessed (3, height, width), and the ids that stand for it in a prompt.
+
+    Args:
+        source: see `load_image`.
+        config: the `Mistral3Config`.
+        tokenizer: its `special_tokens` are read.
+
+    Raises:
+        FileNotFoundError: as `load_image`.
+        ValueError: the tokenizer has no such tokens, or the model has another id for [IMG]; as `load_image`.
+    """
+    pixels = preprocess(load_image(source), config)
+    names = ("[IMG]", "[IMG_BREAK]", "[IMG_END]")
+    image_id, break_id, end_id = (tokenizer.special_tokens.get(name) for name in names)
+    if break_id is None or end_id is None or image_id != config.image_token_id:
+        present = ", ".join(f"{name} {tokenizer.special_tokens.get(name)}" for name in names)
+        allowed = f"these three, [IMG] being {config.image_token_id}"
+        raise ValueError(f"the tokenizer has {present}; allowed: {allowed}")
+    _, height, width = pixels.shape
+    return pixels, image_tokens((height, width), config, break_id, end_id)

@@ -19,22 +19,23 @@ from typing import Any
 from torch import Tensor
 
 import checkpoint
-from chat import read_image
 from checkpoint.files import CONFIG, PARAMS, has_any
+from checks import as_list
+from images import read_image
 from tokenizer import BatchEncoding, Tokenizer, brief
-from tokenizer.batches import TENSORS, choose, list_of_texts, size_inputs, split_conversations
+from tokenizer.batches import TENSORS, expect_choice, list_of_texts, split_conversations
 from vision_config import Mistral3Config
 
 
 class MistralCommonBackend(Tokenizer):
-    """The tokenizer with the default of Transformers' class of this name: `decode` shows special tokens. Of a vision
-    model's directory it reads the images in messages, too."""
+    """The tokenizer with the default of Transformers' class of this name: `decode` shows special tokens. Loaded from a
+    vision model's directory, it also reads images in messages."""
 
     skip_special_tokens = False
 
     @classmethod
     def from_dir(cls, directory: str | Path, version: str | None = None) -> MistralCommonBackend:
-        """See `Tokenizer.from_dir`. Of a vision model, config.json is read for the sizes of images."""
+        """See `Tokenizer.from_dir`. For a vision model, the image sizes come from config.json."""
         tokenizer = super().from_dir(directory, version)
         config = read_vision_config(Path(directory))
         if config is not None:
@@ -118,8 +119,9 @@ class Processor:
             pixels += [image for image, _ in encoded]
             rows.append(self._encode(item, add_special_tokens, iter([ids for _, ids in encoded])))
         return self.tokenizer.batch_rows(
-            rows, pixels, True, padding, truncation, max_length, return_tensors, every_size=True
-        )
+            rows, pixels, every_size=True, padding=padding, truncation=truncation, max_length=max_length,
+            return_tensors=return_tensors,
+        )  # fmt: skip
 
     def _encode(self, text: str, add_special_tokens: bool, images: Iterator[list[int]]) -> list[int]:
         """The ids of a prompt, in which each [IMG] becomes the ids of the next image."""
@@ -145,17 +147,15 @@ class Processor:
         """
         if processor_kwargs is not None:
             arguments = {**arguments, **processor_kwargs}
-        if tokenize:
-            conversation, _ = split_conversations(conversation)
-        kind = choose("return_tensors", return_tensors, TENSORS)
-        batch = self.tokenizer.apply_chat_template(
-            conversation, tokenize=tokenize, return_dict=return_dict, return_tensors=return_tensors,
-            **arguments,
+        expect_choice("return_tensors", return_tensors, TENSORS)
+        if not tokenize:
+            return self.tokenizer.apply_chat_template(conversation, tokenize=False, **arguments)
+        conversations, _ = split_conversations(conversation)
+        # `batched` also for one conversation: its tensors have B = 1.
+        return self.tokenizer.chat_rows(
+            conversations, return_dict=return_dict, batched=True, every_size=True,
+            return_tensors=return_tensors, **arguments,
         )  # fmt: skip
-        if tokenize and return_dict and "pixel_values" in batch and "image_sizes" not in batch:
-            sizes = [tuple(image.shape[-2:]) for image in batch["pixel_values"]]
-            batch["image_sizes"] = size_inputs(sizes, kind)
-        return batch
 
     def decode(self, *arguments: Any, **settings: Any) -> Any:
         """See `Tokenizer.decode`."""
@@ -176,11 +176,9 @@ def images_of_texts(images: Any, counts: list[int]) -> list[list[Any]]:
     Raises:
         ValueError: other numbers of images.
     """
-    if images is None:
-        images = []
-    images = as_sources(images)
+    images = as_list(images)
     if any(isinstance(image, (list, tuple)) for image in images):
-        rows = [as_sources(row) for row in images]
+        rows = [as_list(row) for row in images]
     else:
         rest = iter(images)
         rows = [list(islice(rest, count)) for count in counts]
@@ -190,10 +188,3 @@ def images_of_texts(images: Any, counts: list[int]) -> list[list[Any]]:
         conflict = f"the texts have {brief(counts)} [IMG] and {brief(found)} images"
         raise ValueError(f"{conflict}; allowed: equal numbers")
     return rows
-
-
-def as_sources(images: Any) -> list[Any]:
-    """The images of one text: one, or a list of them."""
-    if isinstance(images, (list, tuple)):
-        return list(images)
-    return [images]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from checkpoint import SETTINGS, GenerationConfig, check_setting
 from checkpoint.generation_config import HARMLESS_SETTINGS, UNSUPPORTED, WITHOUT_EFFECT
-from checks import as_padding_mask, expect_ids, expect_kind, is_number, refuse_argument, warn_of_padding
+from checks import as_list, as_padding_mask, expect_ids, expect_kind, is_number, refuse_argument, warn_of_padding
 from ministral import KVCache, MinistralConfig
 
 if TYPE_CHECKING:
@@ -29,15 +29,6 @@ DEFAULT_LENGTH = 128  # new tokens, where neither the call nor the model's files
 def first_given(*values: Any) -> Any:
     """The first value that is not None; None if there is none."""
     return next((value for value in values if value is not None), None)
-
-
-def as_list(value: Any) -> list[Any]:
-    """[] for None, [value] for one value, a list for several."""
-    if value is None:
-        return []
-    if isinstance(value, (list, tuple)):
-        return list(value)
-    return [value]
 
 
 # ----------------------------------------------------------------------------------------- from several sources

@@ -102,7 +102,7 @@ class TrainableModel(nn.Module):
             part.config.attn_implementation = attn_implementation
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """How many numbers the parameters have; a tensor that two layers share counts once.
+        """The number of values in the parameters. A tensor that two layers share counts once.
 
         Args:
             only_trainable: count only parameters that get gradients.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ from .files import (
 from .fp8 import FP8
 from .hf import text_config
 from .hub import find
+from .load import list_names
 from .merge import merge
 from .reader import DTYPES, Checkpoint, named_dtype, read_config
 
@@ -41,7 +43,7 @@ def describe(directory: Path) -> list[str]:
     configuration (raises as `Checkpoint` and `empty_model`). Of an adapter: what it is for (raises as `Adapter`)."""
     has_weights = has_any(directory, WEIGHTS, INDEX, CONSOLIDATED, CONSOLIDATED_INDEX)
     if has_any(directory, ADAPTER) and has_any(directory, ADAPTER_WEIGHTS) and not has_weights:
-        return [f"{name:11} {value}" for name, value in Adapter(directory).describe()]
+        return _format(_describe_adapter(Adapter(directory)))
     content = read_config(directory)
     model = empty_model(content)
     config = model.config.get_text_config()
@@ -82,7 +84,26 @@ def describe(directory: Path) -> list[str]:
         "context": context,
         "cache": _describe_cache(config, dtype),
     }
-    return [f"{name:11} {value}" for name, value in lines.items()]
+    return _format(lines)
+
+
+def _describe_adapter(adapter: Adapter) -> dict[str, str]:
+    """The properties of an adapter, by their titles."""
+    changes = adapter.changes.values()
+    ranks = sorted({adapter.rank(change.module) for change in changes if change.A is not None})
+    endings = sorted({change.module.rpartition(".")[2] for change in changes})
+    count = sum(math.prod(adapter.shape(name)) for name in adapter.names)
+    return {
+        "adapter": f"LoRA of {adapter.config.get('base_model_name_or_path')}",
+        "rank": f"{', '.join(map(str, ranks))} (lora_alpha {adapter.config['lora_alpha']})",
+        "modules": f"{len(changes)}: {list_names(endings, 12)}",
+        "parameters": f"{count:,}",
+    }
+
+
+def _format(lines: dict[str, str]) -> list[str]:
+    """A line for each title and its value."""
+    return [f"{title:11} {value}" for title, value in lines.items()]
 
 
 def _describe_cache(config: Any, dtype: torch.dtype) -> str:

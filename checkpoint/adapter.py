@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from checks import is_number, is_size
+from checks import as_list, is_number, is_size
 
 from .files import ADAPTER, ADAPTER_WEIGHTS, has_any, read_json_object
-from .load import list_names
 from .reader import KINDS
 
 PREFIX = "base_model.model."
@@ -40,23 +39,25 @@ FACTORS = {
 }
 # Keys of adapter_config.json that are read here.
 READ_KEYS = {
-    "peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "bias", "init_lora_weights",
-    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save",
+    "peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "bias",
+    "init_lora_weights", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
+    "modules_to_save",
 }  # fmt: skip
 # Keys that are not: names, versions, and settings of training, which the trained tensors do not depend on any more.
 OTHER_KEYS = {
     "base_model_name_or_path", "revision", "task_type", "auto_mapping", "peft_version", "inference_mode",
     "lora_dropout", "megatron_config", "megatron_core", "qalora_group_size", "eva_config", "runtime_config",
 }  # fmt: skip
-# Initialisations that leave the base as it is. Others subtract from its weights what the adapter begins with.
+# Initialisations that leave the base as it is. Other initialisations change the base: they subtract the adapter's first
+# product from it.
 INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 PEFT_CURE = "merge it with PEFT: model.merge_and_unload().save_pretrained(OUT)"
 
 
 @dataclass
 class Change:
-    """What an adapter does to one parameter: it replaces the weight, adds a product of two factors, or both. The values
-    are names of tensors in the adapter.
+    """The change of one parameter: it replaces the weight, adds a product of two factors, or both. A, B and weight are
+    names of tensors in the adapter, or None.
 
     Attributes:
         module: name of the module, as the adapter has it.
@@ -105,6 +106,12 @@ class Adapter:
             self._expect_pair(change)
 
     def _open(self) -> Any:
+        """Open the file of the tensors.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is not in the safetensors format.
+        """
         path = self.directory / ADAPTER_WEIGHTS
         if not path.is_file():
             cure = f"write {ADAPTER_WEIGHTS} (PEFT: save_pretrained); a pickle ({path.stem}.bin) is not read"
@@ -124,7 +131,7 @@ class Adapter:
             raise ValueError(f"{found}; allowed: {allowed}")
 
     def _expect_config(self) -> None:
-        """Raise ValueError unless the merged weight is the one of this file's docstring."""
+        """Raise ValueError unless the merged weight follows the formula at the top of this file."""
         config = self.config
         if config.get("peft_type") != "LORA":
             kind = f"{self.directory / ADAPTER} has peft_type={config.get('peft_type')!r}"
@@ -139,8 +146,8 @@ class Adapter:
         self._expect("init_lora_weights", start in INITIALISATIONS, f"{unchanged}; {cure}")
         for key in sorted(config.keys() - READ_KEYS - OTHER_KEYS):
             if config[key] not in (None, False, "", [], {}):
-                problem = f"{self.directory / ADAPTER} has {key}={config[key]!r}, which is not supported"
-                raise ValueError(f"{problem}; {PEFT_CURE}"[:500])
+                found = f"{self.directory / ADAPTER} has {key}={reprlib.repr(config[key])}"
+                raise ValueError(f"{found}, which is not supported; {PEFT_CURE}")
         self._expect_patterns()
 
     def _expect_patterns(self) -> None:
@@ -149,7 +156,7 @@ class Adapter:
             pattern = self.config.get(key)
             of_kind = isinstance(pattern, dict) and all(valid(value) for value in pattern.values())
             self._expect(key, not pattern or of_kind, "an object from names of modules to numbers, or none")
-            for expression in _object(pattern):
+            for expression in _dict_or_empty(pattern):
                 self._expect(key, _is_expression(f"({expression})"), "names or regular expressions")
         for key in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
             value = self.config.get(key)
@@ -166,7 +173,7 @@ class Adapter:
         config = self.config
         if _matches(config.get("exclude_modules"), module):
             return False
-        for saved in _as_list(config.get("modules_to_save")):
+        for saved in as_list(config.get("modules_to_save")):
             if re.match(rf"(.*\.)?{re.escape(saved)}(\..*)?$", module):
                 return False
         wanted = config.get("target_modules")
@@ -175,15 +182,15 @@ class Adapter:
             return not module.endswith(("lm_head", "embed_tokens"))
         if not _matches(wanted, module):
             return False
-        if isinstance(wanted, str) or layers in (None, []) or module in _as_list(wanted):
+        if isinstance(wanted, str) or layers in (None, []) or module in as_list(wanted):
             return True
-        patterns = _as_list(config.get("layers_pattern"))
+        patterns = as_list(config.get("layers_pattern"))
         if not patterns:
             patterns = ["[^.]*"]
         for pattern in patterns:
             found = re.match(rf"(?:.*?\.)?{pattern}\.(\d+)\.", module)
             if found is not None:
-                return int(found[1]) in _as_list(layers)
+                return int(found[1]) in as_list(layers)
         return False
 
     def rank(self, module: str) -> int:
@@ -200,7 +207,7 @@ class Adapter:
 
     def _of_pattern(self, key: str, module: str, default: Any) -> Any:
         """The value of the first pattern that a module's name ends with."""
-        for pattern, value in _object(self.config.get(key)).items():
+        for pattern, value in _dict_or_empty(self.config.get(key)).items():
             if re.match(rf"(.*\.)?({pattern})$", module):
                 return value
         return default
@@ -208,7 +215,11 @@ class Adapter:
     # Tensors.
 
     def _add(self, name: str) -> None:
-        """Add a tensor to the changes."""
+        """Add a tensor to the changes.
+
+        Raises:
+            ValueError: the name or the type is not one of an adapter's, or another tensor has the same meaning.
+        """
         path = self.directory / ADAPTER_WEIGHTS
         if not name.startswith(PREFIX):
             allowed = f"names that begin with {PREFIX!r}, as PEFT writes them"
@@ -216,14 +227,7 @@ class Adapter:
         kind = self._file.get_slice(name).get_dtype()
         if kind not in KINDS:
             raise ValueError(f"{path}: {name} is {kind}; allowed: {', '.join(KINDS)}")
-        parameter = name.removeprefix(PREFIX)
-        part = "weight"
-        embedding = False
-        for ending, (factor, of_embedding) in FACTORS.items():
-            if parameter.endswith(ending):
-                parameter = parameter.removesuffix(ending) + ".weight"
-                part = factor
-                embedding = of_embedding
+        parameter, part, embedding = _split_factor(name.removeprefix(PREFIX))
         parameter = parameter.replace(".base_layer.", ".")  # of a weight that is saved beside its factors
         change = self.changes.setdefault(parameter, Change(parameter.rpartition(".")[0]))
         if getattr(change, part) is not None:
@@ -281,26 +285,21 @@ class Adapter:
         if change.A is None or change.B is None:
             return weight.to(dtype)
         A, B = self.read(change.A), self.read(change.B)
-        exact = torch.promote_types(torch.promote_types(A.dtype, B.dtype), weight.dtype)
-        exact = torch.promote_types(exact, torch.float32)
-        product = B.to(exact) @ A.to(exact)
+        sum_dtype = torch.promote_types(torch.promote_types(A.dtype, B.dtype), weight.dtype)
+        sum_dtype = torch.promote_types(sum_dtype, torch.float32)
+        product = B.to(sum_dtype) @ A.to(sum_dtype)
         if change.embedding:
             product = product.T
-        return (weight.to(exact) + product * self.scaling(change.module)).to(dtype)
+        return (weight.to(sum_dtype) + product * self.scaling(change.module)).to(dtype)
 
-    def count(self) -> int:
-        """The number of parameters."""
-        return sum(math.prod(self.shape(name)) for name in self.names)
 
-    def describe(self) -> Iterator[tuple[str, str]]:
-        """The lines of `python -m checkpoint info`, as pairs of title and value."""
-        config = self.config
-        ranks = sorted({self.rank(change.module) for change in self.changes.values() if change.A is not None})
-        endings = sorted({change.module.rpartition(".")[2] for change in self.changes.values()})
-        yield "adapter", f"LoRA of {config.get('base_model_name_or_path')}"
-        yield "rank", f"{', '.join(map(str, ranks))} (lora_alpha {config['lora_alpha']})"
-        yield "modules", f"{len(self.changes)}: {list_names(endings, 12)}"
-        yield "parameters", f"{self.count():,}"
+def _split_factor(name: str) -> tuple[str, str, bool]:
+    """The parameter that a tensor changes, the part of its `Change` ("A", "B" or "weight"), and whether that part
+    belongs to an embedding."""
+    for ending, (factor, embedding) in FACTORS.items():
+        if name.endswith(ending):
+            return name.removesuffix(ending) + ".weight", factor, embedding
+    return name, "weight", False
 
 
 def _is_alpha(value: Any) -> bool:
@@ -315,15 +314,7 @@ def _is_expression(text: str) -> bool:
     return True
 
 
-def _as_list(value: Any) -> list[Any]:
-    if value is None:
-        return []
-    if isinstance(value, list):
-        return value
-    return [value]
-
-
-def _object(value: dict[str, Any] | None) -> dict[str, Any]:
+def _dict_or_empty(value: dict[str, Any] | None) -> dict[str, Any]:
     """A JSON object, empty for none."""
     if value is None:
         return {}
@@ -334,4 +325,4 @@ def _matches(wanted: Any, module: str) -> bool:
     """Whether a module is meant by a regular expression of its whole name, or by a list of ends of names."""
     if isinstance(wanted, str):
         return re.fullmatch(wanted, module) is not None
-    return any(module == name or module.endswith(f".{name}") for name in _as_list(wanted))
+    return any(module == name or module.endswith(f".{name}") for name in as_list(wanted))

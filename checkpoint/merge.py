@@ -44,6 +44,7 @@ def merge(
             of Transformers than the adapter has; an adapter of a text model fits a vision model's text part.
         destination: a new or empty directory; it appears complete or not at all.
         dtype: cast all weights; None keeps every tensor's type, which FP8 weights do not allow.
+        max_shard_size: the largest size of a weights file, in bytes or as "5GB"; above it, there are several.
 
     Raises:
         FileExistsError: the destination holds something.
@@ -58,17 +59,17 @@ def merge(
         problem = f"{directory} has {files.scaled} FP8 weights, whose type cannot hold merged ones"
         raise ValueError(f"{problem}; give a dtype (--dtype bfloat16)")
     model = empty_model(files.config)
-    in_mistral = mistral_names(files)
-    expect_tensors(directory, model, in_mistral)
-    if "output.weight" not in in_mistral or model.config.tie_word_embeddings:
+    names_by_mistral_name = mistral_names(files)
+    expect_tensors(directory, model, names_by_mistral_name)
+    if "output.weight" not in names_by_mistral_name or model.config.tie_word_embeddings:
         _expect_untied(lora)
-    changes = _changes(lora, files, in_mistral)
+    changes = _changes(lora, files, names_by_mistral_name)
     _expect_all_targets(lora, model, {to_mistral(name) for name in changes})
     _warn_of_other_base(lora, base)
 
     read = partial(_read, lora, files, changes, dtype)
-    config = converted_config(files, dtype, has_head="output.weight" in in_mistral)
-    sizes = {name: nbytes(files, name, dtype) for name in in_mistral.values()}
+    config = converted_config(files, dtype, has_head="output.weight" in names_by_mistral_name)
+    sizes = {name: nbytes(files, name, dtype) for name in names_by_mistral_name.values()}
     with new_directory(destination) as temporary:
         write(temporary, config, sizes, read, max_shard_size)
         copy_other_files(directory, temporary)
@@ -77,13 +78,17 @@ def merge(
 def _read(
     lora: Adapter, files: Checkpoint, changes: dict[str, Change], dtype: torch.dtype | None, name: str
 ) -> Tensor:
-    """A tensor of the result, of the base's type if `dtype` is none."""
+    """A tensor of the result, of the base's type if `dtype` is None.
+
+    Raises:
+        ValueError: a merged weight that is not finite; as `Adapter.read` and `Checkpoint.read`.
+    """
     if name not in changes:
         return files.read(name, dtype)
-    exact = None
+    read_dtype = None
     if files.scaled:
-        exact = torch.float32  # FP8 numbers times their scales, not rounded
-    weight = files.read(name, exact)
+        read_dtype = torch.float32  # FP8 numbers times their scales, not rounded
+    weight = files.read(name, read_dtype)
     target = dtype
     if target is None:
         target = weight.dtype
@@ -94,12 +99,12 @@ def _read(
     return merged
 
 
-def _changes(lora: Adapter, files: Checkpoint, in_mistral: dict[str, str]) -> dict[str, Change]:
+def _changes(lora: Adapter, files: Checkpoint, names_by_mistral_name: dict[str, str]) -> dict[str, Change]:
     """The changes by the names of tensors in the base. Raises ValueError unless each fits one."""
     changes: dict[str, Change] = {}
     path = lora.directory / ADAPTER_WEIGHTS
     for parameter, change in lora.changes.items():
-        name = in_mistral.get(str(to_mistral(parameter)))
+        name = names_by_mistral_name.get(str(to_mistral(parameter)))
         source = change.tensors()[0]
         if name is None:
             problem = f"{path}: {source} belongs to no tensor of {files.directory}"
@@ -141,16 +146,20 @@ def _expect_all_targets(lora: Adapter, model: nn.Module, changed: set[str | None
 
 def _trained_names(lora: Adapter, model: Any) -> Iterator[tuple[str, str]]:
     """The linear layers and embeddings of a model: their names, and those in the model that the adapter was trained
-    on. One of the two may be a vision model, and the other its text part."""
+    on.
+
+    One of the two may be a vision model, and the other its text part: model.layers.0... of a text adapter is
+    model.language_model.layers.0... of a vision model. lm_head has this name in both.
+    """
     of_vision = False
     for name in lora.changes:
         in_vision_part = name.removeprefix("model.").startswith(VISION_PREFIXES)
         of_vision |= "language_model." in name or in_vision_part
+    is_vision_model = model.config is not model.config.get_text_config()
     for name, module in model.named_modules():
         if not isinstance(module, (nn.Linear, nn.Embedding)):
             continue
         text = text_name(name)
-        is_vision_model = model.config is not model.config.get_text_config()
         if is_vision_model == of_vision or name == "lm_head":
             yield name, name
         elif of_vision:

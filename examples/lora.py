@@ -1,4 +1,4 @@
-"""LoRA: fine-tune the bundled model with low-rank adapters, in a minute on two CPU cores.
+"""LoRA: fine-tune the bundled model with low-rank adapters, in 64 seconds on one CPU core.
 
     python -m examples.lora [--seed N] [--save DIR]
 
@@ -14,7 +14,7 @@ W + (alpha / r) B A replaces W, and the model has its old shape and speed. Sourc
 The task is the spelling of 1623. The bundled model was trained on a modern edition. The printers of Shakespeare's time
 used the letters u, v, i and j in another way: "vpon my soule, I haue iudged". The adapter is trained on the training
 plays in this spelling, and tested on parts of two plays that neither the model nor the adapter has seen. In modern
-spelling the model needs 1.893 bits per byte for them. That is the aim, as both spellings have nearly the same content.
+spelling the model needs 1.893 bits per byte for them. This is the target: only the spelling differs.
 
 DIR is a directory that PEFT reads. `python -m checkpoint merge DIR models/shakespeare OUT` writes the merged model.
 """
@@ -48,6 +48,7 @@ class LoraLinear(nn.Module):
         self.lora_A = nn.Linear(base_layer.in_features, r, bias=False)
         self.lora_B = nn.Linear(r, base_layer.out_features, bias=False)
         nn.init.zeros_(self.lora_B.weight)
+        self.alpha = alpha
         self.scaling = alpha / r
 
     def forward(self, x: Tensor) -> Tensor:
@@ -72,14 +73,15 @@ def merge_adapters(model: nn.Module) -> None:
             model.set_submodule(name, module.base_layer)
 
 
-def save_adapters(model: nn.Module, directory: Path, r: int = 8, alpha: float = 16) -> None:
-    """Write adapter_model.safetensors and adapter_config.json, as PEFT reads them."""
-    factors = {name: tensor for name, tensor in model.state_dict().items() if ".lora_" in name}
-    tensors = {f"base_model.model.{name}": tensor for name, tensor in factors.items()}
+def save_adapters(model: nn.Module, directory: Path) -> None:
+    """Write adapter_model.safetensors and adapter_config.json, as PEFT reads them. r and alpha are those of the first
+    adapter."""
+    tensors = {"base_model.model." + name: t for name, t in model.state_dict().items() if ".lora_" in name}
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(BUNDLED)}
-    sizes = {"r": r, "lora_alpha": alpha, "target_modules": TARGETS}
-    write_json(directory / "adapter_config.json", config | sizes)
+    lora = next(module for module in model.modules() if isinstance(module, LoraLinear))
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(BUNDLED),
+              "r": lora.lora_A.out_features, "lora_alpha": lora.alpha, "target_modules": TARGETS}  # fmt: skip
+    write_json(directory / "adapter_config.json", config)
 
 
 def main(steps: int = 100) -> int:
@@ -89,21 +91,27 @@ def main(steps: int = 100) -> int:
     parser.add_argument("--save", type=Path, default="runs/lora", metavar="DIR", help="default: runs/lora")
     options = parser.parse_args()
     options.save.mkdir(parents=True, exist_ok=True)
-    texts = corpus.load()
-    held_out = [corpus.spelling_of_1623(play[20_000:50_000]) for play in texts["test"]]
+
+    # Data
+    texts = {part: list(map(corpus.spelling_of_1623, works)) for part, works in corpus.load().items()}
+    held_out = [play[20_000:50_000] for play in texts["test"]]  # 30,000 characters of each, to save time
     tokenizer = Tokenizer.from_dir(BUNDLED)
     model = Ministral3ForCausalLM.from_pretrained(BUNDLED, torch.float32)
     before = evaluate.bits_per_byte(model, tokenizer, held_out, 1024)
     print(f"held-out bits per byte before: {before:.3f}", flush=True)
 
+    # Adapters
     torch.manual_seed(options.seed)
     add_adapters(model)
-    works = [tokenizer.encode(corpus.spelling_of_1623(work)) for work in texts["train"]]
+
+    # Training
     recipe = train.Recipe(steps, options.seed, 1024, context=512, learning_rate=1e-2, warmup=10)
-    batches = train.Batches(works, recipe)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], weight_decay=0.0)
+    batches = train.Batches([tokenizer.encode(work) for work in texts["train"]], recipe)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)  # skips what has no gradient
     for step in range(steps):
         train.train_step(model, [optimizer], batches.of_step(step), step, recipe)
+
+    # Merge
     save_adapters(model, options.save)
     merge_adapters(model.eval())
     after = evaluate.bits_per_byte(model, tokenizer, held_out, 1024)

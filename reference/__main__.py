@@ -23,10 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chat import read_image
 from checkpoint import DTYPES, find
 from cli import Parser, exit_code
-from images import batch_images
+from images import batch_images, read_image
 from model_types import BUNDLED, GenerativeModel, load_model
 from reference import golden
 from reference.compare import (

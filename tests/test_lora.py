@@ -54,7 +54,10 @@ def draw_lora(rng, kind, layers, tied, dtype):
     if rng.random() < 0.3:
         settings["alpha_pattern"] = {rf"layers\.0\..*\.{modules[-1]}": 7}
     if not tied:
-        modules += rng.sample(["lm_head", "embed_tokens"][: 1 + (dtype == torch.float32)], rng.randint(0, 1))
+        others = ["lm_head"]
+        if dtype == torch.float32:
+            others.append("embed_tokens")
+        modules += rng.sample(others, rng.randint(0, 1))
     if kind == "layers":
         settings["layers_to_transform"] = rng.choice([layers - 1, [0]])
         modules = [name for name in modules if name in PROJECTIONS]
@@ -114,7 +117,7 @@ def test_merged_weights_equal_those_of_peft(tmp_path_factory, selection, rng, ki
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_an_embedding_of_16_bits_is_rounded_once(tmp_path, dtype):
-    """peft rounds its product before the sum, that of a linear layer not."""
+    """peft rounds its product before the sum, but not the product of a linear layer."""
     model = draw_model(random.Random(5), "ministral", dtype)
     model.config.tie_word_embeddings = False
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
@@ -206,7 +209,7 @@ def test_the_example_computes_what_peft_computes(tmp_path, family):
     ours, theirs = pair(config, torch.float32, 0)
     lora.add_adapters(ours, r=3, alpha=7)
     randomize(ours, random.Random(0))
-    lora.save_adapters(ours, tmp_path, r=3, alpha=7)
+    lora.save_adapters(ours, tmp_path)
     adapted = peft.PeftModel.from_pretrained(theirs, tmp_path, is_trainable=True)
     assert ours(IDS).logits.equal(adapted(IDS).logits)
     losses = [model(IDS, labels=IDS).loss for model in (ours, adapted)]
@@ -255,7 +258,7 @@ def test_the_example_learns_and_its_adapter_merges(short, tmp_path, monkeypatch,
 
 def test_the_spelling():
     assert corpus.spelling_of_1623("Up, up! I have judged, Julia: give every VOTE; a virtue, love us.") == (
-        "Vp, vp! I haue iudged, Iulia: giue euery VOTE; a vertue, loue vs.".replace("vertue", "virtue")
+        "Vp, vp! I haue iudged, Iulia: giue euery VOTE; a virtue, loue vs."
     )
 
 

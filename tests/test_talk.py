@@ -20,6 +20,7 @@ from PIL import Image
 import chat
 import command
 import generate
+import images
 import terminal
 from chat import Conversation
 from checkpoint import GenerationConfig
@@ -136,8 +137,8 @@ def test_a_stored_cache_changes_no_answer(tokenizer, rng, kind):
 def test_an_image_is_loaded_and_encoded_once(tokenizer, tmp_path, monkeypatch):
     Image.new("RGB", (20, 20), "red").save(tmp_path / "a.png")
     model, loaded, encoded = tiny("vision", random.Random(0)), [], []
-    load, forward = chat.load_image, PixtralVisionModel.forward
-    monkeypatch.setattr(chat, "load_image", lambda source: loaded.append(source) or load(source))
+    load, forward = images.load_image, PixtralVisionModel.forward
+    monkeypatch.setattr(images, "load_image", lambda source: loaded.append(source) or load(source))
     monkeypatch.setattr(PixtralVisionModel, "forward", lambda self, pixels, *rest, **more:
                         encoded.append(len(pixels)) or forward(self, pixels, *rest, **more))  # fmt: skip
     conversation = Conversation(tokenizer, model.config, [])
@@ -611,7 +612,7 @@ def test_the_file_of_an_image_may_change(tokenizer, vision_directory, monkeypatc
         tokenizer, monkeypatch, f"/image {file}", "What?",
         lambda: shutil.copy(vision_directory / "white.png", file), f"/image {file}", "And now?",
     )  # fmt: skip
-    white = chat.read_image(vision_directory / "white.png", conversation.config, tokenizer)[0]
+    white = images.read_image(vision_directory / "white.png", conversation.config, tokenizer)[0]
     assert seen[1][-1].equal(white) and not seen[0][0].equal(white)
 
 

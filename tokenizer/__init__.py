@@ -24,6 +24,7 @@ from tokenizers import Tokenizer as Backend
 from torch import Tensor
 
 import checkpoint
+from checks import expect_size
 
 from .answers import SWITCHES, ChatStream, decode_chat, switches
 from .batches import (
@@ -31,8 +32,7 @@ from .batches import (
     TENSORS,
     BatchEncoding,
     BatchTokenizer,
-    check_length,
-    choose,
+    expect_choice,
     first_row,
     image_inputs,
     split_conversations,
@@ -182,9 +182,9 @@ class Tokenizer(BatchTokenizer):
             raise ValueError(f"{', '.join(unknown)}: no argument of Tokenizer.from_pretrained")
         directory = checkpoint.find(path_or_hub_id, revision, "tokenizer", token, cache_dir, local_files_only)
         tokenizer = cls.from_dir(directory, version)
-        tokenizer.padding_side = choose("padding_side", padding_side, SIDES)
-        tokenizer.truncation_side = choose("truncation_side", truncation_side, SIDES)
-        check_length("model_max_length", model_max_length)
+        tokenizer.padding_side = expect_choice("padding_side", padding_side, SIDES)
+        tokenizer.truncation_side = expect_choice("truncation_side", truncation_side, SIDES)
+        expect_size("model_max_length", model_max_length)
         tokenizer.model_max_length = model_max_length
         if pad_token is not None:
             tokenizer.pad_token = pad_token
@@ -278,8 +278,8 @@ class Tokenizer(BatchTokenizer):
         return_tensors: str | None = None,
         return_dict: bool = True,
     ) -> Any:
-        """`encode_chat` for one conversation or a list of them, under the name that it has in Transformers. There is no
-        template: the layout is that of `version`.
+        """Encode a conversation or a list of them; Transformers' `apply_chat_template`. There is no template: the
+        layout is that of `version`, see `encode_chat`.
 
         Args:
             conversation: messages, or a list of lists of messages.
@@ -299,15 +299,38 @@ class Tokenizer(BatchTokenizer):
             ValueError: as `encode_chat` and `__call__`; images without an `image_reader`.
         """
         conversations, batched = split_conversations(conversation)
-        check_tools(tools)
-        if continue_final_message:
-            conversations = [mark_prefix(messages, add_generation_prompt) for messages in conversations]
-        if not tokenize:
-            texts = [self._chat_text(messages, tools) for messages in conversations]
-            if batched:
-                return texts
-            return texts[0]
+        if tokenize:
+            return self.chat_rows(
+                conversations, tools, add_generation_prompt, continue_final_message, return_dict,
+                batched=batched, padding=padding, truncation=truncation, max_length=max_length,
+                return_tensors=return_tensors,
+            )  # fmt: skip
+        prepared = prepare(conversations, tools, add_generation_prompt, continue_final_message)
+        texts = [self._chat_text(messages, tools) for messages in prepared]
+        if batched:
+            return texts
+        return texts[0]
 
+    def chat_rows(
+        self,
+        conversations: Sequence[Any],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        return_dict: bool = True,
+        **settings: Any,
+    ) -> Any:
+        """The rows of ids of conversations, with their images: `apply_chat_template` with tokenize=True.
+
+        Args:
+            conversations: lists of messages.
+            tools, add_generation_prompt, continue_final_message, return_dict: see `apply_chat_template`.
+            settings: the keyword arguments of `batch_rows`.
+
+        Raises:
+            ValueError: as `apply_chat_template`.
+        """
+        prepared = prepare(conversations, tools, add_generation_prompt, continue_final_message)
         images: list[Tensor] = []
 
         def encode_image(source: Any) -> list[int]:
@@ -318,8 +341,8 @@ class Tokenizer(BatchTokenizer):
             images.append(pixels)
             return ids
 
-        rows = [self.encode_chat(messages, tools, encode_image) for messages in conversations]
-        batch = self.batch_rows(rows, images, batched, padding, truncation, max_length, return_tensors)
+        rows = [self.encode_chat(messages, tools, encode_image) for messages in prepared]
+        batch = self.batch_rows(rows, images, **settings)
         if return_dict:
             return batch
         if images:
@@ -327,10 +350,28 @@ class Tokenizer(BatchTokenizer):
         return batch["input_ids"]
 
     def batch_rows(
-        self, rows: list[list[int]], images: Sequence[Tensor], batched: bool, padding: Any, truncation: Any,
-        max_length: Any, return_tensors: Any, every_size: bool = False,
-    ) -> BatchEncoding:  # fmt: skip
-        """The rows of ids, cut and padded, with their images. `batched=False`: the only row, see `first_row`."""
+        self,
+        rows: list[list[int]],
+        images: Sequence[Tensor],
+        *,
+        batched: bool = True,
+        every_size: bool = False,
+        padding: bool | str = False,
+        truncation: bool | str = False,
+        max_length: int | None = None,
+        return_tensors: str | None = None,
+    ) -> BatchEncoding:
+        """Cut and pad rows of ids, and add their images.
+
+        Args:
+            images: (3, height, width) each, in the order of the rows.
+            batched: with False, return the only row, see `first_row`.
+            every_size: return image_sizes even if all images have the same size.
+            padding, truncation, max_length, return_tensors: see `__call__`.
+
+        Raises:
+            ValueError: as `__call__`; truncation of a text with images.
+        """
         cut = self.truncate(rows, truncation, max_length, padding)
         if images and cut != rows:
             raise ValueError("truncation would cut a text with images; allowed: a larger max_length, or none")
@@ -338,11 +379,16 @@ class Tokenizer(BatchTokenizer):
         if not batched:
             batch = first_row(batch)
         if images:
-            batch.update(image_inputs(images, choose("return_tensors", return_tensors, TENSORS), every_size))
+            format = expect_choice("return_tensors", return_tensors, TENSORS)
+            batch.update(image_inputs(images, format, every_size))
         return batch
 
     def _chat_text(self, messages: Sequence[Mapping[str, Any]], tools: Any) -> str:
-        """The text of a conversation, with one [IMG] for each image."""
+        """The text of a conversation, with one [IMG] for each image.
+
+        Raises:
+            ValueError: as `encode_chat`; an image, for a tokenizer without [IMG].
+        """
 
         def encode_image(source: Any) -> list[int]:
             if "[IMG]" not in self.special_tokens:
@@ -374,6 +420,17 @@ class Tokenizer(BatchTokenizer):
             kind: the kind with which the ids begin; "thinking" if the prompt ends within thinking.
         """
         return decode_chat(self, ids, kind)
+
+
+def prepare(
+    conversations: Sequence[Any], tools: Any, add_generation_prompt: bool, continue_final_message: bool
+) -> list[Any]:
+    """Check arguments of `apply_chat_template`, and mark the last messages if they are continued (raises ValueError as
+    `check_tools` and `mark_prefix`)."""
+    check_tools(tools)
+    if not continue_final_message:
+        return list(conversations)
+    return [mark_prefix(messages, add_generation_prompt) for messages in conversations]
 
 
 def check_tools(tools: Any) -> None:

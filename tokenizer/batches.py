@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from checks import is_number
+from checks import expect_size
 from images import batch_images
 
 from .bpe import TextTokenizer
@@ -88,12 +88,16 @@ class BatchTokenizer(TextTokenizer):
         """Encode a text or a list of texts.
 
         Args:
+            text: a text, or a list of at least one.
             add_special_tokens: begin with "<s>".
             padding: True or "longest": to the longest row. "max_length": to `max_length`. False: none.
             truncation: True or "longest_first": cut to `max_length` ids, "<s>" included; to `model_max_length` without.
                 None is True with a `max_length` and padding=False.
+            max_length: the number of ids to which rows are cut or padded, as the two arguments above say.
             pad_to_multiple_of: padded rows get a length that is a multiple of this number.
+            padding_side: "left" or "right"; None is the attribute of this name.
             return_tensors: "pt" (PyTorch), "np" (NumPy), None for lists.
+            return_attention_mask: with False, return input_ids only. None is True.
             split_special_tokens: see `encode`. Here the default is True: special tokens that users type stay text.
             text_pair, return_token_type_ids: not supported.
 
@@ -120,14 +124,23 @@ class BatchTokenizer(TextTokenizer):
         return batch
 
     def truncate(
-        self, rows: list[list[int]], truncation: Any, max_length: int | None, padding: Any, kept: int = 0
-    ) -> list[list[int]]:
-        """Rows of ids, cut on `truncation_side`. The first `kept` ids of a row stay."""
-        padded = choose("padding", padding, PADDING)
+        self, rows: list[list[int]], truncation: Any, max_length: int | None, padding: Any,
+        leading_ids: int = 0,
+    ) -> list[list[int]]:  # fmt: skip
+        """Cut rows of ids on `truncation_side`.
+
+        Args:
+            truncation, max_length, padding: see `__call__`.
+            leading_ids: the number of ids at the beginning of a row that are kept.
+
+        Raises:
+            ValueError: an argument, or the attribute `truncation_side`, with another value.
+        """
+        padded = expect_choice("padding", padding, PADDING)
         if truncation is None:
             truncation = max_length is not None and padding is False
-        cut = choose("truncation", truncation, TRUNCATION)
-        check_length("max_length", max_length)
+        cut = expect_choice("truncation", truncation, TRUNCATION)
+        expect_size("max_length", max_length)
         if max_length is not None and not cut and padded != "max_length":
             cure = "truncation=True cuts to it, padding='max_length' pads to it"
             warnings.warn(f"max_length={max_length} has no effect here; {cure}", stacklevel=3)
@@ -136,10 +149,14 @@ class BatchTokenizer(TextTokenizer):
             limit = self.model_max_length
         if not cut or limit is None:
             return rows
-        if choose("truncation_side", self.truncation_side, SIDES) == "right":
+        if expect_choice("truncation_side", self.truncation_side, SIDES) == "right":
             return [row[:limit] for row in rows]
-        kept = min(kept, limit)
-        return [row[:kept] + row[kept:][max(0, len(row) - limit) :] for row in rows]
+        leading_ids = min(leading_ids, limit)
+        cut_rows = []
+        for row in rows:
+            surplus = max(0, len(row) - limit)
+            cut_rows.append(row[:leading_ids] + row[leading_ids + surplus :])
+        return cut_rows
 
     def pad(
         self,
@@ -156,16 +173,22 @@ class BatchTokenizer(TextTokenizer):
         Args:
             encoded_inputs: {"input_ids": rows} or a list of {"input_ids": row}, as a tokenizer returns it. The values
                 are lists, arrays or tensors. Keys that are not a tokenizer's (labels) are not filled up.
+            padding, max_length, pad_to_multiple_of, padding_side: see `__call__`.
+            return_attention_mask: with False, add no attention_mask. One that is there stays.
             return_tensors: as in `__call__`; None keeps arrays and tensors what they are.
 
+        Returns:
+            The encoding, as `__call__` returns it. One row gives one row.
+
         Raises:
-            ValueError: as in `__call__`.
+            ValueError: as `__call__`; `encoded_inputs` without input_ids, or of different keys; a value that is no
+                tensor.
         """
         inputs = as_columns(encoded_inputs)
-        kind = choose("return_tensors", return_tensors, TENSORS)
-        if not kind:
-            kind = kind_of(inputs["input_ids"])
-        columns = {name: as_list(value) for name, value in inputs.items()}
+        format = expect_choice("return_tensors", return_tensors, TENSORS)
+        if not format:
+            format = tensor_format(inputs["input_ids"])
+        columns = {name: to_lists(value) for name, value in inputs.items()}
         rows = columns["input_ids"]
         single = len(rows) > 0 and not isinstance(rows[0], list)
         if single:
@@ -177,22 +200,26 @@ class BatchTokenizer(TextTokenizer):
         length = self._padded_length(rows, padding, max_length, pad_to_multiple_of)
         if padding_side is None:
             padding_side = self.padding_side
-        side = choose("padding_side", padding_side, SIDES)
+        side = expect_choice("padding_side", padding_side, SIDES)
         fillers = {"input_ids": self.pad_token_id, **FILLERS}
         for name in columns.keys() & fillers.keys():
             columns[name] = [fill_up(row, length, fillers[name], side) for row in columns[name]]
         batch = BatchEncoding(columns)
         if single:
             batch = first_row(batch)
-        return as_tensors(batch, kind)
+        return as_tensors(batch, format)
 
     def _padded_length(
         self, rows: list[list[int]], padding: Any, max_length: int | None, multiple: int | None
     ) -> int:
-        """The number of ids to which rows are padded; 0 without padding."""
-        check_length("pad_to_multiple_of", multiple)
-        check_length("max_length", max_length)
-        padding = choose("padding", padding, PADDING)
+        """The number of ids to which rows are padded; 0 without padding.
+
+        Raises:
+            ValueError: an argument with another value, no pad token, or "max_length" without a length.
+        """
+        expect_size("pad_to_multiple_of", multiple)
+        expect_size("max_length", max_length)
+        padding = expect_choice("padding", padding, PADDING)
         if not padding:
             if multiple is not None:
                 warnings.warn("pad_to_multiple_of has no effect without padding=True", stacklevel=4)
@@ -232,7 +259,7 @@ class BatchTokenizer(TextTokenizer):
             raise ValueError("clean_up_tokenization_spaces=True is not supported; it would change the text")
         if skip_special_tokens is None:
             skip_special_tokens = self.skip_special_tokens
-        ids = as_list(token_ids)
+        ids = to_lists(token_ids)
         if isinstance(ids, Iterable) and not isinstance(ids, str):
             ids = list(ids)
         else:
@@ -245,8 +272,12 @@ class BatchTokenizer(TextTokenizer):
         self, sequences: Any, skip_special_tokens: bool | None = None,
         clean_up_tokenization_spaces: bool | None = None,
     ) -> list[str]:  # fmt: skip
-        """The texts of rows of ids, see `decode`. One row of ids gives one text."""
-        rows = as_list(sequences)
+        """The texts of rows of ids, see `decode`. One row of ids gives one text.
+
+        Raises:
+            ValueError: as `decode`; `sequences` that are not rows.
+        """
+        rows = to_lists(sequences)
         if not isinstance(rows, list):
             raise ValueError(f"sequences are {brief(sequences)}; allowed: rows of ids")
         if rows and not isinstance(rows[0], list):
@@ -278,7 +309,7 @@ class BatchTokenizer(TextTokenizer):
 
     def convert_ids_to_tokens(self, ids: Any, skip_special_tokens: bool = False) -> Any:
         """The token of an id, or the tokens of a list of ids (raises ValueError if there is no such id)."""
-        values = as_list(ids)
+        values = to_lists(ids)
         if isinstance(values, list):
             special = set()
             if skip_special_tokens:
@@ -314,7 +345,8 @@ class BatchTokenizer(TextTokenizer):
 
     @property
     def pad_token(self) -> str | None:
-        """The token that fills up rows, or None. It can be set to another token of the vocabulary."""
+        """The token that fills up rows, or None. It can be set to another token of the vocabulary (raises ValueError
+        for a text that is not one)."""
         return self._token(self.pad_token_id)
 
     @pad_token.setter
@@ -333,7 +365,7 @@ class BatchTokenizer(TextTokenizer):
 # ---------------------------------------------------------------------------------------------------- arguments
 
 
-def choose(name: str, value: Any, choices: Mapping[Any, Any]) -> Any:
+def expect_choice(name: str, value: Any, choices: Mapping[Any, Any]) -> Any:
     """The meaning of a value among `choices` (raises ValueError for another one)."""
     for choice, meaning in choices.items():
         if value is choice or (isinstance(value, str) and value == choice):
@@ -342,14 +374,12 @@ def choose(name: str, value: Any, choices: Mapping[Any, Any]) -> Any:
     raise ValueError(f"{name}={brief(value)} is not supported; supported: {allowed}")
 
 
-def check_length(name: str, value: Any) -> None:
-    """Raise ValueError unless a number of ids is None or a whole number above 0."""
-    if value is not None and not is_number(value, int, 1):
-        raise ValueError(f"{name}={brief(value)} is impossible; allowed: a whole number above 0")
-
-
 def list_of_texts(text: Any) -> list[str]:
-    """The texts in a text or a list of texts."""
+    """The texts in a text or a list of texts.
+
+    Raises:
+        ValueError: no text, or something else.
+    """
     if isinstance(text, str):
         return [text]
     if not isinstance(text, (list, tuple)) or not text:
@@ -370,17 +400,17 @@ def split_conversations(conversation: Any) -> tuple[list[Any], bool]:
 # --------------------------------------------------------------------------------------------- lists and tensors
 
 
-def as_list(value: Any) -> Any:
-    """Arrays and tensors as numbers in lists, also those in a list."""
+def to_lists(value: Any) -> Any:
+    """Convert arrays and tensors to lists, also inside lists."""
     if isinstance(value, (Tensor, np.ndarray, np.generic)):
         return value.tolist()
     if isinstance(value, (list, tuple)):
-        return [as_list(item) for item in value]
+        return [to_lists(item) for item in value]
     return value
 
 
-def kind_of(value: Any) -> str:
-    """The kind of tensors in a value: "pt", "np", or "" for lists."""
+def tensor_format(value: Any) -> str:
+    """The format of a value, or of the first one in a list: "pt" (tensor), "np" (array), or "" (lists)."""
     while isinstance(value, (list, tuple)) and value:
         value = value[0]
     if isinstance(value, Tensor):
@@ -424,9 +454,10 @@ def first_row(batch: BatchEncoding) -> BatchEncoding:
     return row
 
 
-def as_tensors(batch: BatchEncoding, kind: str) -> BatchEncoding:
-    """The encoding with its values as tensors of a kind, see `TENSORS` (raises ValueError for unequal rows)."""
-    if not kind:
+def as_tensors(batch: BatchEncoding, format: str) -> BatchEncoding:
+    """Convert the values of an encoding to tensors of a format, see `TENSORS` (raises ValueError for unequal rows, or
+    for values that are no numbers)."""
+    if not format:
         return batch
     for name, value in batch.items():
         of_text = name in ("input_ids", *FILLERS)
@@ -440,33 +471,29 @@ def as_tensors(batch: BatchEncoding, kind: str) -> BatchEncoding:
             raise ValueError(f"{name} is {brief(value)}, which is no tensor; leave it out") from error
         if of_text:
             tensor = tensor.long()  # an empty row is read as floats
-        batch[name] = of_kind(tensor, kind)
+        batch[name] = to_format(tensor, format)
     return batch
 
 
-def image_inputs(images: Sequence[Tensor], kind: str, every_size: bool = False) -> dict[str, Any]:
+def image_inputs(images: Sequence[Tensor], format: str, every_size: bool = False) -> dict[str, Any]:
     """pixel_values of images (3, h, w), and image_sizes where they differ, or always if `every_size`.
 
-    Tensors of a kind are those of `batch_images`. Without a kind they are lists, and the images keep their sizes.
+    Tensors of a format (see `TENSORS`) are those of `batch_images`. Without a format they are lists, and the images
+    keep their sizes.
     """
     pixel_values, sizes = batch_images(images)
     inputs: dict[str, Any] = {"pixel_values": [image.numpy() for image in images]}
-    if kind:
-        inputs["pixel_values"] = of_kind(pixel_values, kind)
+    image_sizes: Any = sizes
+    if format:
+        inputs["pixel_values"] = to_format(pixel_values, format)
+        image_sizes = to_format(torch.tensor(sizes), format)
     if every_size or len(set(sizes)) > 1:
-        inputs["image_sizes"] = size_inputs(sizes, kind)
+        inputs["image_sizes"] = image_sizes
     return inputs
 
 
-def size_inputs(sizes: list[tuple[int, int]], kind: str) -> Any:
-    """image_sizes, (height, width) of each image, as a tensor of a kind or as they are."""
-    if not kind:
-        return sizes
-    return of_kind(torch.tensor(sizes), kind)
-
-
-def of_kind(tensor: Tensor, kind: str) -> Any:
+def to_format(tensor: Tensor, format: str) -> Any:
     """The tensor for "pt", the array for "np"."""
-    if kind == "np":
+    if format == "np":
         return tensor.numpy()
     return tensor

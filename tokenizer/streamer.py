@@ -1,10 +1,10 @@
-"""Printing an answer while it grows, under the name that this has in Transformers."""
+"""Print an answer while it grows; Transformers' `TextStreamer`."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from .batches import as_list
+from .batches import to_lists
 from .bpe import TextStream, TextTokenizer
 
 
@@ -15,6 +15,7 @@ class TextStreamer:
     Transformers waits for the end of some words. A subclass can replace `on_finalized_text`.
 
     Args:
+        tokenizer: decodes the ids.
         skip_prompt: do not print the first ids that are put, the prompt.
         skip_special_tokens: do not print special tokens.
     """
@@ -37,7 +38,7 @@ class TextStreamer:
         Raises:
             ValueError: more than one row.
         """
-        ids = as_list(value)
+        ids = to_lists(value)
         if not isinstance(ids, list):
             ids = [ids]
         if ids and isinstance(ids[0], list):
