@@ -717,3 +717,67 @@ def test_a_cache_is_among_the_outputs():
     assert isinstance(out[2], KVCache) and list(out) == ["loss", "logits", "past_key_values"]
     assert isinstance(MinistralForCausalLM(text_config("ministral"))(IDS, return_dict=False)[1], KVCache)
     assert isinstance(Ministral3Config(), MinistralConfig)
+
+
+# --------------------------------------------------------------------------------------- edited configurations
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["ministral", "ministral3"])
+def test_layers_follow_a_configuration_that_is_edited(family):
+    """As in Transformers, whose Ministral 3 has no list of layers. A list that was given stays."""
+    ids = torch.arange(1, 20)[None]
+    config = draw_config(random.Random(0), family, sliding_window=None, layer_types=None)
+    config.num_hidden_layers, config.sliding_window = 3, 4
+    assert config.layer_types == ["sliding_attention"] * 3
+    model = our_class(family, "CausalLM")(config).eval()
+    narrow = model(ids).logits
+    model.config.sliding_window = None
+    assert not torch.allclose(model(ids).logits, narrow)
+    assert dataclasses.replace(config, attn_implementation="eager").layer_types == ["full_attention"] * 3
+    mixed = MinistralConfig(num_hidden_layers=2, layer_types=["full_attention", "sliding_attention"])
+    mixed.sliding_window = 7
+    assert mixed.layer_types == ["full_attention", "sliding_attention"]
+
+
+@torch.no_grad()
+@models
+def test_attention_is_changed_in_all_parts(family, task):
+    model = make(family, task)
+    ids = torch.arange(1, 9)[None]
+    model.set_attn_implementation("sdpa")
+    plain = model(ids, return_dict=False)[0]
+    model.set_attn_implementation("eager")
+    configs = {part.config.attn_implementation for part in model.modules() if hasattr(part, "config")}
+    assert configs == {"eager"} and model.config._attn_implementation == "eager"
+    out = model(ids, output_attentions=True)
+    assert out.attentions is not None
+    torch.testing.assert_close(out[0], plain, rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError, match="attn_implementation='flash' is not supported"):
+        model.set_attn_implementation("flash")
+
+
+def test_a_configuration_is_read_with_its_attention(saved):
+    assert Ministral3Config.from_pretrained(saved[1], attn_implementation="eager").attn_implementation == "eager"
+    with pytest.raises(ValueError, match="attn_implementation='nonsense' is not supported"):
+        Ministral3Config.from_pretrained(saved[1], attn_implementation="nonsense")
+
+
+@models
+def test_unknown_arguments_of_forward_are_refused(family, task):
+    model = make(family, task)
+    ids = torch.arange(1, 9)[None]
+    model(ids, token_type_ids=None)
+    with pytest.raises(ValueError, match=r"token_type_ids=tensor.* is not supported; arguments: input_ids"):
+        model(ids, token_type_ids=ids)
+    model.base_model.config.output_hidden_states = True
+    assert model(ids).hidden_states is not None
+
+
+def test_hooks_of_embeddings_come_and_go():
+    model = make("ministral", "CausalLM")
+    model.disable_input_require_grads()
+    model.enable_input_require_grads()
+    model.enable_input_require_grads()
+    model.disable_input_require_grads()
+    assert not model.get_input_embeddings()._forward_hooks

@@ -331,3 +331,105 @@ def test_positions_skip_padding_within_a_text(rng):
     tokens = generate(case.ours, case.ids, mask, max_new_tokens=4, eos_token_id=())
     expected = generate_naive(case.ours, case.ids[:, ~hidden], 4)
     assert torch.equal(tokens[:, -4:], expected[:, -4:])
+
+
+# ------------------------------------------------------------------------------------------ settings of the model
+
+
+@newer_transformers
+@settings(max_examples=20)
+@given(rngs)
+def test_none_switches_a_setting_of_the_file_off(rng):
+    case = draw_models(rng)
+    stored = {"do_sample": True, "temperature": 0.5, "top_k": 3, "top_p": 0.6, "repetition_penalty": 1.7}
+    stored |= {"eos_token_id": rng.randrange(1, VOCAB), "pad_token_id": 0}
+    case.ids.clamp_(min=1)
+    case.theirs.generation_config = transformers.GenerationConfig(**stored)
+    case.ours.generation_config = GenerationConfig(**stored)
+    names = [name for name in stored if name != "pad_token_id" and rng.random() < 0.5]
+    arguments = dict.fromkeys(names) | {"max_new_tokens": 12, "attention_mask": torch.ones_like(case.ids)}
+    if "do_sample" in names:
+        arguments["do_sample"] = False  # None is a warning there
+    assert_same_results(*both(case, {"input_ids": case.ids}, arguments, rng.randrange(99)))
+
+
+def test_settings_that_are_set_later_are_refused():
+    """In a generation_config.json they are a warning, as the text may still be of use."""
+    case = draw_case(random.Random(3))
+    model, ids = case.ours, case.ids
+    model.generation_config.no_repeat_ngram_size = 2
+    with pytest.raises(ValueError, match="no_repeat_ngram_size=2 is not supported"):
+        model.generate(ids, max_new_tokens=1)
+    model.generation_config = transformers.GenerationConfig(num_beams=2)
+    with pytest.raises(ValueError, match="num_beams=2 is not supported"):
+        generate(model, ids, max_new_tokens=1)
+    config = GenerationConfig(max_new_tokens=1)
+    config.num_beams = 4
+    assert config.num_beams == 4 and config.min_new_tokens is None
+    model.generation_config = transformers.GenerationConfig(max_new_tokens=2)
+    with pytest.raises(ValueError, match="num_beams=4 is not supported"):
+        model.generate(ids, config)
+    assert model.generate(ids).shape[1] == ids.shape[1] + 2
+    for name in ("forced_eos_token_id", "max_time"):  # 0 is a value of these
+        with pytest.raises(ValueError, match=f"{name}=0 is not supported"):
+            model.generate(ids, **{name: 0})
+    with pytest.raises(ValueError, match="top_p=2 is impossible"):
+        model.generation_config = GenerationConfig()
+        model.generation_config.top_p = 2
+    with pytest.raises(AttributeError, match="GenerationConfig has no temprature"):
+        assert model.generation_config.temprature
+
+
+def test_a_warned_setting_of_the_file_is_no_error(tmp_path):
+    case = draw_case(random.Random(3))
+    case.ours.save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"num_beams": 4, "length_penalty": 2.0}')
+    with pytest.warns(UserWarning, match=r"not supported here, and left out: num_beams=4$"):
+        model = type(case.ours).from_pretrained(tmp_path)
+    model.generate(case.ids, max_new_tokens=1)
+    model.generation_config.num_beams = 5
+    with pytest.raises(ValueError, match="num_beams=5 is not supported"):
+        model.generate(case.ids, max_new_tokens=1)
+
+
+@pytest.mark.parametrize("process", [
+    lambda ids, scores: scores[:1], lambda ids, scores: scores[0], lambda ids, scores: scores[:, :3],
+    lambda ids, scores: None,
+])  # fmt: skip
+def test_processors_return_scores_of_the_same_shape(process):
+    case = draw_case(random.Random(3))
+    ids = torch.arange(1, 13).view(3, 4)
+    with pytest.raises(ValueError, match="the result of a logits processor must be"):
+        case.ours.generate(ids, max_new_tokens=2, logits_processor=[process])
+
+
+def test_criteria_return_one_answer_or_one_for_each_row():
+    case = draw_case(random.Random(3))
+    ids = torch.arange(1, 13).view(3, 4)
+    settings = dict(max_new_tokens=6, eos_token_id=(), do_sample=False)
+    for answer in (True, 1, torch.tensor(True), torch.ones(3), torch.tensor([True] * 3)):
+        stopped = case.ours.generate(ids, stopping_criteria=[lambda ids, scores, a=answer: a], **settings)
+        assert stopped.shape == (3, 5)
+    for answer in (torch.ones(2), torch.ones(3, 1)):
+        with pytest.raises(ValueError, match="the result of a stopping criterion must be"):
+            case.ours.generate(ids, stopping_criteria=[lambda ids, scores, a=answer: a], **settings)
+
+
+def test_replaced_methods_are_used_or_refused():
+    """accelerate replaces `forward` of the model, peft's prompt tuning `prepare_inputs_for_generation`."""
+    case = draw_case(random.Random(3), dtype=torch.float32)
+    model, calls = case.ours, []
+    original = model.forward
+    model.forward = lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs)
+    generate(model, case.ids, max_new_tokens=2)
+    assert calls
+    del model.forward
+    model.prepare_inputs_for_generation = lambda *args, **kwargs: {}
+    with pytest.raises(ValueError, match="prepare_inputs_for_generation was replaced"):
+        model.generate(case.ids)
+    with torch.device("meta"):
+        empty = type(model)(model.config)
+    with pytest.raises(ValueError, match="the weights are on the meta device"):
+        empty.generate(case.ids)
+    with pytest.raises(ValueError, match="pixel_values must be a tensor"):
+        generate(case.truth(), case.ids, image_sizes=[(28, 28)])
