@@ -28,6 +28,13 @@ hypothesis.settings.register_profile("mutants", hypothesis.settings.get_profile(
                                      phases=[hypothesis.Phase.generate], database=None, derandomize=True)  # fmt: skip
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 
+
+
+def at_most(examples: int) -> hypothesis.settings:
+    """Fewer examples for a test that is slow: that many, or those of the profile if these are fewer."""
+    return hypothesis.settings(max_examples=min(examples, hypothesis.settings().max_examples))
+
+
 if "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(2)
 

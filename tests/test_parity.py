@@ -9,6 +9,7 @@ from hypothesis import given, strategies as st
 from ministral import MinistralConfig
 from ministral3 import Ministral3Config, Ministral3ForCausalLM
 from tests.cases import DTYPES, SCALES_BY_POSITION, draw_case, draw_config, pair
+from tests.conftest import at_most
 
 rngs = st.randoms(use_true_random=False)
 
@@ -101,6 +102,7 @@ def test_the_drawn_models_use_every_feature():
 
 
 @torch.no_grad()
+@at_most(100)
 @given(rngs)
 def test_packed_texts_are_bit_identical(rng):
     """Without mask and cache, positions that restart hide earlier texts, here as in Transformers."""
@@ -117,6 +119,7 @@ def test_packed_texts_are_bit_identical(rng):
 
 
 @torch.no_grad()
+@at_most(60)
 @given(rngs)
 def test_logits_to_keep(rng):
     case = draw_case(rng)
@@ -127,6 +130,7 @@ def test_logits_to_keep(rng):
     assert_same(a, b, None if case.mask is None else case.padding_mask[:, positions])
 
 
+@at_most(60)
 @given(rngs)
 def test_dropout_draws_the_same_numbers(rng):
     """In training, with the same seed, attention dropout removes the same probabilities; in eval it removes none."""

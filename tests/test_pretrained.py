@@ -32,6 +32,7 @@ from ministral3 import Ministral3Config, Ministral3ForCausalLM
 from model_types import load_model
 from tests import test_vision
 from tests.cases import VOCAB, draw_config, our_class, pair
+from tests.conftest import at_most
 from vision import Mistral3ForConditionalGeneration, Mistral3Model
 from vision_config import Mistral3Config, PixtralVisionConfig
 
@@ -439,6 +440,7 @@ def resize(model, arguments):
 
 @torch.no_grad()
 @pytest.mark.parametrize("task", TASKS)
+@at_most(40)
 @given(rngs)
 def test_resizing_is_transformers(task, rng):
     """Old rows, new rows (with the same seed), the tie, the configuration, the loss and a text."""
@@ -464,6 +466,7 @@ def test_resizing_is_transformers(task, rng):
 
 
 @torch.no_grad()
+@at_most(40)
 @given(rngs)
 def test_resizing_a_vision_model_is_transformers(rng):
     case = test_vision.draw_case(rng, dtype=torch.float32, image_token_index=10)

@@ -13,7 +13,7 @@ import re
 import pytest
 import torch
 import transformers
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 
 from checkpoint import GenerationConfig
 from checkpoint.generation_config import HARMLESS_SETTINGS, UNSUPPORTED, WITHOUT_EFFECT
@@ -21,7 +21,7 @@ from generate import generate, generate_naive
 from ministral import KVCache
 from settings import GENERATION_SETTINGS
 from tests.cases import VOCAB, draw_case
-from tests.conftest import newer_transformers
+from tests.conftest import at_most, newer_transformers
 from tests.test_generate import assert_same_tokens
 
 rngs = st.randoms(use_true_random=False)
@@ -124,6 +124,7 @@ def assert_same_results(theirs, ours):
 
 
 @newer_transformers
+@at_most(100)
 @given(rngs)
 def test_the_same_tokens_and_scores(rng):
     """Greedy and drawn after the same seed, padded or not, with and without each argument, and every default."""
@@ -139,7 +140,7 @@ def test_the_same_tokens_and_scores(rng):
 
 
 @newer_transformers
-@settings(max_examples=40)
+@at_most(30)
 @given(rngs)
 def test_a_generation_config_of_either_library(rng):
     """The call has precedence over the object, and the object over that of the model."""
@@ -183,7 +184,7 @@ class Recorder(transformers.generation.streamers.BaseStreamer):
 
 
 @newer_transformers
-@settings(max_examples=20)
+@at_most(10)
 @given(rngs)
 def test_a_streamer_gets_the_same(rng):
     case = draw_models(rng)
@@ -196,7 +197,7 @@ def test_a_streamer_gets_the_same(rng):
 
 
 @newer_transformers
-@settings(max_examples=30)
+@at_most(20)
 @given(rngs)
 def test_pad_tokens_are_padding_where_no_mask_is_given(rng):
     """At the beginning and within the text, unless the same id ends texts; positions skip them."""
@@ -318,7 +319,7 @@ def test_results_and_caches_can_be_used_in_training():
             model(result.sequences[:, -1:], past_key_values=result.past_key_values)
 
 
-@settings(max_examples=30)
+@at_most(20)
 @given(rngs)
 def test_positions_skip_padding_within_a_text(rng):
     """A mask may hide tokens anywhere but at the end: the text is that of the tokens that are left."""
@@ -337,7 +338,7 @@ def test_positions_skip_padding_within_a_text(rng):
 
 
 @newer_transformers
-@settings(max_examples=20)
+@at_most(20)
 @given(rngs)
 def test_none_switches_a_setting_of_the_file_off(rng):
     case = draw_models(rng)
