@@ -175,9 +175,8 @@ def test_the_trainer_classifies(tmp_path, capsys):
 
 
 def test_the_trainer_saves(tmp_path, capsys):
-    """It calls `save_pretrained` of Transformers' classes and of peft's only; docs/usage.md has the way for ours."""
-
-    page = (Path(__file__).parent.parent / "docs" / "usage.md").read_text(encoding="utf-8")
+    """It calls `save_pretrained` of Transformers' classes and of peft's only; docs/transformers.md has the way for ours."""
+    page = (Path(__file__).parent.parent / "docs" / "transformers.md").read_text(encoding="utf-8")
     names = {}
     exec(re.search(r"```python\n(from transformers import Trainer\n.*?)```", page, re.DOTALL)[1], names)
 
@@ -186,6 +185,16 @@ def test_the_trainer_saves(tmp_path, capsys):
     trainer.save_model(tmp_path / "saved")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
     assert torch.equal(again(IDS).logits, ours(IDS).logits)
+
+    rows = [{"input_ids": ids, "labels": ids} for ids in IDS]
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=2, save_steps=1, eval_steps=1, eval_strategy="steps", load_best_model_at_end=True,
+        learning_rate=1e-2, use_cpu=True, report_to=[], disable_tqdm=True,
+    )  # fmt: skip
+    trainer = names["SavingTrainer"](model=ours, args=arguments, train_dataset=rows, eval_dataset=rows)
+    trainer.train()
+    best = load_model(trainer.state.best_model_checkpoint)
+    assert torch.equal(best(IDS).logits, ours.eval()(IDS).logits)
 
     ours, _ = draw_pair("ministral3", "CausalLM", tie_word_embeddings=False)
     trainer = Trainer(model=ours, args=TrainingArguments(str(tmp_path), use_cpu=True, report_to=[]))
