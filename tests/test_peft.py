@@ -175,7 +175,7 @@ def test_the_trainer_classifies(tmp_path, capsys):
 
 
 def test_the_trainer_saves(tmp_path, capsys):
-    """It calls `save_pretrained` of Transformers' classes and of peft's only; docs/transformers.md has a way for ours."""
+    """It calls `save_pretrained` of Transformers' and peft's classes only; docs/transformers.md has a way for ours."""
     page = (Path(__file__).parent.parent / "docs" / "transformers.md").read_text(encoding="utf-8")
     names = {}
     exec(re.search(r"```python\n(from transformers import Trainer\n.*?)```", page, re.DOTALL)[1], names)
