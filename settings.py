@@ -81,8 +81,10 @@ def resolve(stored: Any, given: dict[str, Any]) -> GenerationConfig:
     Raises:
         ValueError: the latter has a setting that is not supported and was not in the model's file.
     """
-    if not isinstance(stored, GenerationConfig):  # Transformers' class
-        stored = GenerationConfig(**stored.to_dict())
+    if stored is None:
+        stored = GenerationConfig()
+    if not isinstance(stored, GenerationConfig):
+        stored = GenerationConfig(**given_settings(stored, {}))  # Transformers' class
     set_later = {name: value for name, value in stored.others.items() if stored.of_file.get(name) != value}
     given_settings(None, set_later)
     settings = {name: getattr(stored, name) for name in GENERATION_SETTINGS}

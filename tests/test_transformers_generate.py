@@ -367,6 +367,8 @@ def test_settings_that_are_set_later_are_refused():
     config = GenerationConfig(max_new_tokens=1)
     config.num_beams = 4
     assert config.num_beams == 4 and config.min_new_tokens is None
+    model.generation_config = None
+    assert model.generate(ids).shape[1] == ids.shape[1] + 20
     model.generation_config = transformers.GenerationConfig(max_new_tokens=2)
     with pytest.raises(ValueError, match="num_beams=4 is not supported"):
         model.generate(ids, config)
