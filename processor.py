@@ -23,7 +23,8 @@ from checkpoint.files import CONFIG, PARAMS, has_any
 from checks import as_list
 from images import read_image
 from tokenizer import BatchEncoding, Tokenizer, brief
-from tokenizer.batches import TENSORS, expect_choice, list_of_texts, split_conversations
+from tokenizer.batches import TENSORS, expect_choice, split_conversations
+from tokenizer.tokens import list_of_texts, refuse_unsupported
 from vision_config import Mistral3Config
 
 

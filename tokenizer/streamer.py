@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from .batches import to_lists
 from .bpe import TextStream, TextTokenizer
+from .tokens import to_lists
 
 
 class TextStreamer:
