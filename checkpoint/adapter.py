@@ -130,7 +130,7 @@ class Adapter:
     def _expect(self, key: str, valid: object, allowed: str) -> None:
         """Raise ValueError unless a value of adapter_config.json is `valid`."""
         if not valid:
-            found = f"{self.directory / ADAPTER} has {key}={self.config.get(key)!r}"
+            found = f"{self.directory / ADAPTER} has {key}={reprlib.repr(self.config.get(key))}"
             raise ValueError(f"{found}; allowed: {allowed}")
 
     def _expect_config(self) -> None:

@@ -124,8 +124,8 @@ class BatchTokenizer(TokenNames):
             ValueError: an argument with another value, padding without a pad token, or tensors of unequal rows.
         """
         if text_pair is not None or return_token_type_ids:
-            unsupported = "text_pair and return_token_type_ids are not supported"
-            raise ValueError(f"{unsupported}; give one text for each row")
+            problem = "text_pair and return_token_type_ids are not supported"
+            raise ValueError(f"{problem}; give one text for each row")
         refuse_unsupported(unsupported)
         texts = list_of_texts(text)
         rows = [self.encode(item, add_special_tokens, split_special_tokens) for item in texts]
@@ -151,7 +151,8 @@ class BatchTokenizer(TokenNames):
             ValueError: not a text; as `__call__`; `bos` and `add_special_tokens` that differ.
         """
         if not isinstance(bos, bool):
-            raise ValueError(f"bos={brief(bos)} is not supported; supported: True and False, and no text_pair")
+            supported = "True and False, and no text_pair"
+            raise ValueError(f"bos={brief(bos)} is not supported; supported: {supported}")
         if not settings:
             return super().encode(text, bos, split_special_tokens)
         if settings.setdefault("add_special_tokens", bos) and not bos:
@@ -290,7 +291,7 @@ class BatchTokenizer(TokenNames):
 
     # Ids to text.
 
-    def decode(
+    def decode(  # type: ignore[override]  # of rows, too
         self, token_ids: Any, skip_special_tokens: bool | None = None,
         clean_up_tokenization_spaces: bool | None = None, **unsupported: Any,
     ) -> Any:  # fmt: skip
@@ -362,9 +363,9 @@ def expect_rows(columns: Mapping[str, Any]) -> None:
     for name in ("input_ids", *(columns.keys() & FILLERS.keys())):
         found = []
         for row in expect_list(name, columns[name]):
-            wrong = [value for value in expect_list(f"a row of {name}", row) if not isinstance(value, Integral)]
-            if wrong:
-                raise ValueError(f"a row of {name} has {brief(wrong[0])}; allowed: whole numbers")
+            kinds = {type(value) for value in expect_list(f"a row of {name}", row)}  # faster than each value
+            if not all(issubclass(kind, Integral) for kind in kinds):
+                raise ValueError(f"a row of {name} is {brief(row)}; allowed: whole numbers")
             found.append(len(row))
         if lengths is None:
             lengths = found

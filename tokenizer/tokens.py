@@ -179,7 +179,7 @@ class TokenNames(TextTokenizer):
     # Names that change nothing here.
 
     def add_tokens(self, new_tokens: Any, special_tokens: bool = False) -> int:
-        """No tokens can be added: raises ValueError, except for an empty list. Returns 0, the number of new tokens."""
+        """Raise ValueError, except for an empty list: no tokens can be added. Returns 0: no token is new."""
         if isinstance(new_tokens, (list, tuple)) and not new_tokens:
             return 0
         unused = [name for name in self.special_tokens if name.startswith("<SPECIAL_")]
@@ -189,7 +189,7 @@ class TokenNames(TextTokenizer):
         raise ValueError(f"{brief(new_tokens)}: tokens cannot be added; {cure}")
 
     def add_special_tokens(self, special_tokens_dict: Mapping[str, Any]) -> int:
-        """Set `bos_token`, `eos_token` and `pad_token` to tokens of the vocabulary. Returns 0, the number of new tokens.
+        """Set `bos_token`, `eos_token` and `pad_token` to tokens of the vocabulary. Returns 0: no token is new.
 
         Raises:
             ValueError: another key, or a token that is not in the vocabulary.
@@ -212,7 +212,8 @@ class TokenNames(TextTokenizer):
     @chat_template.setter
     def chat_template(self, template: Any) -> None:
         if template is not None:
-            raise ValueError("chat_template cannot be set: templates are not run; version selects Mistral's layout")
+            reason = "templates are not run; version selects Mistral's layout"
+            raise ValueError(f"chat_template cannot be set: {reason}")
 
     @property
     def add_bos_token(self) -> bool:
