@@ -326,7 +326,7 @@ def _is_alpha(value: Any) -> bool:
 def _is_expression(text: str) -> bool:
     try:
         re.compile(text)
-    except re.error:
+    except (re.error, OverflowError):
         return False
     return True
 

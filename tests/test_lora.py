@@ -364,6 +364,7 @@ SETTINGS = {
     "rank_pattern={'q_proj': 0}; allowed: an object": dict(rank_pattern={"q_proj": 0}),
     "alpha_pattern={'(': 1}; allowed: names or regular": dict(alpha_pattern={"(": 1}),
     "target_modules='('; allowed: a regular expression": dict(target_modules="("),
+    "target_modules='a{99999999999999999999}'; allowed": dict(target_modules="a{99999999999999999999}"),
     "target_modules=3; allowed: a text": dict(target_modules=3),
     "layers_to_transform='0'; allowed: whole numbers": dict(layers_to_transform="0"),
     "says rank 3": dict(rank_pattern={"q_proj": 3}),
@@ -439,8 +440,9 @@ def test_tied_tensors_are_not_changed(tmp_path, capsys, modules, saved):
 def test_files_that_are_missing(directories, capsys):
     (directories / "adapter" / "adapter_model.safetensors").rename(directories / "adapter" / "adapter_model.bin")
     assert "a pickle (adapter_model.bin) is not read" in refused(capsys, directories)
-    (directories / "adapter" / "adapter_model.safetensors").write_bytes(b"no")
-    assert "is truncated or not a safetensors file" in refused(capsys, directories)
+    for content in (b"no", b""):
+        (directories / "adapter" / "adapter_model.safetensors").write_bytes(content)
+        assert "is truncated or not a safetensors file" in refused(capsys, directories)
     (directories / "adapter" / "adapter_config.json").write_text("{")
     assert "is not JSON" in refused(capsys, directories)
     (directories / "adapter" / "adapter_config.json").unlink()

@@ -228,6 +228,7 @@ def test_tokens_equal_transformers(both):
     assert ours.convert_ids_to_tokens([1, 500], skip_special_tokens=True) == ours.convert_ids_to_tokens([500])
     assert ours.unk_token == theirs.unk_token and ours.special_tokens_map == theirs.special_tokens_map
     assert ours.chat_template is theirs.chat_template is None and ours.is_fast
+    assert ours.convert_tokens_to_ids([]) == theirs.convert_tokens_to_ids([]) == []
     assert ours.convert_tokens_to_ids("a\ud800") == 0 and ours.vocab == ours.get_vocab()
     if is_fast(theirs):  # those of mistral-common are text, and not one for each id
         for settings in ({}, dict(add_special_tokens=True)):

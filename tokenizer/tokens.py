@@ -77,6 +77,8 @@ class TokenNames(TextTokenizer):
     def convert_tokens_to_ids(self, tokens: str | list[str]) -> Any:
         """The id of a token, or the ids of a list of tokens. An unknown token has the id of "<unk>", or None without
         one."""
+        if isinstance(tokens, (list, tuple)) and not tokens:
+            return []
         if not isinstance(tokens, str):
             return [self.convert_tokens_to_ids(token) for token in list_of_texts(tokens)]
         found = self._find(tokens)
