@@ -31,7 +31,7 @@ from ministral3 import Ministral3Config, Ministral3ForCausalLM, Ministral3Model
 from model_types import MODELS
 from pretrained import PreTrainedConfig, PreTrainedModel
 from processor import MistralCommonBackend, Processor
-from tokenizer import BatchEncoding, TextStreamer
+from tokenizer import BatchEncoding, TextIteratorStreamer, TextStreamer
 from vision import Mistral3ForConditionalGeneration, Mistral3Model, PixtralVisionModel
 from vision_config import TEXT_CONFIGS, Mistral3Config, PixtralVisionConfig
 
@@ -76,6 +76,7 @@ __all__ = [
     "PretrainedConfig",
     "StoppingCriteria",
     "StoppingCriteriaList",
+    "TextIteratorStreamer",
     "TextStreamer",
     "set_seed",
 ]

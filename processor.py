@@ -23,7 +23,8 @@ from checkpoint.files import CONFIG, PARAMS, has_any
 from checks import as_list
 from images import read_image
 from tokenizer import BatchEncoding, Tokenizer, brief
-from tokenizer.batches import TENSORS, expect_choice, list_of_texts, split_conversations
+from tokenizer.batches import TENSORS, expect_choice, split_conversations
+from tokenizer.tokens import list_of_texts, refuse_unsupported
 from vision_config import Mistral3Config
 
 
@@ -74,13 +75,13 @@ class Processor:
         self.image_token_id = tokenizer.special_tokens.get(self.image_token)
 
     @classmethod
-    def from_pretrained(cls, path_or_hub_id: str | Path, **arguments: Any) -> Processor:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **arguments: Any) -> Processor:
         """Read the processor of a vision model; arguments and errors are those of `Tokenizer.from_pretrained`."""
-        return cls(MistralCommonBackend.from_pretrained(path_or_hub_id, **arguments))
+        return cls(MistralCommonBackend.from_pretrained(pretrained_model_name_or_path, **arguments))
 
-    def save_pretrained(self, directory: str | Path) -> tuple[str, ...]:
+    def save_pretrained(self, save_directory: str | Path, **unsupported: Any) -> tuple[str, ...]:
         """See `Tokenizer.save_pretrained`. The sizes of images are in config.json, which the model saves."""
-        return self.tokenizer.save_pretrained(directory)
+        return self.tokenizer.save_pretrained(save_directory, **unsupported)
 
     def __call__(
         self,
@@ -91,6 +92,7 @@ class Processor:
         max_length: int | None = None,
         add_special_tokens: bool = True,
         return_tensors: str | None = "pt",
+        **unsupported: Any,
     ) -> BatchEncoding:
         """Encode prompts with images. SPECIAL TOKENS IN THE TEXT ARE READ AS SUCH, see above.
 
@@ -99,6 +101,7 @@ class Processor:
             text: a prompt or a list of prompts, with one [IMG] for each image.
             add_special_tokens: begin with "<s>" where the text does not. (Transformers writes a second one.)
             padding, truncation, max_length, return_tensors: see `Tokenizer.__call__`.
+            unsupported: not supported.
 
         Returns:
             input_ids and attention_mask (B, T); with images pixel_values (N, 3, height, width) and image_sizes (N, 2).
@@ -108,6 +111,7 @@ class Processor:
                 `Tokenizer.__call__`.
             FileNotFoundError: as `images.load_image`.
         """
+        refuse_unsupported(unsupported)
         if text is None:
             raise ValueError("text is missing; give a prompt with one [IMG] for each image")
         texts = list_of_texts(text)
@@ -147,6 +151,7 @@ class Processor:
         """
         if processor_kwargs is not None:
             arguments = {**arguments, **processor_kwargs}
+            return_tensors = arguments.pop("return_tensors", return_tensors)
         expect_choice("return_tensors", return_tensors, TENSORS)
         if not tokenize:
             return self.tokenizer.apply_chat_template(conversation, tokenize=False, **arguments)

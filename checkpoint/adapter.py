@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 import re
 import reprlib
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,7 @@ class Adapter:
 
         Raises:
             FileNotFoundError: there is no such file.
+            OSError: it cannot be read.
             ValueError: it is not in the safetensors format.
         """
         path = self.directory / ADAPTER_WEIGHTS
@@ -117,8 +119,9 @@ class Adapter:
             cure = f"write {ADAPTER_WEIGHTS} (PEFT: save_pretrained); a pickle ({path.stem}.bin) is not read"
             raise FileNotFoundError(f"{path} does not exist; {cure}")
         try:
+            path.open("rb").close()  # an OSError says why the file cannot be read
             return safe_open(path, framework="pt")
-        except (SafetensorError, OSError) as error:
+        except SafetensorError as error:
             problem = f"{path} is truncated or not a safetensors file ({error})"
             raise ValueError(f"{problem}; fetch it again") from error
 
@@ -127,7 +130,7 @@ class Adapter:
     def _expect(self, key: str, valid: object, allowed: str) -> None:
         """Raise ValueError unless a value of adapter_config.json is `valid`."""
         if not valid:
-            found = f"{self.directory / ADAPTER} has {key}={self.config.get(key)!r}"
+            found = f"{self.directory / ADAPTER} has {key}={reprlib.repr(self.config.get(key))}"
             raise ValueError(f"{found}; allowed: {allowed}")
 
     def _expect_config(self) -> None:
@@ -137,7 +140,7 @@ class Adapter:
             kind = f"{self.directory / ADAPTER} has peft_type={config.get('peft_type')!r}"
             raise ValueError(f"{kind}, which is not supported; supported: 'LORA'; {PEFT_CURE}")
         self._expect("r", is_size(config.get("r")), "a whole number above 0")
-        self._expect("lora_alpha", is_number(config.get("lora_alpha"), float, -math.inf), "a number")
+        self._expect("lora_alpha", _is_alpha(config.get("lora_alpha")), "a number of float64")
         self._expect("use_rslora", config.get("use_rslora") in (None, False, True), "true or false")
         self._expect("bias", config.get("bias") in (None, "none"), "'none'")
         start = config.get("init_lora_weights")
@@ -155,7 +158,8 @@ class Adapter:
         for key, valid in (("rank_pattern", is_size), ("alpha_pattern", _is_alpha)):
             pattern = self.config.get(key)
             of_kind = isinstance(pattern, dict) and all(valid(value) for value in pattern.values())
-            self._expect(key, not pattern or of_kind, "an object from names of modules to numbers, or none")
+            valid_pattern = pattern is None or of_kind
+            self._expect(key, valid_pattern, "an object from names of modules to numbers, or none")
             for expression in _dict_or_empty(pattern):
                 self._expect(key, _is_expression(f"({expression})"), "names or regular expressions")
         for key in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
@@ -164,6 +168,9 @@ class Adapter:
             self._expect(key, names or isinstance(value, (str, type(None))), "a text, or a list of texts")
             if isinstance(value, str):
                 self._expect(key, _is_expression(value), "a regular expression")
+        for pattern in as_list(self.config.get("layers_pattern")):
+            valid_pattern = _is_expression(_layer_expression(pattern))
+            self._expect("layers_pattern", valid_pattern, "names or regular expressions")
         layers = self.config.get("layers_to_transform")
         numbers = isinstance(layers, list) and all(isinstance(layer, int) for layer in layers)
         self._expect("layers_to_transform", numbers or isinstance(layers, (int, type(None))), "whole numbers")
@@ -184,14 +191,24 @@ class Adapter:
             return False
         if isinstance(wanted, str) or layers in (None, []) or module in as_list(wanted):
             return True
-        patterns = as_list(config.get("layers_pattern"))
-        if not patterns:
-            patterns = ["[^.]*"]
+        patterns = ["[^.]*"]
+        if config.get("layers_pattern"):
+            patterns = as_list(config["layers_pattern"])
         for pattern in patterns:
-            found = re.match(rf"(?:.*?\.)?{pattern}\.(\d+)\.", module)
-            if found is not None:
-                return int(found[1]) in as_list(layers)
+            found = re.match(_layer_expression(pattern), module)
+            if found is not None:  # without a number if the pattern is an alternative, a|b
+                return found["number"] is not None and int(found["number"]) in as_list(layers)
         return False
+
+    def saves(self, module: str) -> bool:
+        """Whether modules_to_save names a module of this name or one around it, by PEFT's rules."""
+        return any(_is_saved(saved, module) for saved in as_list(self.config.get("modules_to_save")))
+
+    def missing_saved(self) -> list[str]:
+        """The names in modules_to_save of which the file has no tensor."""
+        modules = [change.module for change in self.changes.values() if change.weight is not None]
+        names = as_list(self.config.get("modules_to_save"))
+        return [name for name in names if not any(_is_saved(name, module) for module in modules)]
 
     def rank(self, module: str) -> int:
         """The r of a module."""
@@ -303,15 +320,25 @@ def _split_factor(name: str) -> tuple[str, str, bool]:
 
 
 def _is_alpha(value: Any) -> bool:
-    return is_number(value, float, -math.inf)
+    return is_number(value, float, -sys.float_info.max, sys.float_info.max)
 
 
 def _is_expression(text: str) -> bool:
     try:
         re.compile(text)
-    except re.error:
+    except (re.error, OverflowError):
         return False
     return True
+
+
+def _layer_expression(pattern: str) -> str:
+    """The expression that finds the number of the layer in a module's name, behind the name of the list of layers."""
+    return rf"(?:.*?\.)?{pattern}\.(?P<number>\d+)\."
+
+
+def _is_saved(saved: str, module: str) -> bool:
+    """Whether the name of a module, or of one around it, ends with a name of modules_to_save."""
+    return re.search(rf"{re.escape(saved)}(\.|$)", module) is not None
 
 
 def _dict_or_empty(value: dict[str, Any] | None) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def load_weights(
 
     _expect_tensors(files, expected, stored, tied)
     names = [name for name in expected if name in stored]
-    _expect_types(files, [stored[name] for name in names], names, dtype)
+    expect_types(files, [stored[name] for name in names], names, dtype)
     if said_tied is False:
         for name, other in missing_ties.items():
             problem = f"{files.directory} has no {name}, so it is tied to {other}"
@@ -130,7 +130,7 @@ def _expect_tensors(
         raise ValueError(f"{files.directory}: {len(misshapen)} tensors misshapen: {list_names(misshapen, 6)}")
 
 
-def _expect_types(
+def expect_types(
     files: Checkpoint, stored: Sequence[str], names: Sequence[str], dtype: torch.dtype | None
 ) -> None:
     """Raise ValueError unless these tensors are of one floating-point type, or, with a `dtype`, of any."""

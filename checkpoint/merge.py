@@ -17,12 +17,15 @@ from .expected import empty_model, expect_tensors
 from .files import ADAPTER, ADAPTER_WEIGHTS
 from .hf import VISION_PREFIXES, text_name
 from .hub import find
-from .load import list_names
+from .load import expect_types, list_names
 from .mistral_tensors import to_mistral
 from .reader import Checkpoint
 from .writer import write
 
 TIED = ("tok_embeddings.weight", "output.weight")  # Mistral's names of the two tensors that may be one
+EMBEDDINGS = ("embed_tokens", "lm_head")  # PEFT also saves these whole if the vocabulary has changed
+# The tensors in the adapter of the modules that a key of adapter_config.json names.
+CONTENTS = {"target_modules": "factors", "modules_to_save": "the weights"}
 
 
 def merge(
@@ -36,7 +39,8 @@ def merge(
     the base. One shard is in memory at a time.
 
     The sum is computed in float32 and rounded once to the type of W. PEFT's `merge_and_unload` gives the same bits for
-    linear layers. For an embedding, and with `safe_merge=True`, it rounds the product to the type of W first.
+    linear layers, if the adapter was loaded with its default `autocast_adapter_dtype=True`. For an embedding, and with
+    `safe_merge=True`, it rounds the product to the type of W first.
 
     Args:
         adapter: a directory or Hub id with adapter_config.json and adapter_model.safetensors, as PEFT writes them.
@@ -49,7 +53,8 @@ def merge(
     Raises:
         FileExistsError: the destination holds something.
         FileNotFoundError, ValueError: see `Adapter`, `find` and `Checkpoint`; the adapter does not fit the base; it
-            changes one of two tied tensors; or a merged weight is not finite.
+            changes one of two tied tensors; the base has weights that are no floating-point numbers; or a merged
+            weight is not finite.
     """
     destination = expect_new(destination)
     lora = Adapter(find(adapter, parts="adapter"))
@@ -61,10 +66,12 @@ def merge(
     model = empty_model(files.config)
     names_by_mistral_name = mistral_names(files)
     expect_tensors(directory, model, names_by_mistral_name)
+    names = list(names_by_mistral_name.values())
+    expect_types(files, names, names, files.dtype)  # several types are allowed: each tensor keeps its own
     if "output.weight" not in names_by_mistral_name or model.config.tie_word_embeddings:
         _expect_untied(lora)
     changes = _changes(lora, files, names_by_mistral_name)
-    _expect_all_targets(lora, model, {to_mistral(name) for name in changes})
+    _expect_all_changes(lora, model, {to_mistral(name) for name in changes})
     _warn_of_other_base(lora, base)
 
     read = partial(_read, lora, files, changes, dtype)
@@ -132,21 +139,35 @@ def _expect_untied(lora: Adapter) -> None:
             raise ValueError(f"{lora.directory} changes {parameter}; {reason}; {cure}")
 
 
-def _expect_all_targets(lora: Adapter, model: nn.Module, changed: set[str | None]) -> None:
-    """Raise ValueError unless every module of the model that target_modules names has an adapter."""
-    missing = []
+def _expect_all_changes(lora: Adapter, model: nn.Module, changed: set[str | None]) -> None:
+    """Raise ValueError unless the adapter changes every module of the model that target_modules or modules_to_save
+    names, and replaces the weights of no other module."""
+    missing: dict[str, list[str]] = {"target_modules": [], "modules_to_save": []}
     for name, trained_name in _trained_names(lora, model):
-        if lora.targets(trained_name) and to_mistral(f"{name}.weight") not in changed:
-            missing.append(trained_name)
-    if missing:
-        problem = f"{lora.directory / ADAPTER_WEIGHTS} lacks factors of {list_names(missing, 4)}"
-        cure = "give the whole file, and the base that the adapter was trained on"
-        raise ValueError(f"{problem}, which target_modules in {ADAPTER} names; {cure}")
+        if to_mistral(f"{name}.weight") in changed:
+            continue
+        may_have_factors = isinstance(model.get_submodule(name), (nn.Linear, nn.Embedding))
+        if lora.saves(trained_name):
+            missing["modules_to_save"].append(trained_name)
+        elif may_have_factors and lora.targets(trained_name):
+            missing["target_modules"].append(trained_name)
+    if not missing["modules_to_save"]:
+        missing["modules_to_save"] = lora.missing_saved()
+    for key, names in missing.items():
+        if names:
+            problem = f"{lora.directory / ADAPTER_WEIGHTS} lacks {CONTENTS[key]} of {list_names(names, 4)}"
+            cure = "give the whole file, and the base that the adapter was trained on"
+            raise ValueError(f"{problem}, which {key} in {ADAPTER} names; {cure}")
+    for change in lora.changes.values():
+        replaced = change.A is None and not change.module.endswith(EMBEDDINGS)
+        if replaced and not lora.saves(change.module):
+            problem = f"{lora.directory / ADAPTER_WEIGHTS}: {change.weight} is there"
+            reason = f"modules_to_save in {ADAPTER} does not name its module"
+            raise ValueError(f"{problem}, but {reason}; both files must be of one adapter")
 
 
 def _trained_names(lora: Adapter, model: Any) -> Iterator[tuple[str, str]]:
-    """The linear layers and embeddings of a model: their names, and those in the model that the adapter was trained
-    on.
+    """The modules of a model that have a weight: their names, and those in the model that the adapter was trained on.
 
     One of the two may be a vision model, and the other its text part: model.layers.0... of a text adapter is
     model.language_model.layers.0... of a vision model. lm_head has this name in both.
@@ -157,7 +178,7 @@ def _trained_names(lora: Adapter, model: Any) -> Iterator[tuple[str, str]]:
         of_vision |= "language_model." in name or in_vision_part
     is_vision_model = model.config is not model.config.get_text_config()
     for name, module in model.named_modules():
-        if not isinstance(module, (nn.Linear, nn.Embedding)):
+        if getattr(module, "weight", None) is None:
             continue
         text = text_name(name)
         if is_vision_model == of_vision or name == "lm_head":

@@ -282,6 +282,20 @@ def test_the_processor_reads_images_as_the_rest_of_the_project(directories):
     assert padded.input_ids[1] == [*lists.input_ids[1], *[11] * 5]
 
 
+PLACEHOLDER = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
+
+
+@needs_their_images
+def test_the_text_of_a_conversation_gets_its_images_afterwards(processors):
+    """The recipe in two steps equals the one step."""
+    ours, theirs = processors
+    text = ours.apply_chat_template(PLACEHOLDER, add_generation_prompt=True)
+    assert text == theirs.apply_chat_template(PLACEHOLDER, add_generation_prompt=True) == "<s>[INST][IMG]What?[/INST]"
+    inputs = ours(text=text, images=IMAGES[0], videos=None)
+    settings = dict(tokenize=True, return_dict=True, processor_kwargs={"return_tensors": "pt"})
+    assert_same(inputs, ours.apply_chat_template(conversation("What?", IMAGES[0]), **settings))
+
+
 def different(image, config):
     return preprocess(image, config).shape != preprocess(image, config, transformers_size).shape
 
@@ -299,6 +313,12 @@ def different(image, config):
         (lambda p: p(images=IMAGES[0], text="[IMG]", truncation=True, max_length=3), "would cut a text with images"),
         (lambda p: p(images=IMAGES[0], text="[IMG]", return_tensors="tf"), "return_tensors='tf' is not supported"),
         (lambda p: p.apply_chat_template(conversation("?", 3), tokenize=True), "an image is given as int"),
+        (lambda p: p(text="a", return_offsets_mapping=True), "return_offsets_mapping=True is not supported; docs"),
+        (lambda p: p(text="a", video=3), "video=3 is no argument here; docs"),
+        (lambda p: p.apply_chat_template(FAVOURITE, documents=[1]), r"documents=\[1\] is not supported; docs"),
+        (lambda p: p.apply_chat_template(FAVOURITE, tokenize=True, documents=[1]), r"documents=\[1\] is not supported"),
+        (lambda p: p.apply_chat_template(PLACEHOLDER, tokenize=True), "a part of type image has no source"),
+        (lambda p: p.decode([1], stride=1), "stride=1 is not supported; docs"),
         (lambda p: Processor(Tokenizer.from_dir(BUNDLED)), "a processor needs a tokenizer that reads images"),
         (lambda p: auto.AutoProcessor.from_pretrained(BUNDLED), "use AutoTokenizer for a text model"),
     ],
@@ -312,7 +332,8 @@ def test_wrong_input_of_the_processor_is_refused(directories, call, reason):
 def test_a_tokenizer_beside_another_model_reads_no_images(directories, tmp_path):
     for path in (BUNDLED, directories["ministral"]):
         assert auto.AutoTokenizer.from_pretrained(path).image_reader is None
-    saved = auto.AutoProcessor.from_pretrained(directories["mistral3"]).save_pretrained(tmp_path)
+    named = dict(pretrained_model_name_or_path=directories["mistral3"])
+    saved = auto.AutoProcessor.from_pretrained(**named).save_pretrained(save_directory=tmp_path)
     assert auto.AutoTokenizer.from_pretrained(tmp_path).image_reader is None and len(saved) >= 2  # no config.json
     (tmp_path / "adapter_config.json").write_text("{}")
     assert isinstance(auto.AutoTokenizer.from_pretrained(tmp_path), MistralCommonBackend)

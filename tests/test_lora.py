@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 import warnings
+from pathlib import Path
 
 import peft
 import pytest
@@ -325,6 +326,9 @@ TENSORS = {
         {f"{Q}.weight": torch.ones(2, 2), f"{Q}.base_layer.weight": torch.ones(2, 2)}
     ),
     "holds no tensors": lambda t: t.clear(),
+    r"model\.norm\.weight is there, but modules_to_save in adapter_config\.json does not name": lambda t: t.update(
+        {"base_model.model.model.norm.weight": torch.ones(32)}
+    ),
 }
 
 
@@ -342,6 +346,8 @@ SETTINGS = {
     "r=0; allowed: a whole number above 0": dict(r=0),
     "r='8'; allowed": dict(r="8"),
     "lora_alpha=None; allowed: a number": dict(lora_alpha=None),
+    "allowed: a number of float64": dict(lora_alpha=10**400),
+    "alpha_pattern={'q_proj': 1000": dict(alpha_pattern={"q_proj": 10**400}),
     "bias='all'; allowed: 'none'": dict(bias="all"),
     "use_rslora='yes'; allowed: true or false": dict(use_rslora="yes"),
     "init_lora_weights='pissa'; allowed": dict(init_lora_weights="pissa"),
@@ -351,13 +357,20 @@ SETTINGS = {
     "lora_bias=True, which is not supported": dict(lora_bias=True),
     "of_the_future=1, which is not supported": dict(of_the_future=1),
     "rank_pattern=[1]; allowed: an object": dict(rank_pattern=[1]),
+    "rank_pattern=[]; allowed: an object": dict(rank_pattern=[]),
+    "alpha_pattern=''; allowed: an object": dict(alpha_pattern=""),
+    "layers_pattern=['(']; allowed: names or regular": dict(layers_pattern=["("], layers_to_transform=[0]),
+    "layers_pattern='(?P<number>a)'; allowed: names": dict(layers_pattern="(?P<number>a)", layers_to_transform=[0]),
     "rank_pattern={'q_proj': 0}; allowed: an object": dict(rank_pattern={"q_proj": 0}),
     "alpha_pattern={'(': 1}; allowed: names or regular": dict(alpha_pattern={"(": 1}),
     "target_modules='('; allowed: a regular expression": dict(target_modules="("),
+    "target_modules='a{99999999999999999999}'; allowed": dict(target_modules="a{99999999999999999999}"),
     "target_modules=3; allowed: a text": dict(target_modules=3),
     "layers_to_transform='0'; allowed: whole numbers": dict(layers_to_transform="0"),
     "says rank 3": dict(rank_pattern={"q_proj": 3}),
     "lacks factors of model.layers.0.self_attn.o_proj": dict(target_modules=["q_proj", "v_proj", "o_proj"]),
+    "lacks the weights of lm_head, which modules_to_save": dict(modules_to_save=["lm_head"]),
+    "lacks the weights of score": dict(modules_to_save=["score"]),
 }
 
 
@@ -366,6 +379,50 @@ def test_configurations_that_are_refused(directories, capsys, message):
     file = directories / "adapter" / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | SETTINGS[message]))
     assert message in refused(capsys, directories)
+
+
+def test_a_weight_that_was_saved_is_missing(tmp_path, capsys):
+    """Of several that one name means."""
+    draw_model(random.Random(2), "ministral3", torch.float32).save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["norm"])
+    write_adapter(tmp_path / "base", tmp_path / "adapter", config, random.Random(2))
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    del tensors["base_model.model.model.layers.0.input_layernorm.weight"]
+    save_file(tensors, file)
+    assert "lacks the weights of model.layers.0.input_layernorm, which modules_to_save" in refused(capsys, tmp_path)
+
+
+@pytest.mark.parametrize("pattern", ["(layers|h)", ["h", "lay(er)s"], ""])
+def test_patterns_of_layers(tmp_path, pattern):
+    """Groups in them are not the number of the layer."""
+    draw_model(random.Random(2), "ministral3", torch.float32).save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=[1], layers_pattern=pattern)
+    expected = write_adapter(tmp_path / "base", tmp_path / "adapter", config, random.Random(2))
+    merge(tmp_path / "adapter", tmp_path / "base", tmp_path / "out")
+    assert_same_weights(load_model(tmp_path / "out"), expected)
+
+
+def test_a_pattern_of_layers_without_a_number(directories, capsys):
+    file = directories / "adapter" / "adapter_config.json"
+    changes = dict(layers_pattern="layers|h", layers_to_transform=[0])
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    assert "target_modules in adapter_config.json does not name its module" in refused(capsys, directories)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float8_e4m3fn])
+def test_a_base_of_other_numbers_is_refused(directories, capsys, dtype):
+    """Also where a type is asked for, as by `load_model`."""
+    file = directories / "base" / "model.safetensors"
+    tensors = load_file(file)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    tensors[name] = tensors[name].to(dtype)
+    save_file(tensors, file)
+    for arguments in ([], ["--dtype", "float32"]):
+        message = refused(capsys, directories, *arguments)
+        assert re.search(rf"{re.escape(name)} is (I8|BOOL|F8_E4M3).*; allowed: one", message)
+    with pytest.raises(ValueError, match=r"q_proj\.weight is (I8|BOOL|F8_E4M3)"):
+        load_model(directories / "base", torch.float32)
 
 
 @pytest.mark.parametrize("modules, saved", [(["embed_tokens"], None), (["lm_head"], None), (["q_proj"], ["lm_head"])])
@@ -383,8 +440,9 @@ def test_tied_tensors_are_not_changed(tmp_path, capsys, modules, saved):
 def test_files_that_are_missing(directories, capsys):
     (directories / "adapter" / "adapter_model.safetensors").rename(directories / "adapter" / "adapter_model.bin")
     assert "a pickle (adapter_model.bin) is not read" in refused(capsys, directories)
-    (directories / "adapter" / "adapter_model.safetensors").write_bytes(b"no")
-    assert "is truncated or not a safetensors file" in refused(capsys, directories)
+    for content in (b"no", b""):
+        (directories / "adapter" / "adapter_model.safetensors").write_bytes(content)
+        assert "is truncated or not a safetensors file" in refused(capsys, directories)
     (directories / "adapter" / "adapter_config.json").write_text("{")
     assert "is not JSON" in refused(capsys, directories)
     (directories / "adapter" / "adapter_config.json").unlink()
@@ -392,6 +450,20 @@ def test_files_that_are_missing(directories, capsys):
     (directories / "out").mkdir()
     (directories / "out" / "file").touch()
     assert "holds something already; give a new or empty directory" in refused(capsys, directories)
+
+
+def test_an_adapter_that_cannot_be_read(directories, capsys, monkeypatch):
+    """The permission is missing; the file is not damaged."""
+
+    usual = Path.open
+
+    def refuse(path, *arguments, **settings):
+        if path.name == "adapter_model.safetensors":
+            raise PermissionError(13, "Permission denied", str(path))
+        return usual(path, *arguments, **settings)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    assert "Permission denied" in refused(capsys, directories)
 
 
 def test_an_adapter_is_recognised_everywhere(directories, capsys):

@@ -2,7 +2,10 @@
 
 import json
 import pickle
+import shutil
 import warnings
+from queue import Empty
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -15,7 +18,7 @@ from transformers.tokenization_mistral_common import MistralCommonBackend as The
 import images
 from model_types import BUNDLED
 from processor import MistralCommonBackend
-from tokenizer import SPECIAL_TOKENS, BatchEncoding, TextStreamer, Tokenizer
+from tokenizer import SPECIAL_TOKENS, BatchEncoding, TextIteratorStreamer, TextStreamer, Tokenizer
 
 TOKENS = dict(bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>")
 
@@ -103,18 +106,47 @@ def differ_on_purpose(settings):
     return nothing_to_pad_to or unequal
 
 
+def pads_nothing(text, settings):
+    """Whether a text without ids is padded to a length. Transformers returns no ids then."""
+    return text == "" and not settings["add_special_tokens"] and settings.get("padding") == "max_length"
+
+
 @given(texts | st.lists(texts, min_size=1, max_size=3), layouts, st.booleans(), st.sampled_from(["left", "right"]))
 def test_calls_equal_transformers(both, text, settings, add_special_tokens, side):
     ours, theirs = both
     loses_rows = isinstance(text, list) and "" in text and not add_special_tokens  # Transformers, in tensors
-    if differ_on_purpose(settings) or loses_rows:
+    settings["add_special_tokens"] = add_special_tokens
+    if differ_on_purpose(settings) or loses_rows or pads_nothing(text, settings):
         return
     ours.truncation_side = theirs.truncation_side = side
-    settings["add_special_tokens"] = add_special_tokens
     expected = result(theirs, text, **settings)
     if not isinstance(expected, str):
         expected.pop("token_type_ids", None)  # which these models do not take
     assert_same(result(ours, text, **settings), expected)
+
+
+@given(texts, layouts, st.booleans(), st.sampled_from(["left", "right"]))
+def test_encode_equals_transformers(both, text, settings, add_special_tokens, side):
+    """The `input_ids` of a call."""
+    ours, theirs = both
+    settings.pop("return_attention_mask", None)
+    settings["add_special_tokens"] = add_special_tokens
+    if differ_on_purpose(settings) or pads_nothing(text, settings):
+        return
+    ours.truncation_side = theirs.truncation_side = side
+    expected = result(theirs.encode, text, **settings)
+    found = result(ours.encode, text, **settings)
+    if isinstance(expected, str):
+        assert found == expected
+    else:
+        assert_same({"ids": found}, {"ids": expected})
+
+
+def test_encode_has_two_names_for_the_first_token():
+    ids = OURS.encode("the cat")
+    assert OURS.encode("the cat", False) == OURS.encode("the cat", add_special_tokens=False) == ids[1:]
+    assert OURS.encode("the cat", bos=False, return_tensors="pt").tolist() == [ids[1:]]
+    assert OURS.encode("</s>", split_special_tokens=False, return_tensors="pt").tolist() == [[1, 2]]
 
 
 @pytest.mark.parametrize(
@@ -125,6 +157,10 @@ def test_long_texts_are_cut_as_in_transformers(both, settings):
     ours, theirs = both
     ours.truncation_side = theirs.truncation_side = "right"
     assert_same(ours("the cat sat on the mat", **settings), theirs("the cat sat on the mat", **settings))
+
+
+def test_an_empty_text_is_padded():
+    assert OURS("", padding="max_length", max_length=3, add_special_tokens=False)["input_ids"] == [11, 11, 11]
 
 
 def test_an_empty_row_has_ids_as_numbers():
@@ -190,8 +226,14 @@ def test_tokens_equal_transformers(both):
     assert ours.convert_tokens_to_ids("no such token") == theirs.convert_tokens_to_ids("no such token") == 0
     assert ours.all_special_ids[:20] == list(range(20)) and ours.convert_ids_to_tokens(2) == "</s>"
     assert ours.convert_ids_to_tokens([1, 500], skip_special_tokens=True) == ours.convert_ids_to_tokens([500])
+    assert ours.unk_token == theirs.unk_token and ours.special_tokens_map == theirs.special_tokens_map
+    assert ours.chat_template is theirs.chat_template is None and ours.is_fast
+    assert ours.convert_tokens_to_ids([]) == theirs.convert_tokens_to_ids([]) == []
+    assert ours.convert_tokens_to_ids("a\ud800") == 0 and ours.vocab == ours.get_vocab()
     if is_fast(theirs):  # those of mistral-common are text, and not one for each id
-        assert ours.tokenize("the é cat") == theirs.tokenize("the é cat") and ours.get_vocab() == theirs.get_vocab()
+        for settings in ({}, dict(add_special_tokens=True)):
+            assert ours.tokenize("the é cat", **settings) == theirs.tokenize("the é cat", **settings)
+        assert ours.vocab == theirs.vocab and ours.get_vocab() == theirs.get_vocab()
         assert ours.convert_tokens_to_ids(ours.tokenize("the é cat")) == ours.encode("the é cat", bos=False)
 
 
@@ -211,6 +253,30 @@ def test_the_pad_token_can_be_chosen(both):
     finally:
         for tokenizer in both:
             tokenizer.pad_token = "<pad>"
+
+
+def test_other_special_tokens_can_be_chosen():
+    ours = MistralCommonBackend.from_pretrained(BUNDLED)
+    assert ours.add_special_tokens({"pad_token": "</s>", "bos_token": "[INST]"}) == 0 == ours.add_tokens([])
+    assert ours.pad_token_id == 2 and ours("a")["input_ids"][0] == 3
+    ours.eos_token = "<unk>"
+    assert ours.eos_token_id == 0 and ours.name_or_path == str(BUNDLED)
+    ours.chat_template = None
+    ours.add_bos_token = True
+    ours.add_eos_token = False
+    ours.special_tokens["<SPECIAL_20>"] = 20
+    for wrong in ({"pad_token": "[PAD]"}, {"bos_token": "</s>", "additional_special_tokens": ["<x>"]}):
+        with pytest.raises(ValueError, match=r"tokens cannot be added; use one of the .* such as <SPECIAL_20>"):
+            ours.add_special_tokens(wrong)
+    assert ours.bos_token == "[INST]" and not (ours.add_eos_token or not ours.add_bos_token)
+
+
+@pytest.mark.parametrize("limit", [1e30, int(1e30), None])
+def test_a_very_large_limit_is_none(limit):
+    ours = MistralCommonBackend.from_pretrained(BUNDLED, model_max_length=limit)
+    assert ours("the cat", truncation=True) == OURS("the cat")
+    with pytest.raises(ValueError, match="padding='max_length' needs a max_length"):
+        ours("a", padding="max_length")
 
 
 def test_collators_of_transformers_take_it():
@@ -276,6 +342,10 @@ def test_the_text_of_a_conversation():
         assert text == THEIRS.apply_chat_template(conversation, tokenize=False)
     picture = [message("user", [{"type": "image", "image": "nowhere.png"}, {"type": "text", "text": "?"}])]
     assert OURS.apply_chat_template(picture, tokenize=False) == "<s>[INST][IMG]?[/INST]"
+    del picture[0]["content"][0]["image"]
+    assert OURS.apply_chat_template(picture, tokenize=False) == "<s>[INST][IMG]?[/INST]"
+    with pytest.raises(ValueError, match="a part of type image has no source"):
+        OURS.apply_chat_template(picture)
 
 
 def read_plain(source):
@@ -318,6 +388,9 @@ def test_encodings_move(seeing):
     assert encoding.to(torch.float64).pixel_values.dtype == torch.float64
     assert encoding.to(device="meta").input_ids.is_meta and encoding["input_ids"].is_meta
     assert pickle.loads(pickle.dumps(BatchEncoding(a=1))).a == 1
+    copied = encoding.copy()
+    assert type(copied) is BatchEncoding and copied is not encoding and copied.input_ids is encoding.input_ids
+    assert encoding.data is encoding
     with pytest.raises(AttributeError, match="the encoding has no 'labels'; it has a"):
         BatchEncoding(a=1).labels  # noqa: B018
 
@@ -354,6 +427,26 @@ ANSWERED = [*HI, message("assistant", "Hello")]
         (lambda t: t.pad(3), "the encoded inputs are 3; allowed"),
         (lambda t: t.pad([t("a"), {"input_ids": [1]}]), r"encodings have keys .* allowed: the same in all"),
         (lambda t: t.pad({"input_ids": [[1]], "text": ["a"]}, return_tensors="pt"), "text is .* no tensor; leave it"),
+        (lambda t: t.pad([{"input_ids": [1.5]}], return_tensors="pt"), r"input_ids is \[1\.5\]; allowed: whole"),
+        (lambda t: t.pad({"input_ids": [[1]], "attention_mask": [[1, 1]]}), r"lengths \[2\], those of input_ids \[1\]"),
+        (lambda t: t.pad({"input_ids": [[1], [2]], "attention_mask": [[1]]}), r"lengths \[1\], those of .* \[1, 1\]"),
+        (lambda t: t.pad({"input_ids": [[1]], "attention_mask": None}), "attention_mask is None; allowed: a list"),
+        (lambda t: t.pad({"input_ids": [1], "attention_mask": 3}), "a row of attention_mask is 3; allowed: a list"),
+        (lambda t: t.pad({"input_ids": torch.tensor(3)}), "input_ids is 3; allowed: a list"),
+        (lambda t: t.pad({"input_ids": [[1], 2]}), "a row of input_ids is 2; allowed: a list"),
+        (lambda t: t.convert_ids_to_tokens([[1]]), r"an id is \[1\]; allowed"),
+        (lambda t: t.convert_ids_to_tokens([[1]], True), r"an id is \[1\]; allowed"),
+        (lambda t: t.decode([[1], 2]), "a row of ids is 2; allowed: a list"),
+        (lambda t: setattr(t, "pad_token", "a\ud800"), "pad_token='a.ud800' is not in the vocabulary"),
+        (lambda t: setattr(t, "chat_template", "{{ 1 }}"), "templates are not run; version selects Mistral's layout"),
+        (lambda t: setattr(t, "add_eos_token", True), "add_eos_token=True is not supported; append tokenizer.eos"),
+        (lambda t: setattr(t, "add_bos_token", False), "add_bos_token=False is not supported; give add_special_tokens"),
+        (lambda t: t.add_tokens(["<new>"]), "'<new>'.: tokens cannot be added; use a token of the vocabulary"),
+        (lambda t: t.add_special_tokens("<new>"), "special_tokens_dict is '<new>'; allowed: an object"),
+        (lambda t: t.encode("a", "b"), "bos='b' is not supported; supported: True and False, and no text_pair"),
+        (lambda t: t.encode("a", bos=False, add_special_tokens=True), "bos=False and add_special_tokens=True differ"),
+        (lambda t: t.encode(["a"], return_tensors="pt"), r"text is \['a'\]; allowed: text"),
+        (lambda t: t.save_pretrained("x", push_to_hub=True), "push_to_hub=True is not supported; docs/transformers"),
         (lambda t: t.encode(3), "text is 3; allowed: text"),
         (lambda t: t.encode(["a"]), r"text is \['a'\]; allowed: text"),
         (lambda t: t.decode("a"), "an id is 'a'; allowed: a whole number from 0 to 2047"),
@@ -385,6 +478,34 @@ def test_wrong_arguments_are_refused(call, reason):
     with pytest.raises(ValueError, match=reason) as raised:
         call(Tokenizer.from_dir(BUNDLED))
     assert "\n" not in str(raised.value)
+
+
+CALLS = {
+    "call": lambda t, **settings: t("a", **settings),
+    "encode": lambda t, **settings: t.encode("a", **settings),
+    "pad": lambda t, **settings: t.pad({"input_ids": [1]}, **settings),
+    "decode": lambda t, **settings: t.decode([1], **settings),
+    "batch_decode": lambda t, **settings: t.batch_decode([[1]], **settings),
+    "tokenize": lambda t, **settings: t.tokenize("a", **settings),
+    "apply_chat_template": lambda t, **settings: t.apply_chat_template(HI, **settings),
+    "text": lambda t, **settings: t.apply_chat_template(HI, tokenize=False, **settings),
+}
+ARGUMENTS = [dict(return_offsets_mapping=True), dict(return_special_tokens_mask=True), dict(return_length=True),
+             dict(stride=2), dict(is_split_into_words=True), dict(chat_template="{{ 1 }}"), dict(documents=[{}]),
+             dict(enable_thinking=True), dict(return_assistant_tokens_mask=True),
+             dict(spaces_between_special_tokens=True), dict(add_special_token=False)]  # fmt: skip
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_other_arguments_of_transformers_are_named(call):
+    """Those that ask for nothing change nothing, but a name that Transformers does not have either is refused."""
+    for arguments in ARGUMENTS:
+        name = next(iter(arguments))
+        with pytest.raises(ValueError, match=f"^{name}=.* is n.*; docs/transformers.md lists") as raised:
+            CALLS[call](OURS, **arguments)
+        assert "\n" not in str(raised.value)
+    harmless = dict(verbose=True, stride=0, documents=None, return_offsets_mapping=False)
+    assert CALLS[call](OURS, **harmless) == CALLS[call](OURS)
 
 
 def test_images_are_not_lost(seeing):
@@ -440,6 +561,31 @@ def test_from_pretrained_and_save_pretrained(tmp_path, directory):
         Tokenizer.from_pretrained(directory, padding_sied="left")
 
 
+def test_saving_removes_the_other_tokenizer(tmp_path, directory, monkeypatch):
+    """All or nothing: tekken.json would be preferred to the tokenizer.json that is saved."""
+    target = tmp_path / "target"
+    Tokenizer.from_dir(BUNDLED).save_pretrained(save_directory=target)
+    (target / "model.safetensors").touch()
+    before = {path.name: path.read_bytes() for path in target.iterdir()}
+    assert "tekken.json" in before
+    ours = Tokenizer.from_pretrained(pretrained_model_name_or_path=directory)
+
+    def full(source, path):
+        path.write_bytes(b"{")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(shutil, "copyfile", full)
+        ours.save_pretrained(target)
+    assert {path.name: path.read_bytes() for path in target.iterdir()} == before
+    ours.save_pretrained(target)
+    assert sorted(path.name for path in target.iterdir()) == ["model.safetensors", "tokenizer.json"]
+    saved = Tokenizer.from_dir(target)
+    shutil.rmtree(target)
+    with pytest.raises(FileNotFoundError, match="does not hold the tokenizer any more"):
+        saved.save_pretrained(tmp_path / "other")
+
+
 def test_the_arguments_of_the_hub_are_passed_on(tmp_path):
     with pytest.raises(FileNotFoundError, match="could not be fetched"):
         Tokenizer.from_pretrained("owner/name", revision="main", cache_dir=tmp_path, local_files_only=True)
@@ -478,3 +624,25 @@ def test_the_streamer_prints_at_once(capsys):
     assert capsys.readouterr().out == "\n"
     with pytest.raises(ValueError, match="TextStreamer got 2 rows; allowed: one"):
         streamer.put(torch.zeros(2, 3, dtype=torch.long))
+
+
+def test_texts_of_another_thread_equal_transformers():
+    """Joined: Transformers waits for the end of some words."""
+    answer = [*OURS.encode("the cat é日 </s>", bos=False), 2]
+    received = []
+    for cls, tokenizer in ((TextIteratorStreamer, OURS), (transformers.TextIteratorStreamer, THEIRS)):
+        streamer = cls(tokenizer, True, 5.0, skip_special_tokens=True)
+
+        def generate(streamer=streamer):
+            streamer.put(torch.tensor([[1, 3, 4]]))
+            for i in answer:
+                streamer.put(torch.tensor([i]))
+            streamer.end()
+
+        thread = Thread(target=generate)
+        thread.start()
+        received.append("".join(streamer))
+        thread.join()
+    assert received[0] == received[1] == "the cat é日 </s>"
+    with pytest.raises(Empty):
+        next(TextIteratorStreamer(OURS, timeout=0.01))

@@ -1,8 +1,9 @@
 """Text and conversations to ids and back.
 
     bpe        the vocabulary: `tekken.json` or `tokenizer.json`, text <-> ids
+    tokens     tokens and ids under Transformers' names
     batches    rows of ids: padding, truncation and tensors, as in Transformers
-    streamer   printing an answer while it grows, as in Transformers
+    streamer   an answer as text while it grows, as in Transformers
     objects    the parts, tool calls and tools of a conversation, checked
     messages   the messages of a conversation as turns
     layouts    turns to ids: `v13`, `v11`, `v7` and `v3`
@@ -17,6 +18,7 @@ from __future__ import annotations
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,7 +26,6 @@ from tokenizers import Tokenizer as Backend
 from torch import Tensor
 
 import checkpoint
-from checks import expect_size
 
 from .answers import SWITCHES, ChatStream, decode_chat, switches
 from .batches import (
@@ -53,10 +54,11 @@ from .bpe import (
     special_token_names,
 )
 from .layouts import LAYOUTS, VERSIONS, Writer
-from .messages import ROLES, content_with_thinking, read_turns, split_thinking
+from .messages import ROLES, content_with_thinking, read_turns, split_thinking, with_image_sources
 from .objects import IMAGE_SOURCES, KEYS, MAY_BE_EMPTY, brief
-from .streamer import TextStreamer
+from .streamer import TextIteratorStreamer, TextStreamer
 from .templates import read_chat_template, sign_of_other_layout
+from .tokens import refuse_unsupported
 
 __all__ = [
     "BYTES",
@@ -74,6 +76,7 @@ __all__ = [
     "BatchEncoding",
     "ChatStream",
     "StopText",
+    "TextIteratorStreamer",
     "TextStream",
     "TextStreamer",
     "Tokenizer",
@@ -145,6 +148,7 @@ class Tokenizer(BatchTokenizer):
             raise FileNotFoundError(f"{directory} holds neither {TEKKEN} nor {TOKENIZER}")
 
         tokenizer.directory = directory
+        tokenizer.name_or_path = str(directory)
         if version is None:
             added = {token.content for token in tokenizer._added_tokens.values()}
             tokenizer.other_layout = sign_of_other_layout(directory, added)
@@ -153,7 +157,7 @@ class Tokenizer(BatchTokenizer):
     @classmethod
     def from_pretrained(
         cls: type[AnyTokenizer],
-        path_or_hub_id: str | Path,
+        pretrained_model_name_or_path: str | Path,
         revision: str | None = None,
         token: str | bool | None = None,
         cache_dir: str | Path | None = None,
@@ -161,7 +165,7 @@ class Tokenizer(BatchTokenizer):
         version: str | None = None,
         padding_side: str = "left",
         truncation_side: str = "right",
-        model_max_length: int | None = None,
+        model_max_length: int | float | None = None,
         pad_token: str | None = None,
         **without_effect: Any,
     ) -> AnyTokenizer:
@@ -180,34 +184,41 @@ class Tokenizer(BatchTokenizer):
         unknown = sorted(without_effect.keys() - WITHOUT_EFFECT)
         if unknown:
             raise ValueError(f"{', '.join(unknown)}: no argument of Tokenizer.from_pretrained")
-        directory = checkpoint.find(path_or_hub_id, revision, "tokenizer", token, cache_dir, local_files_only)
+        name = pretrained_model_name_or_path
+        directory = checkpoint.find(name, revision, "tokenizer", token, cache_dir, local_files_only)
         tokenizer = cls.from_dir(directory, version)
+        tokenizer.name_or_path = str(name)
         tokenizer.padding_side = expect_choice("padding_side", padding_side, SIDES)
         tokenizer.truncation_side = expect_choice("truncation_side", truncation_side, SIDES)
-        expect_size("model_max_length", model_max_length)
         tokenizer.model_max_length = model_max_length
+        tokenizer._limit(None)  # raises ValueError
         if pad_token is not None:
             tokenizer.pad_token = pad_token
         return tokenizer
 
-    def save_pretrained(self, directory: str | Path) -> tuple[str, ...]:
-        """Copy the files of the tokenizer into a directory. Returns their paths.
+    def save_pretrained(self, save_directory: str | Path, **unsupported: Any) -> tuple[str, ...]:
+        """Copy the files of the tokenizer into a directory, and remove those of another tokenizer there: all or none.
+        Attributes that were changed (`pad_token`) are not saved. Returns the paths of the files.
 
         Raises:
-            ValueError: the tokenizer was not read from a directory.
+            FileNotFoundError: the files that the tokenizer was read from are gone.
+            ValueError: the tokenizer was not read from a directory, or an argument that is not supported.
         """
+        refuse_unsupported(unsupported)
         if self.directory is None:
             cure = "write it with tokenizer.backend.save(path)"
             raise ValueError(f"the tokenizer was not read from files; {cure}")
-        target = Path(directory)
+        files = _tokenizer_files(self.directory)
+        if not files:
+            raise FileNotFoundError(f"{self.directory} does not hold the tokenizer any more; load it again")
+        target = Path(save_directory)
         target.mkdir(parents=True, exist_ok=True)
-        saved = []
-        for pattern in TOKENIZER_FILES:
-            for path in sorted(self.directory.glob(pattern)):
-                saved.append(str(target / path.name))
-                if target.resolve() != self.directory.resolve():
-                    shutil.copyfile(path, target / path.name)
-        return tuple(saved)
+        writers = {target / path.name: partial(shutil.copyfile, path) for path in files}
+        if target.resolve() != self.directory.resolve():
+            # A tekken.json would be preferred to the tokenizer.json that is copied.
+            others = [path for path in _tokenizer_files(target) if path not in writers]
+            checkpoint.replace_files(writers, before=partial(_remove, others))
+        return tuple(map(str, writers))
 
     def check_layout(self) -> None:
         """Raise ValueError if `encode_chat` does not know the layout of this tokenizer's conversations."""
@@ -277,6 +288,7 @@ class Tokenizer(BatchTokenizer):
         max_length: int | None = None,
         return_tensors: str | None = None,
         return_dict: bool = True,
+        **unsupported: Any,
     ) -> Any:
         """Encode a conversation or a list of them; Transformers' `apply_chat_template`. There is no template: the
         layout is that of `version`, see `encode_chat`.
@@ -286,10 +298,11 @@ class Tokenizer(BatchTokenizer):
             tools: see `encode_chat`. Python functions are not supported.
             add_generation_prompt: checked only. All layouts end where the answer begins.
             continue_final_message: the answer continues the last message, which is the assistant's.
-            tokenize: with False, return text with special tokens, and one [IMG] for each image. A user can forge that
-                text. `encode` and `__call__` read it as plain text.
+            tokenize: with False, return text with special tokens, and one [IMG] for each image, which needs no source:
+                {"type": "image"}. A user can forge that text. `encode` and `__call__` read it as plain text.
             padding, truncation, max_length, return_tensors: see `__call__`.
             return_dict: with False, return input_ids only.
+            unsupported: not supported.
 
         Returns:
             input_ids and attention_mask, as `__call__`. With images also pixel_values, and image_sizes where the images
@@ -298,6 +311,7 @@ class Tokenizer(BatchTokenizer):
         Raises:
             ValueError: as `encode_chat` and `__call__`; images without an `image_reader`.
         """
+        refuse_unsupported(unsupported)
         conversations, batched = split_conversations(conversation)
         if tokenize:
             return self.chat_rows(
@@ -360,6 +374,7 @@ class Tokenizer(BatchTokenizer):
         truncation: bool | str = False,
         max_length: int | None = None,
         return_tensors: str | None = None,
+        **unsupported: Any,
     ) -> BatchEncoding:
         """Cut and pad rows of ids, and add their images.
 
@@ -372,6 +387,7 @@ class Tokenizer(BatchTokenizer):
         Raises:
             ValueError: as `__call__`; truncation of a text with images.
         """
+        refuse_unsupported(unsupported)
         cut = self.truncate(rows, truncation, max_length, padding)
         if images and cut != rows:
             raise ValueError("truncation would cut a text with images; allowed: a larger max_length, or none")
@@ -395,7 +411,8 @@ class Tokenizer(BatchTokenizer):
                 raise ValueError("an image, for a tokenizer without the special token [IMG]")
             return [self.special_tokens["[IMG]"]]
 
-        return str(self.decode(self.encode_chat(messages, tools, encode_image), skip_special_tokens=False))
+        ids = self.encode_chat(with_image_sources(messages), tools, encode_image)
+        return str(self.decode(ids, skip_special_tokens=False))
 
     def switches(self) -> dict[int, str]:
         """The ids after which an answer is of another kind: "thinking" (in V13), "text", or "call"."""
@@ -420,6 +437,17 @@ class Tokenizer(BatchTokenizer):
             kind: the kind with which the ids begin; "thinking" if the prompt ends within thinking.
         """
         return decode_chat(self, ids, kind)
+
+
+def _tokenizer_files(directory: Path) -> list[Path]:
+    """The files of a tokenizer in a directory (see `TOKENIZER_FILES`)."""
+    paths = [path for pattern in TOKENIZER_FILES for path in sorted(directory.glob(pattern))]
+    return [path for path in paths if path.is_file()]
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        path.unlink()
 
 
 def prepare(

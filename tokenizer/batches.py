@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from checks import expect_size
+from checks import expect_size, is_number
 from images import batch_images
 
-from .bpe import TextTokenizer
 from .objects import brief, check_text
+from .tokens import TokenNames, list_of_texts, refuse_unsupported, to_lists
 
 PADDING: dict[Any, str] = {False: "", "do_not_pad": "", True: "longest", "longest": "longest",
                            "max_length": "max_length"}  # fmt: skip
@@ -29,6 +30,8 @@ SIDES = {"left": "left", "right": "right"}
 TENSORS: dict[Any, str] = {None: "", "pt": "pt", "np": "np"}
 # The number that fills up a shorter row of these keys. That of input_ids is the tokenizer's `pad_token_id`.
 FILLERS = {"attention_mask": 0, "token_type_ids": 0, "special_tokens_mask": 1}
+# From this `model_max_length` on there is no limit; Transformers writes 1e30.
+NO_LIMIT = 1e20
 
 
 class BatchEncoding(dict[str, Any]):
@@ -39,6 +42,15 @@ class BatchEncoding(dict[str, Any]):
         if name in self:
             return self[name]
         raise AttributeError(f"the encoding has no {name!r}; it has {', '.join(self)}")
+
+    @property
+    def data(self) -> BatchEncoding:
+        """The encoding itself."""
+        return self
+
+    def copy(self) -> BatchEncoding:
+        """A new encoding of the same values."""
+        return BatchEncoding(self)
 
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> BatchEncoding:
         """Move all tensors to a device. With `dtype`, tensors of floats (images) are converted. Returns itself."""
@@ -53,19 +65,21 @@ class BatchEncoding(dict[str, Any]):
         return self
 
 
-class BatchTokenizer(TextTokenizer):
+class BatchTokenizer(TokenNames):
     """The methods of a `TextTokenizer` that Transformers' tokenizers have, too. Arguments have their meaning there.
+    Those in `tokens.UNSUPPORTED` are refused, unless their value asks for nothing.
 
     Attributes:
         padding_side: "left" (so that every prompt ends where its answer begins), or "right".
         truncation_side: the side on which long texts are cut, "right" or "left".
-        model_max_length: the number of ids to which texts are cut without a `max_length`; None: no limit.
+        model_max_length: the number of ids to which texts are cut without a `max_length`; None, or a number from 1e20
+            on: no limit.
         skip_special_tokens: whether `decode` leaves special tokens out, where its argument does not say.
     """
 
     padding_side = "left"
     truncation_side = "right"
-    model_max_length: int | None = None
+    model_max_length: int | float | None = None
     skip_special_tokens = True
 
     # Text to ids.
@@ -84,6 +98,7 @@ class BatchTokenizer(TextTokenizer):
         return_attention_mask: bool | None = None,
         return_token_type_ids: bool | None = None,
         split_special_tokens: bool = True,
+        **unsupported: Any,
     ) -> BatchEncoding:
         """Encode a text or a list of texts.
 
@@ -99,7 +114,7 @@ class BatchTokenizer(TextTokenizer):
             return_tensors: "pt" (PyTorch), "np" (NumPy), None for lists.
             return_attention_mask: with False, return input_ids only. None is True.
             split_special_tokens: see `encode`. Here the default is True: special tokens that users type stay text.
-            text_pair, return_token_type_ids: not supported.
+            text_pair, return_token_type_ids, unsupported: not supported.
 
         Returns:
             input_ids and attention_mask: lists of ids for one text, lists of lists or tensors (B, T) for several. One
@@ -109,8 +124,9 @@ class BatchTokenizer(TextTokenizer):
             ValueError: an argument with another value, padding without a pad token, or tensors of unequal rows.
         """
         if text_pair is not None or return_token_type_ids:
-            unsupported = "text_pair and return_token_type_ids are not supported"
-            raise ValueError(f"{unsupported}; give one text for each row")
+            problem = "text_pair and return_token_type_ids are not supported"
+            raise ValueError(f"{problem}; give one text for each row")
+        refuse_unsupported(unsupported)
         texts = list_of_texts(text)
         rows = [self.encode(item, add_special_tokens, split_special_tokens) for item in texts]
         has_bos = add_special_tokens and self.bos_token_id is not None
@@ -122,6 +138,27 @@ class BatchTokenizer(TextTokenizer):
         if isinstance(text, str):
             return first_row(batch)
         return batch
+
+    def encode(
+        self, text: str, bos: bool = True, split_special_tokens: bool = True, **settings: Any
+    ) -> Any:  # fmt: skip
+        """Ids of a text, see `TextTokenizer.encode`.
+
+        Args:
+            settings: other arguments of `__call__`, of which these are the `input_ids`.
+
+        Raises:
+            ValueError: not a text; as `__call__`; `bos` and `add_special_tokens` that differ.
+        """
+        if not isinstance(bos, bool):
+            supported = "True and False, and no text_pair"
+            raise ValueError(f"bos={brief(bos)} is not supported; supported: {supported}")
+        if not settings:
+            return super().encode(text, bos, split_special_tokens)
+        if settings.setdefault("add_special_tokens", bos) and not bos:
+            raise ValueError("bos=False and add_special_tokens=True differ; give one of the two")
+        check_text(text, "text")
+        return self(text, split_special_tokens=split_special_tokens, **settings)["input_ids"]
 
     def truncate(
         self, rows: list[list[int]], truncation: Any, max_length: int | None, padding: Any,
@@ -140,13 +177,10 @@ class BatchTokenizer(TextTokenizer):
         if truncation is None:
             truncation = max_length is not None and padding is False
         cut = expect_choice("truncation", truncation, TRUNCATION)
-        expect_size("max_length", max_length)
+        limit = self._limit(max_length)
         if max_length is not None and not cut and padded != "max_length":
             cure = "truncation=True cuts to it, padding='max_length' pads to it"
             warnings.warn(f"max_length={max_length} has no effect here; {cure}", stacklevel=3)
-        limit = max_length
-        if limit is None:
-            limit = self.model_max_length
         if not cut or limit is None:
             return rows
         if expect_choice("truncation_side", self.truncation_side, SIDES) == "right":
@@ -158,6 +192,21 @@ class BatchTokenizer(TextTokenizer):
             cut_rows.append(row[:leading_ids] + row[leading_ids + surplus :])
         return cut_rows
 
+    def _limit(self, max_length: int | None) -> int | None:
+        """The largest number of ids in a row: `max_length`, else `model_max_length`; None without a limit.
+
+        Raises:
+            ValueError: neither a whole number above 0 nor None.
+        """
+        expect_size("max_length", max_length)
+        if max_length is not None:
+            return max_length
+        limit: Any = self.model_max_length
+        if is_number(limit, float, NO_LIMIT):
+            return None
+        expect_size("model_max_length", limit)
+        return limit
+
     def pad(
         self,
         encoded_inputs: Any,
@@ -167,6 +216,7 @@ class BatchTokenizer(TextTokenizer):
         padding_side: str | None = None,
         return_attention_mask: bool | None = None,
         return_tensors: str | None = None,
+        **unsupported: Any,
     ) -> BatchEncoding:
         """Fill up rows of ids to one length, with `pad_token_id`, and their masks with 0.
 
@@ -181,19 +231,21 @@ class BatchTokenizer(TextTokenizer):
             The encoding, as `__call__` returns it. One row gives one row.
 
         Raises:
-            ValueError: as `__call__`; `encoded_inputs` without input_ids, or of different keys; a value that is no
-                tensor.
+            ValueError: as `__call__`; `encoded_inputs` without input_ids, or of different keys; ids that are no whole
+                numbers; a mask of another length than its ids; a value that is no tensor.
         """
+        refuse_unsupported(unsupported)
         inputs = as_columns(encoded_inputs)
         format = expect_choice("return_tensors", return_tensors, TENSORS)
         if not format:
             format = tensor_format(inputs["input_ids"])
         columns = {name: to_lists(value) for name, value in inputs.items()}
         rows = columns["input_ids"]
-        single = len(rows) > 0 and not isinstance(rows[0], list)
+        single = isinstance(rows, list) and len(rows) > 0 and not isinstance(rows[0], list)
         if single:
             columns = {name: [value] for name, value in columns.items()}
             rows = columns["input_ids"]
+        expect_rows(columns)
         if return_attention_mask is not False:
             columns.setdefault("attention_mask", [[1] * len(row) for row in rows])
 
@@ -218,7 +270,7 @@ class BatchTokenizer(TextTokenizer):
             ValueError: an argument with another value, no pad token, or "max_length" without a length.
         """
         expect_size("pad_to_multiple_of", multiple)
-        expect_size("max_length", max_length)
+        max_length = self._limit(max_length)
         padding = expect_choice("padding", padding, PADDING)
         if not padding:
             if multiple is not None:
@@ -230,8 +282,6 @@ class BatchTokenizer(TextTokenizer):
         length = max(map(len, rows), default=0)
         if padding == "max_length":
             if max_length is None:
-                max_length = self.model_max_length
-            if max_length is None:
                 cure = "or give padding=True, the longest row"
                 raise ValueError(f"padding='max_length' needs a max_length; {cure}")
             length = max_length
@@ -241,9 +291,9 @@ class BatchTokenizer(TextTokenizer):
 
     # Ids to text.
 
-    def decode(
+    def decode(  # type: ignore[override]  # of rows, too
         self, token_ids: Any, skip_special_tokens: bool | None = None,
-        clean_up_tokenization_spaces: bool | None = None,
+        clean_up_tokenization_spaces: bool | None = None, **unsupported: Any,
     ) -> Any:  # fmt: skip
         """Text of ids: a list, an array or a tensor of them, or one id. Bytes that are no UTF-8 become U+FFFD. Rows of
         ids give a list of texts.
@@ -251,12 +301,14 @@ class BatchTokenizer(TextTokenizer):
         Args:
             skip_special_tokens: leave special tokens out; None is the attribute of this name.
             clean_up_tokenization_spaces: None or False. Another value is not supported.
+            unsupported: not supported.
 
         Raises:
             ValueError: no such id, or not ids.
         """
         if clean_up_tokenization_spaces:
             raise ValueError("clean_up_tokenization_spaces=True is not supported; it would change the text")
+        refuse_unsupported(unsupported)
         if skip_special_tokens is None:
             skip_special_tokens = self.skip_special_tokens
         ids = to_lists(token_ids)
@@ -265,12 +317,13 @@ class BatchTokenizer(TextTokenizer):
         else:
             ids = [ids]
         if ids and isinstance(ids[0], list):
-            return [super(BatchTokenizer, self).decode(row, skip_special_tokens) for row in ids]
+            rows = [expect_list("a row of ids", row) for row in ids]
+            return [super(BatchTokenizer, self).decode(row, skip_special_tokens) for row in rows]
         return super().decode(ids, skip_special_tokens)
 
     def batch_decode(
         self, sequences: Any, skip_special_tokens: bool | None = None,
-        clean_up_tokenization_spaces: bool | None = None,
+        clean_up_tokenization_spaces: bool | None = None, **unsupported: Any,
     ) -> list[str]:  # fmt: skip
         """The texts of rows of ids, see `decode`. One row of ids gives one text.
 
@@ -282,85 +335,8 @@ class BatchTokenizer(TextTokenizer):
             raise ValueError(f"sequences are {brief(sequences)}; allowed: rows of ids")
         if rows and not isinstance(rows[0], list):
             rows = [rows]
-        return [self.decode(row, skip_special_tokens, clean_up_tokenization_spaces) for row in rows]
-
-    # Tokens.
-
-    def __len__(self) -> int:
-        return self.vocab_size
-
-    def get_vocab(self) -> dict[str, int]:
-        """All tokens with their ids. Tokens of the vocabulary are in the byte alphabet (`bpe.LETTERS`)."""
-        return self.backend.get_vocab(with_added_tokens=True)
-
-    def tokenize(self, text: str) -> list[str]:
-        """The tokens of a text, without "<s>"."""
-        return self.convert_ids_to_tokens(self.encode(text, bos=False))
-
-    def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> Any:
-        """The id of a token, or the ids of a list of tokens. An unknown token has the id of "<unk>", or None without
-        one."""
-        if not isinstance(tokens, str):
-            return [self.convert_tokens_to_ids(token) for token in list_of_texts(tokens)]
-        found = self.backend.token_to_id(tokens)
-        if found is None:
-            return self.unk_token_id
-        return found
-
-    def convert_ids_to_tokens(self, ids: Any, skip_special_tokens: bool = False) -> Any:
-        """The token of an id, or the tokens of a list of ids (raises ValueError if there is no such id)."""
-        values = to_lists(ids)
-        if isinstance(values, list):
-            special = set()
-            if skip_special_tokens:
-                special = set(self.all_special_ids)
-            return [self.convert_ids_to_tokens(i) for i in values if i not in special]
-        self.id_to_bytes(values)  # raises ValueError
-        return self.backend.id_to_token(values)
-
-    @property
-    def all_special_tokens(self) -> list[str]:
-        """The special tokens, in the order of their ids."""
-        return list(self.special_tokens)
-
-    @property
-    def all_special_ids(self) -> list[int]:
-        """The ids of the special tokens."""
-        return list(self.special_tokens.values())
-
-    @property
-    def unk_token_id(self) -> int | None:
-        """The id of "<unk>", or None without one."""
-        return self.special_tokens.get("<unk>")
-
-    @property
-    def bos_token(self) -> str | None:
-        """The token that begins a text, or None."""
-        return self._token(self.bos_token_id)
-
-    @property
-    def eos_token(self) -> str | None:
-        """The token that ends an answer, or None."""
-        return self._token(self.eos_token_id)
-
-    @property
-    def pad_token(self) -> str | None:
-        """The token that fills up rows, or None. It can be set to another token of the vocabulary (raises ValueError
-        for a text that is not one)."""
-        return self._token(self.pad_token_id)
-
-    @pad_token.setter
-    def pad_token(self, token: str) -> None:
-        found = self.backend.token_to_id(check_text(token, "pad_token"))
-        if found is None:
-            raise ValueError(f"pad_token={token!r} is not in the vocabulary; allowed: a token that is")
-        self.pad_token_id = found
-
-    def _token(self, i: int | None) -> str | None:
-        if i is None:
-            return None
-        return self.backend.id_to_token(i)
-
+        settings = {"clean_up_tokenization_spaces": clean_up_tokenization_spaces, **unsupported}
+        return [self.decode(row, skip_special_tokens, **settings) for row in rows]
 
 # ---------------------------------------------------------------------------------------------------- arguments
 
@@ -374,17 +350,28 @@ def expect_choice(name: str, value: Any, choices: Mapping[Any, Any]) -> Any:
     raise ValueError(f"{name}={brief(value)} is not supported; supported: {allowed}")
 
 
-def list_of_texts(text: Any) -> list[str]:
-    """The texts in a text or a list of texts.
+def expect_list(what: str, value: Any) -> list[Any]:
+    """The value, which must be a list (raises ValueError for another one)."""
+    if not isinstance(value, list):
+        raise ValueError(f"{what} is {brief(value)}; allowed: a list of whole numbers")
+    return value
 
-    Raises:
-        ValueError: no text, or something else.
-    """
-    if isinstance(text, str):
-        return [text]
-    if not isinstance(text, (list, tuple)) or not text:
-        raise ValueError(f"text is {brief(text)}; allowed: a text, or a list of at least one")
-    return [check_text(item, f"text[{place}]") for place, item in enumerate(text)]
+
+def expect_rows(columns: Mapping[str, Any]) -> None:
+    """Raise ValueError unless input_ids are rows of whole numbers, and those of `FILLERS` are rows of as many."""
+    lengths = None
+    for name in ("input_ids", *(columns.keys() & FILLERS.keys())):
+        found = []
+        for row in expect_list(name, columns[name]):
+            kinds = {type(value) for value in expect_list(f"a row of {name}", row)}  # faster than each value
+            if not all(issubclass(kind, Integral) for kind in kinds):
+                raise ValueError(f"a row of {name} is {brief(row)}; allowed: whole numbers")
+            found.append(len(row))
+        if lengths is None:
+            lengths = found
+        if found != lengths:
+            conflict = f"rows of {name} have lengths {brief(found)}, those of input_ids {brief(lengths)}"
+            raise ValueError(f"{conflict}; allowed: equal lengths")
 
 
 def split_conversations(conversation: Any) -> tuple[list[Any], bool]:
@@ -398,15 +385,6 @@ def split_conversations(conversation: Any) -> tuple[list[Any], bool]:
 
 
 # --------------------------------------------------------------------------------------------- lists and tensors
-
-
-def to_lists(value: Any) -> Any:
-    """Convert arrays and tensors to lists, also inside lists."""
-    if isinstance(value, (Tensor, np.ndarray, np.generic)):
-        return value.tolist()
-    if isinstance(value, (list, tuple)):
-        return [to_lists(item) for item in value]
-    return value
 
 
 def tensor_format(value: Any) -> str:

@@ -80,9 +80,9 @@ class TextTokenizer:
     def __init__(self, backend: Backend, version: str | None = None) -> None:
         if not isinstance(backend.decoder, decoders.ByteLevel):
             decoder = type(backend.decoder).__name__
-            raise ValueError(
-                f"the tokenizer's decoder is {decoder}; allowed: ByteLevel, as Mistral's byte-level BPE has"
-            )
+            allowed = "ByteLevel, as Mistral's byte-level BPE has"
+            cure = "the models also take ids of transformers.AutoTokenizer"
+            raise ValueError(f"the tokenizer's decoder is {decoder}; allowed: {allowed}; {cure}")
         self.backend = backend
         _make_control_tokens_special(backend)
 

@@ -192,6 +192,28 @@ def _read_result(message: Mapping[str, Any], parts: list[Part], version: str) ->
     return Message("tool", parts, call_id=call_id)
 
 
+# Images
+
+
+def with_image_sources(messages: Any) -> Any:
+    """The messages, in which parts {"type": "image"} without a source have one, for a text of the conversation."""
+    if not isinstance(messages, (list, tuple)):
+        return messages
+    completed = []
+    for message in messages:
+        if isinstance(message, Mapping) and isinstance(message.get("content"), (list, tuple)):
+            parts = [_with_source(part) for part in message["content"]]
+            message = {**message, "content": parts}
+        completed.append(message)
+    return completed
+
+
+def _with_source(part: Any) -> Any:
+    if part == {"type": "image"}:
+        return {"type": "image", "image": "[IMG]"}
+    return part
+
+
 # Thinking
 
 

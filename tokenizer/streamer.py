@@ -1,11 +1,12 @@
-"""Print an answer while it grows; Transformers' `TextStreamer`."""
+"""An answer as text while it grows; Transformers' `TextStreamer` and `TextIteratorStreamer`."""
 
 from __future__ import annotations
 
+from queue import Queue
 from typing import Any
 
-from .batches import to_lists
 from .bpe import TextStream, TextTokenizer
+from .tokens import to_lists
 
 
 class TextStreamer:
@@ -62,3 +63,42 @@ class TextStreamer:
         if stream_end:
             end = "\n"
         print(text, end=end, flush=True)
+
+
+class TextIteratorStreamer(TextStreamer):
+    """An iterator over the texts of an answer that another thread generates:
+
+        streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
+        Thread(target=model.generate, kwargs={**inputs, "streamer": streamer}).start()
+        for text in streamer: ...
+
+    Args:
+        tokenizer, skip_prompt, skip_special_tokens: see `TextStreamer`.
+        timeout: seconds to wait for the next text; None: without a limit.
+
+    Raises:
+        queue.Empty: no text came in time.
+    """
+
+    def __init__(
+        self, tokenizer: TextTokenizer, skip_prompt: bool = False, timeout: float | None = None,
+        skip_special_tokens: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__(tokenizer, skip_prompt, skip_special_tokens)
+        self.timeout = timeout
+        self._texts: Queue[str | None] = Queue()  # None ends an answer
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Pass on complete characters, and the end of the answer."""
+        self._texts.put(text)
+        if stream_end:
+            self._texts.put(None)
+
+    def __iter__(self) -> TextIteratorStreamer:
+        return self
+
+    def __next__(self) -> str:
+        text = self._texts.get(timeout=self.timeout)
+        if text is None:
+            raise StopIteration
+        return text
