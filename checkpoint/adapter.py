@@ -22,13 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from checks import as_list, is_number, is_size
 
 from .files import ADAPTER, ADAPTER_WEIGHTS, has_any, read_json_object
-from .reader import KINDS
+from .reader import KINDS, open_safetensors
 
 PREFIX = "base_model.model."
 # How the names of the two factors end: the factor, and whether it belongs to an embedding.
@@ -118,12 +117,7 @@ class Adapter:
         if not path.is_file():
             cure = f"write {ADAPTER_WEIGHTS} (PEFT: save_pretrained); a pickle ({path.stem}.bin) is not read"
             raise FileNotFoundError(f"{path} does not exist; {cure}")
-        try:
-            path.open("rb").close()  # an OSError says why the file cannot be read
-            return safe_open(path, framework="pt")
-        except SafetensorError as error:
-            problem = f"{path} is truncated or not a safetensors file ({error})"
-            raise ValueError(f"{problem}; fetch it again") from error
+        return open_safetensors(path)
 
     # Configuration.
 

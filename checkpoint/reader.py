@@ -82,6 +82,21 @@ def as_dtype(dtype: Any, torch_dtype: Any = None) -> torch.dtype | None:
 # ------------------------------------------------------------------------------------------------------- tensors
 
 
+def open_safetensors(path: Path) -> Any:
+    """Open a file of tensors, without reading them.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not in the safetensors format.
+    """
+    try:
+        path.open("rb").close()  # an OSError says why the file cannot be read
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        problem = f"{path} is truncated or not a safetensors file ({error})"
+        raise ValueError(f"{problem}; fetch it again") from error
+
+
 class Checkpoint:
     """The tensors of a model directory, in one file or in shards with an index, under the names and in the order of
     rows of Transformers' files. Opening reads the headers only; `read` maps one tensor at a time into memory.
@@ -163,11 +178,7 @@ class Checkpoint:
         if not path.is_file():
             problem = f"{path} does not exist, though the index names it"
             raise FileNotFoundError(f"{problem}; fetch the model again")
-        try:
-            return safe_open(path, framework="pt")
-        except (SafetensorError, OSError) as error:
-            problem = f"{path} is truncated or not a safetensors file ({error})"
-            raise ValueError(f"{problem}; fetch it again") from error
+        return open_safetensors(path)
 
     def _open_shards(self, path: Path) -> dict[str, Any]:
         """Every tensor that an index names: the open shard that holds it."""
