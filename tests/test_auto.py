@@ -1,6 +1,7 @@
 """The names of `auto.py`: the published examples up to `generate`, the processor and the choice of classes, compared
 with Transformers."""
 
+import json
 import random
 import sys
 from itertools import product
@@ -165,6 +166,7 @@ def test_a_mistral_is_one_in_transformers(tmp_path):
     ours = new_model(auto.AutoModelForCausalLM, config).eval()
     assert type(ours) is auto.MistralForCausalLM and isinstance(ours.model, auto.MistralModel)
     ours.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["MistralForCausalLM"]
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(theirs) is transformers.MistralForCausalLM
     ids = torch.arange(1, 12)[None]
@@ -409,6 +411,31 @@ def test_every_name_is_one_of_transformers():
         assert hasattr(auto, name) and name == "MistralCommonBackend", name
     assert issubclass(auto.AutoTokenizer, Tokenizer) and auto.MistralCommonBackend is MistralCommonBackend
     assert TheirBackend.__name__ == MistralCommonBackend.__name__
+
+
+def test_names_of_transformers_that_are_not_here():
+    with pytest.raises(ImportError, match=r"auto has no Trainer; import it from transformers: its Trainer, data"):
+        from auto import Trainer  # noqa: F401
+    with pytest.raises(ImportError, match="auto has no BitsAndBytesConfig; quantised weights are not supported"):
+        from auto import BitsAndBytesConfig  # noqa: F401
+    assert not hasattr(auto, "_private")
+
+
+def test_processors_and_criteria_of_a_script(directories):
+    """Classes as scripts write them."""
+
+    class Only(auto.LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            return torch.where(torch.arange(scores.shape[1]) == 7, scores, -torch.inf)
+
+    class AfterTwo(auto.StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            return input_ids.shape[1] >= 5
+
+    model = auto.AutoModelForCausalLM.from_pretrained(directories["ministral"])
+    processors, criteria = auto.LogitsProcessorList([Only()]), auto.StoppingCriteriaList([AfterTwo()])
+    tokens = model.generate(torch.tensor([[1, 2, 3]]), logits_processor=processors, stopping_criteria=criteria)
+    assert tokens.tolist() == [[1, 2, 3, 7, 7]]
 
 
 def test_set_seed_seeds_all_generators():
