@@ -108,6 +108,21 @@ def test_attention_in_parts_equals_the_formula(window, block, monkeypatch):
             torch.testing.assert_close(chunk_attention(q, k, v, window), expected, rtol=0, atol=1e-14)
 
 
+@pytest.mark.parametrize("grouped", [False, True])
+@given(rngs)
+def test_attention_of_one_query_equals_the_formula(grouped, device, rng):
+    """With any number of heads and slots, hidden slots in every row, and each way to group the heads."""
+    B, G, group_size, slots, D = rng.randint(1, 3), rng.randint(1, 3), rng.choice([1, 2, 4]), rng.randint(1, 20), 4
+    g = torch.Generator().manual_seed(rng.randrange(2**31))
+    q = torch.randn(B, G * group_size, 1, D, dtype=torch.float64, generator=g).to(device)
+    k, v = torch.randn(2, B, G, slots, D, dtype=torch.float64, generator=g).to(device)
+    mask = (torch.rand(rng.choice([1, B]), 1, 1, slots, generator=g) < 0.6).to(device)
+    mask[..., rng.randrange(slots)] = True
+    expected, _ = eager_attention(q, k, v, mask, D**-0.5, 0.0)
+    found = fast.one_query_attention(q, k, v, mask, grouped)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
+
+
 @given(rngs)
 @settings(max_examples=40)
 def test_generation_gives_the_same_tokens(rng):
