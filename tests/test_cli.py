@@ -19,7 +19,7 @@ from cli import format_bytes, progress_bar
 from command import available_memory, model_words
 from decoder import kv_cache_bytes
 from generate import main
-from ministral import KVCache, MinistralConfig
+from ministral import KVCache, MinistralConfig, MinistralForCausalLM
 from model_types import BUNDLED, load_model
 from terminal import Writer
 from tokenizer import Tokenizer
@@ -298,7 +298,7 @@ def test_memory_figures():
     config = MinistralConfig(hidden_size=16, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=3,
                              intermediate_size=8, vocab_size=9, sliding_window=64, layer_types=kinds)  # fmt: skip
     cache = KVCache(config, expected=256)
-    model = generate.MinistralForCausalLM(config)
+    model = MinistralForCausalLM(config)
     with torch.no_grad():
         for _ in range(2):
             model(torch.ones(1, 128, dtype=torch.long), past_key_values=cache)

@@ -46,6 +46,7 @@ from ministral import MinistralConfig, MinistralForCausalLM
 from ministral3 import Ministral3Config, Ministral3ForCausalLM, Ministral3Model, YarnRotaryEmbedding
 from model_types import BUNDLED, load_model
 from tests.cases import VOCAB, draw_config
+from tests.conftest import at_most
 from tests.published import MINISTRAL3_8B_PARAMS, MINISTRAL_8B, MINISTRAL_8B_PARAMS, hub_names, ministral3, quantize
 from tests.test_checkpoint import assert_same_weights
 from tests.test_parity import assert_same
@@ -97,6 +98,7 @@ def draw_ids(rng):
 
 
 @torch.no_grad()
+@at_most(100)
 @given(rngs, st.sampled_from(["ministral", "ministral3", "mistral3"]), st.booleans())
 def test_both_layouts_give_the_same_bits(tmp_path_factory, rng, kind, old_names):
     """Transformers' layout -> Mistral's -> Transformers', loaded from all three: equal weights and logits."""
