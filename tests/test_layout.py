@@ -1,6 +1,8 @@
 """The layout of the project: names that other files rely on exist, and imports run one way."""
 
 import ast
+import importlib
+import json
 import re
 from pathlib import Path
 from types import ModuleType
@@ -172,3 +174,21 @@ def test_the_models_read_no_files():
     assert not any(isinstance(node, ast.ImportFrom) and node.module == "checkpoint" for node in nodes)
     attributes = [node for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)]
     assert {node.attr for node in attributes if node.value.id == "checkpoint"} == {"text_name"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.name)
+def test_names_that_notebooks_import_exist(path):
+    """Executing the notebooks takes a minute; this finds a name that has moved."""
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    found = 0
+    for cell in cells:
+        if cell["cell_type"] != "code":
+            continue
+        lines = [line for line in cell["source"] if not line.lstrip().startswith(("%", "!"))]  # IPython's commands
+        for node in ast.walk(ast.parse("".join(lines))):
+            if isinstance(node, ast.ImportFrom) and node.module.partition(".")[0] in project_names():
+                module = importlib.import_module(node.module)
+                for alias in node.names:
+                    found += 1
+                    assert hasattr(module, alias.name), f"{node.module} has no {alias.name}"
+    assert found
