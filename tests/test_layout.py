@@ -1,7 +1,7 @@
 """The layout of the project: names that other files rely on exist, and imports run one way."""
 
 import ast
-import importlib
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -187,8 +187,12 @@ def test_names_that_notebooks_import_exist(path):
         lines = [line for line in cell["source"] if not line.lstrip().startswith(("%", "!"))]  # IPython's commands
         for node in ast.walk(ast.parse("".join(lines))):
             if isinstance(node, ast.ImportFrom) and node.module.partition(".")[0] in project_names():
+                names = [alias.name for alias in node.names]
                 module = importlib.import_module(node.module)
-                for alias in node.names:
+                for name in names:
                     found += 1
-                    assert hasattr(module, alias.name), f"{node.module} has no {alias.name}"
+                    is_package = importlib.util.find_spec(node.module).submodule_search_locations is not None
+                    if not hasattr(module, name) and is_package:
+                        importlib.import_module(f"{node.module}.{name}")  # a file of a package
+                    assert hasattr(module, name), f"{node.module} has no {name}"
     assert found
