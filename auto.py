@@ -17,7 +17,6 @@ import torch
 
 import checkpoint
 from checkpoint import GenerationConfig
-from checks import require
 from heads import (
     Ministral3ForQuestionAnswering,
     Ministral3ForSequenceClassification,
@@ -95,10 +94,7 @@ class MistralConfig(MinistralConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        kind = "full_attention" if self.sliding_window is None else "sliding_attention"
-        alike = set(self.layer_types) == {kind}
-        require(self, "layer_types", alike, f"{kind} for every layer; MinistralConfig mixes them")
-        self.complete_layer_types()
+        self.expect_uniform_layers("; MinistralConfig mixes them")
 
 
 # The models of a `MistralConfig`. They compute the same function as Ministral's.

@@ -366,9 +366,8 @@ def resized_count(new_num_tokens: int | None, pad_to_multiple_of: int | None, co
         new_num_tokens = count
     if pad_to_multiple_of is None:
         pad_to_multiple_of = 1
-    for name, value in (("new_num_tokens", new_num_tokens), ("pad_to_multiple_of", pad_to_multiple_of)):
-        if not is_size(value):
-            raise ValueError(f"{name}={value!r} is impossible; allowed: a whole number above 0, or None")
+    expect_size("new_num_tokens", new_num_tokens)
+    expect_size("pad_to_multiple_of", pad_to_multiple_of)
     return -(-new_num_tokens // pad_to_multiple_of) * pad_to_multiple_of
 
 

@@ -76,10 +76,7 @@ class Ministral3Config(MinistralConfig):
                 "mscale_all_dim": 1.0, "mscale": 1.0, "llama_4_scaling_beta": 0.1,
             }  # fmt: skip
         super().__post_init__()
-        kind = "full_attention" if self.sliding_window is None else "sliding_attention"
-        alike = set(self.layer_types) == {kind}
-        require(self, "layer_types", alike, f"{kind} for every layer (see sliding_window)")
-        self.complete_layer_types()
+        self.expect_uniform_layers(" (see sliding_window)")
         rope = self.rope_parameters
         # Transformers reads llama_4_scaling_beta and original_max_position_embeddings in any case.
         if rope.get("llama_4_scaling_beta") is None:

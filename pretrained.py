@@ -165,6 +165,15 @@ class PreTrainedConfig:
         self.layer_types = [kind] * self.num_hidden_layers
         self._layers_follow = True
 
+    def expect_uniform_layers(self: Any, cure: str) -> None:
+        """Raise ValueError unless all layers are of the kind that `sliding_window` says; they follow its changes."""
+        given = self.layer_types
+        self.complete_layer_types()
+        kind = self.layer_types[0]
+        alike = set(given) == {kind}
+        self.layer_types = given
+        require(self, "layer_types", alike, f"{kind} for every layer{cure}")
+
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         follows = name in ("num_hidden_layers", "sliding_window") and getattr(self, "_layers_follow", False)

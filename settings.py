@@ -17,7 +17,15 @@ from torch import Tensor
 
 from checkpoint import SETTINGS, GenerationConfig, check_setting
 from checkpoint.generation_config import HARMLESS_SETTINGS, UNSUPPORTED, WITHOUT_EFFECT
-from checks import as_list, as_padding_mask, expect_ids, expect_kind, is_number, refuse_argument, warn_of_padding
+from checks import (
+    as_list,
+    as_padding_mask,
+    expect_ids,
+    expect_kind,
+    is_number,
+    refuse_argument,
+    warn_of_padding,
+)
 from ministral import KVCache, MinistralConfig
 
 if TYPE_CHECKING:

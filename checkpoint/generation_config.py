@@ -174,7 +174,8 @@ WITHOUT_EFFECT = {
 HARMLESS_SETTINGS = {
     "num_beam_groups", "length_penalty", "early_stopping", "diversity_penalty",
     "_from_model_config", "_commit_hash", "transformers_version", "cache_config", "max_cache_len",
-    "low_memory", "compile_config", "disable_compile", "prefill_chunk_size", "decoder_start_token_id", "is_assistant",
+    "low_memory", "compile_config", "disable_compile", "prefill_chunk_size", "decoder_start_token_id",
+    "is_assistant",
     "num_assistant_tokens_schedule", "assistant_confidence_threshold", "target_lookbehind",
     "assistant_lookbehind", "max_matching_ngram_size", "assistant_ensemble_weight", "speculation_type",
     "continuous_batching_config",
