@@ -1,11 +1,12 @@
 """A model with the cache of its text, for `generate`: `prefill` reads the prompt, `step` one more token of each row.
 
 How new tokens are computed is chosen once for a text: by `model(...)`, by the same model in the form of `fast.py`, or,
-for single tokens, by a recorded step.
+for single tokens, by a recorded step (`recorded_step.py`).
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -13,19 +14,40 @@ import torch
 from torch import Tensor
 
 from checks import expect_tensor
-from fast import Captured, Flat, flat
+from fast import FlatModel, why_not
 from ministral import KVCache, MinistralConfig
+from recorded_step import RecordedStep, recorded_step
 from vision import ImageSizes, Mistral3ForConditionalGeneration
 
 Forward = Callable[[Tensor, Tensor, KVCache, Tensor | None], Tensor]
 Progress = Callable[[int, int], object]
 
 
-def choose_forward(model: Any, fast: bool) -> Forward:
-    """The function that reads S new tokens: forward(x, position_ids, cache, mask) -> logits (B, V) after the last one.
+REASONS: set[str] = set()  # for the readable path, of which the caller has been told
 
-    x is ids (B, S) or embeddings (B, S, E). The function is `model(...)`, or the fast path if `fast` is True and
-    `fast.py` has this model."""
+
+def choose_forward(model: Any, fast: bool | str) -> Forward:
+    """The function that reads S new tokens: forward(x, position_ids, cache, mask) -> logits (B, V) after the last one.
+    x is ids (B, S) or embeddings (B, S, E).
+
+    Args:
+        model: the model.
+        fast: True: the function of `fast.py`. False: `model(...)`. "auto": the first if it computes the same, else the
+            second and a warning, once for each reason.
+
+    Raises:
+        ValueError: fast=True for a model of which `fast.py` computes something else; another value.
+    """
+    if fast not in (True, False, "auto"):
+        raise ValueError(f"fast={fast!r} is impossible; allowed: True, False, 'auto'")
+    reason = why_not(model)
+    if fast and reason is None:
+        return FlatModel(model)
+    if fast is True:
+        raise ValueError(f"fast=True is not supported: {reason}; give fast=False, or change the model")
+    if fast and reason not in REASONS:
+        REASONS.add(str(reason))
+        warnings.warn(f"generate uses the slower path, model(...): {reason}; fast=False hides this", stacklevel=3)
 
     def forward(x: Tensor, position_ids: Tensor, cache: KVCache, mask: Tensor | None) -> Tensor:
         inputs = {"input_ids": x}
@@ -36,17 +58,10 @@ def choose_forward(model: Any, fast: bool) -> Forward:
         logits: Tensor = outputs.logits[:, -1]
         return logits
 
-    fast_forward = None
-    if fast:
-        fast_forward = flat(model)
-    if fast_forward is None:
-        return forward
-    return fast_forward
+    return forward
 
 
-def embed_images(
-    model: Any, input_ids: Tensor, pixel_values: Tensor | None, image_sizes: ImageSizes | None
-) -> Tensor:
+def embed_images(model: Any, input_ids: Tensor, pixel_values: Tensor | None, image_sizes: ImageSizes | None) -> Tensor:
     """Embeddings (B, S, E) of ids (B, S) and of the images whose [IMG] tokens are among them.
 
     Raises:
@@ -68,15 +83,24 @@ class Decoder:
         forward: see `choose_forward`.
         cache: the cache, which may hold the first tokens of every row.
         visible: bool (B, slots), False at padding; there is a slot for every token of the prompt and every new one.
+        record: decode by a recorded step. `forward` must be a `FlatModel`.
+        compile: compile that step.
+        expected: the length of the text for which memory is reserved.
     """
 
-    def __init__(self, forward: Forward, cache: KVCache, visible: Tensor) -> None:
+    def __init__(
+        self, forward: Forward, cache: KVCache, visible: Tensor, record: bool, compile: bool, expected: int
+    ) -> None:
         self.forward = forward
         self.cache = cache
+        self.visible = visible
         # Positions skip padding, so a padded row is rotated, and its queries are scaled, as if it were alone.
         self.positions = (visible.cumsum(dim=1) - 1).clamp(min=0)  # (B, slots)
         self.mask = None if visible.all() else visible
-        self.step: Callable[[Tensor], Tensor] = self.read
+        self.record = record
+        self.compile = compile
+        self.expected = expected
+        self.recorded: RecordedStep | None = None
 
     def prefill(self, x: Tensor, chunk_size: int, on_prompt: Progress | None = None) -> Tensor:
         """Read the prompt, ids (B, S) or embeddings (B, S, E), in chunks. Returns the logits (B, V) after it."""
@@ -88,8 +112,7 @@ class Decoder:
         return logits
 
     def read(self, x: Tensor) -> Tensor:
-        """Read S new tokens, ids (B, S) or embeddings (B, S, E). Returns the logits (B, V) after the last of them.
-        `step` is this function for ids (B, 1), or its recorded form."""
+        """Read S new tokens, ids (B, S) or embeddings (B, S, E). Returns the logits (B, V) after the last of them."""
         start = self.cache.get_seq_length()
         end = start + x.shape[1]
         mask = self.mask
@@ -97,12 +120,14 @@ class Decoder:
             mask = mask[:, :end]
         return self.forward(x, self.positions[:, start:end], self.cache, mask)
 
-    def record(self, compile: bool) -> None:
-        """Replace `step` by a recorded step of fixed shapes, which only the fast path has. The cache must be filled."""
-        if isinstance(self.forward, Flat):
-            slots = self.positions.shape[1]
-            first = self.positions[:, -1:] + 1 - slots  # (B, 1), the position of slot 0: minus the padding
-            self.step = Captured(self.forward, self.cache, slots, first, self.mask, compile)
+    def step(self, ids: Tensor) -> Tensor:
+        """Read one more token of each row, (B, 1). Returns the logits (B, V) after it. Those of a recorded step are
+        overwritten by the next call."""
+        if not self.record or not isinstance(self.forward, FlatModel):
+            return self.read(ids)
+        if self.recorded is None or self.cache.get_seq_length() == self.recorded.room:
+            self.recorded = recorded_step(self.forward, self.cache, self.visible, self.expected, self.compile)
+        return self.recorded(ids)
 
 
 def kv_cache_bytes(config: MinistralConfig, tokens: int, bytes_per_number: int) -> int:

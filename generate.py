@@ -25,10 +25,11 @@ import checks
 import settings
 from checkpoint import GenerationConfig, check_setting
 from decoder import Decoder, choose_forward, embed_images
-from fast import Flat
+from fast import FlatModel
 from ministral import KVCache
 from model_types import BUNDLED as BUNDLED, GenerativeModel, expect_model, load_model as load_model
 from outputs import ModelOutput, at_least_float32
+from recorded_step import compiling_pays, recording_pays
 from settings import Plan
 from vision import ImageSizes
 
@@ -313,8 +314,8 @@ def generate(
     on_token: Callable[[int, int], bool | None] | None = None,
     on_prompt: Callable[[int, int], object] | None = None,
     prefill_chunk_size: int | None = None,
-    fast: bool = True,
-    compile: bool = False,
+    fast: bool | str = "auto",
+    compile: bool | None = None,
     **other_settings: Any,
 ) -> Any:
     """Continue each row of `input_ids` until it ends with an end-of-sequence token or is long enough.
@@ -346,10 +347,11 @@ def generate(
         on_prompt: called as on_prompt(read, T) after each chunk of the prompt.
         prefill_chunk_size: the prompt is read (prefill) in chunks of this size, so that the memory beside weights and
             cache does not grow with it; None is 512 on a CPU and 4096 elsewhere. A chunk may end within an image.
-        fast: use the form of the model in `fast.py` if it supports this model. It computes the same function, but
-            rounds in another order. False: call `model(...)`.
-        compile: let `torch.compile` fuse a decode step of fixed shapes, for long texts: it takes up to a minute in each
-            call. (On CUDA the fast path records and replays such a step without it, if all slots are reserved.)
+        fast: True: use `fast.py`, which computes the same function, but rounds in another order. False: call
+            `model(...)`. "auto": use `fast.py` for models that it supports. For others, a warning gives the reason.
+        compile: let `torch.compile` fuse the operations of a decode step. On an H200, the first call took 31 seconds,
+            later ones of the process 0.1 seconds, and the 3B shape decoded 352 instead of 249 tokens a second. None: on
+            CUDA for 32,768 new tokens or more, if Triton is installed. (On CUDA, steps are recorded in any case.)
 
     Other settings, those of `GenerationConfig`:
         do_sample, temperature, top_k, top_p, min_p, repetition_penalty: see `resolve_sampling` and `Sampling`. Greedy
@@ -381,10 +383,15 @@ def generate(
     )  # fmt: skip
     processors, criteria = checks.as_list(logits_processor), checks.as_list(stopping_criteria)
     callbacks = Callbacks(processors, criteria, streamer, on_token)
+    if compile and fast == "auto":
+        fast = True  # only the fast path can be compiled
     forward = choose_forward(model, fast)
-    if compile and not isinstance(forward, Flat):
-        allowed = "with fast=True, 'sdpa', and a model in eval mode"
-        raise ValueError(f"compile=True needs the fast path; allowed: {allowed}")
+    is_fast = isinstance(forward, FlatModel)
+    if compile and not is_fast:
+        raise ValueError("compile=True with fast=False; only the fast path can be compiled")
+    if compile is None:
+        compile = is_fast and compiling_pays(plan.reserved, device)
+    record = compile or (is_fast and recording_pays(plan.new_tokens, device))
 
     # A cache that the caller keeps must hold tensors that other code may use, so not those of inference mode.
     private = past_key_values is None and not resolved.return_dict_in_generate
@@ -392,8 +399,9 @@ def generate(
         # Lay out the rows, and the tokens that are not in the cache: ids, or embeddings where there are images.
         # Memory is reserved for all new tokens if the caller or the files give their number, else for 128.
         cache = past_key_values
+        expected = input_ids.shape[1] + plan.reserved
         if cache is None:
-            cache = KVCache(config, input_ids.shape[1] + plan.reserved)
+            cache = KVCache(config, expected)
         prompts = input_ids.to(device).repeat_interleave(plan.copies, dim=0)
         unread = input_ids.to(device)[:, cache.get_seq_length() :]
         if pixel_values is not None or image_sizes is not None:
@@ -404,11 +412,9 @@ def generate(
         stops = settings.make_stop_texts(resolved, tokenizer, prompts, padding_mask)
         rows = Rows(prompts, visible, plan, sampling, stops, callbacks, resolved)
 
-        # Prefill: read the prompt into the cache. Then, where it pays, record the step that follows.
-        decoder = Decoder(forward, cache, visible)
+        # Prefill: read the prompt into the cache.
+        decoder = Decoder(forward, cache, visible, record, compile, expected)
         logits = decoder.prefill(unread, plan.chunk_size, on_prompt)
-        if plan.new_tokens > 1 and (compile or (device.type == "cuda" and plan.reserved == plan.new_tokens)):
-            decoder.record(compile)
 
         # Draw, append, stop, step.
         for _ in range(plan.new_tokens):

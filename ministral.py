@@ -34,10 +34,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import checks
+from blockwise import CausalWindow, blockwise_attention
 from outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, at_least_float32, logits_and_loss
 from pretrained import ACTIVATIONS, Embedding, FrequencyCache, Linear, PreTrainedConfig, PreTrainedModel
 
-Mask = Tensor | None  # bool, True where a query may look at a key; None: see `MinistralModel._mask`
+Mask = Any  # bool, True where a query may look at a key; None, or a `CausalWindow`: see `MinistralModel._mask`
 RopeTables = tuple[Tensor, ...]  # cosines and sines of rotary positions; Ministral 3 adds a scale for queries
 Attended = tuple[Tensor, Tensor | None]  # the result of attention, and its probabilities if it keeps them
 
@@ -51,8 +52,8 @@ class MinistralConfig(PreTrainedConfig):
     8B model mixes the two: `published_layer_types(36)`. (Its config.json on the Hub lacks the pattern, so all layers
     slide when it is loaded. Up to 32768 tokens, its window, the result is the same.) `head_dim=None` is
     `hidden_size // num_attention_heads`. `rope_theta=x` is short for `rope_parameters={"rope_type": "default",
-    "rope_theta": x}`; after construction both are set. `attn_implementation` is "sdpa" (PyTorch's fused attention) or
-    "eager" (the formula step by step). The fields from `num_labels` to `classifier_dropout` belong to `heads.py`.
+    "rope_theta": x}`; after construction both are set. `attn_implementation` is "sdpa" (PyTorch's fused attention),
+    "eager" (step by step) or "blockwise" (`blockwise.py`). Fields from `num_labels` on are those of `heads.py`.
 
     Raises: ValueError for an impossible value; the message has the field, the value and what is allowed.
     """
@@ -346,8 +347,7 @@ class KVCache:
 
     def nbytes(self) -> int:
         """Bytes reserved for keys and values."""
-        used = [layer for layer in self.layers if layer.keys is not None]
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in used)
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers if layer.capacity)
 
 
 # --------------------------------------------------------------------------------------------------- attention
@@ -398,7 +398,7 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scaling: float, 
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, scale=scaling, enable_gqa=gqa), None
 
 
-ATTENTION = {"sdpa": sdpa_attention, "eager": eager_attention}
+ATTENTION = {"sdpa": sdpa_attention, "eager": eager_attention, "blockwise": blockwise_attention}
 
 
 class MinistralAttention(nn.Module):
@@ -522,9 +522,7 @@ class MinistralModel(PreTrainedModel):
         padding_mask = checks.visible_padding_mask(attention_mask, B, past + S, x.device)  # None: no padding
         packed = position_ids is not None and attention_mask is None and cache is None
         position_ids = checks.as_positions(position_ids, positions, B)
-        text_mask = None
-        if packed:
-            text_mask = same_text(position_ids)
+        text_mask = same_text(position_ids) if packed else None
         masks = {kind: self._mask(kind, positions, k_pos[kind], padding_mask, text_mask) for kind in k_pos}
         tables = self.rotary_emb(x, position_ids)
 
@@ -569,6 +567,8 @@ class MinistralModel(PreTrainedModel):
         causal = S == K and (window is None or window > K)
         if visible is None and (S == 1 or causal) and self.config.attn_implementation == "sdpa":
             return None
+        if visible is None and self.config.attn_implementation == "blockwise":
+            return CausalWindow(window)
         return make_attention_mask(queries, keys, window, visible)
 
 

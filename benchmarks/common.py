@@ -17,7 +17,6 @@ import torch.nn.functional as F
 import transformers
 
 from checkpoint import GenerationConfig
-from fast import flat
 from ministral import KVCache, MinistralConfig, MinistralForCausalLM
 from ministral3 import Ministral3Config, Ministral3ForCausalLM
 from model_types import BUNDLED, load_model
@@ -69,7 +68,6 @@ def ours(name: str, dtype: torch.dtype) -> Any:
                 values = noise.repeat(p.numel() // 2**20 + 1)[: p.numel()].view(p.shape)
             module.register_parameter(key, torch.nn.Parameter(values))
     model.tie_weights()
-    flat(model)
     return model.eval()
 
 

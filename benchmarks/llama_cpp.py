@@ -24,7 +24,7 @@ from benchmarks import common
 from benchmarks.bench import SHORT, prompt
 from checkpoint import DTYPES
 from cli import Parser, exit_code
-from fast import flat
+from fast import FlatModel
 from generate import generate
 from ministral import KVCache
 
@@ -101,8 +101,7 @@ class LlamaCpp:
 
 def expect_same_model(model: Any, other: LlamaCpp, ids: torch.Tensor, limit: float) -> None:
     """Raise ValueError if the logits after a prompt (1, 32) differ by more than `limit` of the largest one."""
-    forward = flat(model)
-    assert forward is not None
+    forward = FlatModel(model)
     with torch.inference_mode():
         ours = forward(ids, torch.arange(32)[None], KVCache(model.config))[0].float()
     theirs = torch.from_numpy(other(ids[0].tolist()).copy())

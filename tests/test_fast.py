@@ -6,7 +6,8 @@ import io
 import math
 import pickle
 import random
-import shutil
+import re
+import warnings
 from unittest.mock import patch
 
 import pytest
@@ -14,15 +15,16 @@ import torch
 from hypothesis import given, settings, strategies as st
 from safetensors.torch import save_model
 
+import decoder
 import fast
 import ministral
-from fast import Captured, Flat, chunk_attention, flat, wide_mm
+import recorded_step
+from fast import FlatModel, linear, why_not
 from generate import generate
-from ministral import KVCache, MinistralConfig, MinistralForCausalLM, eager_attention, make_attention_mask
+from ministral import KVCache, MinistralConfig, MinistralForCausalLM, eager_attention
 from ministral3 import Ministral3ForCausalLM
 from pretrained import Linear
 from tests.cases import VOCAB, draw_case
-from tests.conftest import newer_torch
 from tests.errors import Errors, number_of_cases
 
 rngs = st.randoms(use_true_random=False)
@@ -49,7 +51,7 @@ def truth_of(case):
 def both(case, model, positions):
     """Logits after each chunk, without padding: of the readable path in one run, of the fast path chunk by chunk."""
     readable = model(case.ids, attention_mask=case.mask, position_ids=positions, use_cache=False).logits
-    forward, cache, start, pairs = flat(model), KVCache(model.config), 0, []
+    forward, cache, start, pairs = FlatModel(model), KVCache(model.config), 0, []
     for length in case.chunks:
         end = start + length
         padding_mask = None if case.mask is None else case.mask[:, :end].bool()
@@ -91,23 +93,6 @@ def test_error_is_no_larger_than_that_of_the_readable_path(dtype, monkeypatch):
     assert errors.no_larger, errors
 
 
-@pytest.mark.parametrize("block", [3, 8192])
-@pytest.mark.parametrize("window", [None, 1, 2, 3, 5, 8, 11])
-def test_attention_in_parts_equals_the_formula(window, block, monkeypatch):
-    """For every number of earlier keys and of new tokens up to 12, as a cache returns them."""
-    monkeypatch.setattr(fast, "BLOCK", block)
-    g = torch.Generator().manual_seed(0)
-    for P in range(12):
-        for S in range(2, 13):
-            past = P if window is None else min(P, window - 1)
-            q = torch.randn(2, 6, S, 4, dtype=torch.float64, generator=g)
-            k, v = torch.randn(2, 2, 2, past + S, 4, dtype=torch.float64, generator=g)
-            places = torch.arange(past + S)
-            mask = make_attention_mask(places[past:], places, window)
-            expected, _ = eager_attention(q, k, v, mask, 0.5, 0.0)
-            torch.testing.assert_close(chunk_attention(q, k, v, window), expected, rtol=0, atol=1e-14)
-
-
 @pytest.mark.parametrize("grouped", [False, True])
 @given(rngs)
 def test_attention_of_one_query_equals_the_formula(grouped, device, rng):
@@ -121,7 +106,8 @@ def test_attention_of_one_query_equals_the_formula(grouped, device, rng):
     if rng.random() < 0.3:
         mask = None
     expected, _ = eager_attention(q, k, v, mask, D**-0.5, 0.0)
-    found = fast.one_query_attention(q, k, v, mask, grouped)
+    with patch.object(fast, "groups_heads", lambda device: grouped):
+        found = fast.one_query_attention(q, k, v, mask)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
 
 
@@ -136,64 +122,12 @@ def test_generation_gives_the_same_tokens(rng):
     assert torch.equal(generate(model, case.ids, **arguments), generate(model, case.ids, fast=False, **arguments))
 
 
-# --------------------------------------------------------------------------------------------------- captured steps
-
-
-def draw_steps(rng, compile, dtype=torch.float32, **fixed):
-    """Logits of some steps after a prompt: those of a captured step, and of the readable path."""
-    case, positions, first = left_padded(rng, dtype=dtype, **fixed)
-    model, (B, T) = case.ours.double(), case.ids.shape
-    new = rng.randint(1, 12)
-    padding_mask = None
-    if case.mask is not None:
-        padding_mask = torch.cat((case.mask.bool(), torch.ones(B, new, dtype=torch.bool)), dim=1)
-    cache, forward = KVCache(model.config), flat(model)
-    tokens = torch.randint(VOCAB, (B, new), generator=torch.Generator().manual_seed(1))
-    pairs = []
-    with torch.inference_mode():
-        forward(case.ids, positions, cache, None if padding_mask is None else padding_mask[:, :T])
-        step = Captured(forward, cache, T + new, first, padding_mask, compile)
-        for n in range(new):
-            logits = step(tokens[:, n : n + 1]).clone()
-            text = torch.cat((case.ids, tokens[:, : n + 1]), dim=1)
-            seen = None if padding_mask is None else padding_mask[:, : T + n + 1]
-            places = (first + torch.arange(T + n + 1)).clamp(min=0)
-            pairs.append((logits, model(text, attention_mask=seen, position_ids=places).logits[:, -1]))
-    assert cache.get_seq_length() == T + new
-    return pairs
-
-
-@given(rngs)
-def test_fixed_shapes_compute_the_same(rng):
-    """A step with fixed shapes, as recorded on a GPU, reads the whole cache and masks unused slots. Here it runs on the
-    CPU."""
-    for step_logits, readable in draw_steps(rng, compile=False):
-        torch.testing.assert_close(step_logits, readable, rtol=0, atol=1e-12 * max(readable.abs().max().item(), 1))
-
-
-@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler here")
-@pytest.mark.parametrize("family", ["ministral", "ministral3"])
-def test_a_compiled_step_computes_the_same(family):
-    """`torch.compile` of the whole step, without a break in its graph."""
-    for seed in (0, 1):
-        for step_logits, readable in draw_steps(random.Random(seed), compile=True, family=family):
-            torch.testing.assert_close(step_logits, readable, rtol=0, atol=1e-12 * max(readable.abs().max().item(), 1))
-
-
 def tiny(cls=MinistralForCausalLM, **fixed):
     """A small random model."""
     torch.manual_seed(0)
     common = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
                   num_key_value_heads=2, head_dim=16, sliding_window=8, initializer_range=0.3)  # fmt: skip
     return cls(cls.config_class(**common | fixed)).eval()
-
-
-@newer_torch
-@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler here")
-def test_compiled_generation_gives_the_same_tokens():
-    model, ids = tiny().double(), torch.randint(VOCAB, (2, 11), generator=torch.Generator().manual_seed(2))
-    expected = generate(model, ids, max_new_tokens=12, eos_token_id=())
-    assert torch.equal(generate(model, ids, max_new_tokens=12, eos_token_id=(), compile=True), expected)
 
 
 # ----------------------------------------------------------------------------------------------------------- weights
@@ -290,12 +224,12 @@ def test_changed_weights_are_used(change):
     model.double()
     expected = generate(model, ids, max_new_tokens=9, eos_token_id=(), fast=False)
     assert torch.equal(generate(model, ids, max_new_tokens=9, eos_token_id=()), expected)
-    forward = flat(model)
-    if forward is not None:
+    reason = why_not(model)
+    if reason is None:
         with torch.no_grad():
-            logits = forward(ids, torch.arange(3)[None], KVCache(model.config))
+            logits = FlatModel(model)(ids, torch.arange(3)[None], KVCache(model.config))
             torch.testing.assert_close(logits, model(ids).logits[:, -1], rtol=0, atol=1e-12 * logits.abs().max().item())
-    assert (forward is None) == (change in (adapt, replace_forward)) and first.shape == expected.shape
+    assert (reason is not None) == (change in (adapt, replace_forward)) and first.shape == expected.shape
 
 
 def test_a_model_can_train_after_it_has_generated():
@@ -306,19 +240,52 @@ def test_a_model_can_train_after_it_has_generated():
     assert all(p.grad is not None for p in model.parameters())
 
 
-def test_only_what_it_computes_is_taken_over():
-    """Eager attention, training, hooks and modules of other classes use the readable path."""
-    assert isinstance(flat(tiny()), Flat)
-    assert flat(tiny(attn_implementation="eager")) is None
-    assert flat(tiny().train()) is None
+def unsupported():
+    """Models that only the readable path computes: reason -> model."""
     hooked = tiny()
     hooked.model.layers[1].mlp.register_forward_hook(lambda *_: None)
-    assert flat(hooked) is None
     foreign = tiny()
     foreign.model.layers[0].self_attn.q_proj = torch.nn.Linear(32, 64, bias=False)
-    assert flat(foreign) is None
-    with pytest.raises(ValueError, match="compile=True"):
-        generate(foreign, torch.tensor([[1]]), compile=True)
+    biased = tiny()
+    biased.lm_head.bias = torch.nn.Parameter(torch.zeros(VOCAB))
+    changed = tiny()
+    replace_forward(changed)
+    adapted = tiny()
+    adapt(adapted)
+    return {
+        "the model is in training mode": tiny().train(),
+        "attn_implementation is 'eager'": tiny(attn_implementation="eager"),
+        "MinistralMLP has hooks": hooked,
+        "torch.nn.modules.linear.Linear is not a class of this project": foreign,
+        "Linear has a bias": biased,
+        "the forward of MinistralMLP is not that of this project": changed,
+        "the forward of Adapted is not that of this project": adapted,
+    }
+
+
+def test_the_reason_for_the_readable_path_is_given(monkeypatch):
+    """In a warning, once for each reason; as an error with fast=True or compile=True; not with fast=False."""
+    monkeypatch.setattr(decoder, "REASONS", set())
+    ids = torch.tensor([[1, 2]])
+    for reason, model in unsupported().items():
+        assert why_not(model) == reason
+        expected = generate(model, ids, max_new_tokens=3, fast=False)
+        with pytest.warns(UserWarning, match=re.escape(f"{reason}; fast=False hides this")):
+            assert torch.equal(generate(model, ids, max_new_tokens=3), expected)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            generate(model, ids, max_new_tokens=3)
+        for arguments in (dict(fast=True), dict(compile=True)):
+            with pytest.raises(ValueError, match=re.escape(f"fast=True is not supported: {reason}")):
+                generate(model, ids, max_new_tokens=3, **arguments)
+    with pytest.raises(ValueError, match="compile=True with fast=False"):
+        generate(tiny(), ids, fast=False, compile=True)
+    with pytest.raises(ValueError, match="fast='yes' is impossible"):
+        generate(tiny(), ids, fast="yes")
+
+
+def test_a_model_with_blockwise_attention_is_supported():
+    assert why_not(tiny(attn_implementation="blockwise")) is None
 
 
 def test_a_subclass_with_its_own_forward_is_used():
@@ -334,9 +301,10 @@ def test_a_subclass_with_its_own_forward_is_used():
     negated.load_state_dict(model.state_dict())
     ids = torch.tensor([[1, 2, 3]])
     expected = generate(negated, ids, max_new_tokens=4, fast=False)
-    assert flat(negated) is None and torch.equal(generate(negated, ids, max_new_tokens=4), expected)
+    assert why_not(negated) == "the forward of Negated is not that of this project"
+    assert torch.equal(generate(negated, ids, max_new_tokens=4), expected)
     with patch.object(ministral.RMSNorm, "forward", lambda self, x: x):
-        assert flat(model) is None
+        assert why_not(model) == "the forward of RMSNorm is not that of this project"
 
 
 # ------------------------------------------------------------------------------------------------------ 16-bit matrices
@@ -349,9 +317,9 @@ def test_wide_products_are_those_of_float32(dtype, rows, monkeypatch):
     g = torch.Generator().manual_seed(rows)
     x, weight = torch.randn(rows, 96, generator=g), torch.randn(75, 96, generator=g).to(dtype)
     monkeypatch.setattr(fast, "TILE", 96 * 32)
-    product = wide_mm(x, weight.t())
+    product = linear(x, weight)
     if rows < 8:
-        assert torch.equal(product, torch.mm(x.to(dtype), weight.t()))
+        assert torch.equal(product, torch.nn.functional.linear(x.to(dtype), weight))
     else:
         exact = x.double() @ weight.double().T
         assert product.dtype == torch.float32 and product.is_contiguous()
@@ -362,24 +330,26 @@ def test_products_in_float32_are_closer_to_float64(monkeypatch):
     """On processors on which float32 is faster. (Measured: 0.64 of the readable path's error. Both round logits and
     cache.)"""
     monkeypatch.setattr(fast, "wide_rows", lambda dtype, device: 8)
-    monkeypatch.setattr(fast, "BLOCK", 3)
     errors = draw_errors(torch.bfloat16, 60)
     print(f"fast path with float32 products: {errors}")
     assert errors.smaller, errors
 
 
-@pytest.mark.parametrize("captured", [False, True])
-def test_a_wide_batch_of_single_tokens(captured, monkeypatch):
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_wide_batch_of_single_tokens(recorded, monkeypatch):
     """Nine rows are enough to compute in float32; the cache stays in 16 bits."""
     monkeypatch.setattr(fast, "wide_rows", lambda dtype, device: 8)
     model = tiny(initializer_range=0.1)
     exact = model(ids := torch.randint(VOCAB, (9, 12), generator=torch.Generator().manual_seed(0))).logits[:, -1]
     model, positions = model.bfloat16(), torch.arange(12)[None]
-    forward, cache = flat(model), KVCache(model.config)
+    forward, cache = FlatModel(model), KVCache(model.config)
     with torch.inference_mode():
         forward(ids[:, :-1], positions[:, :-1], cache)
-        step = Captured(forward, cache, 12, torch.zeros(1, 1, dtype=torch.int64), None, compile=False)
-        logits = step(ids[:, -1:]) if captured else forward(ids[:, -1:], positions[:, -1:], cache)
+        if recorded:
+            visible = torch.ones(9, 12, dtype=torch.bool)
+            logits = recorded_step.recorded_step(forward, cache, visible, 12)(ids[:, -1:])
+        else:
+            logits = forward(ids[:, -1:], positions[:, -1:], cache)
     assert {layer.keys.dtype for layer in cache.layers} == {logits.dtype} == {torch.bfloat16}
     torch.testing.assert_close(logits.float(), exact, rtol=0, atol=0.02 * exact.abs().max().item())
 
@@ -406,4 +376,4 @@ def test_wrong_input_is_refused_on_both_paths(fast):
 def test_published_shapes_are_taken():
     """Ministral 3 with query scales and tied embeddings."""
     model = tiny(Ministral3ForCausalLM, sliding_window=None, tie_word_embeddings=True)
-    assert flat(model) is not None and isinstance(model.config, MinistralConfig)
+    assert why_not(model) is None and isinstance(model.config, MinistralConfig)

@@ -1,0 +1,256 @@
+"""The recorded step equals the readable path to 1e-12 in float64, and is used again where nothing has changed.
+
+On a CPU the same step runs, but is not recorded. Where there is a GPU, it is."""
+
+import copy
+import gc
+import random
+import shutil
+from contextlib import contextmanager, suppress
+from unittest.mock import patch
+
+import pytest
+import torch
+from hypothesis import given, strategies as st
+
+import recorded_step
+from decoder import Decoder
+from fast import FlatModel
+from generate import generate
+from ministral import KVCache
+from ministral3 import Ministral3ForCausalLM
+from recorded_step import choose_room, compiling_pays, recording_pays
+from tests.cases import VOCAB
+from tests.conftest import at_most, newer_torch
+from tests.test_fast import (
+    CHANGES,
+    adapt,
+    left_padded,
+    replace_forward,
+    scale_in_place,
+    scale_loaded,
+    tiny,
+)  # fmt: skip
+
+rngs = st.randoms(use_true_random=False)
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler here"
+)
+
+
+@contextmanager
+def recording(smallest_room=4):
+    """Generate by recorded steps on a CPU, too. Yields a list of those that are made."""
+    made, right = [], recorded_step.RecordedStep
+
+    class Counted(right):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            made.append(self.room)
+
+    with (
+        patch("generate.recording_pays", lambda new_tokens, device: True),
+        patch.object(recorded_step, "SMALLEST_ROOM", smallest_room),
+        patch.object(recorded_step, "RecordedStep", Counted),
+    ):
+        yield made
+
+
+def draw_steps(rng, device, compile=False, **fixed):
+    """Logits of some steps after a prompt: of recorded steps in rooms of any size, and of the readable path."""
+    case, _, first = left_padded(rng, dtype=torch.float32, **fixed)
+    model, ids = case.ours.double().to(device), case.ids.to(device)
+    B, T = ids.shape
+    new = rng.randint(1, 12)
+    visible = torch.ones(B, T + new, dtype=torch.bool)
+    if case.mask is not None:
+        visible[:, :T] = case.mask.bool()
+    visible = visible.to(device)
+    tokens = torch.randint(VOCAB, (B, new), generator=torch.Generator().manual_seed(1)).to(device)
+    cache = KVCache(model.config, expected=rng.choice([1, T, T + new, 64]))
+    decoder = Decoder(FlatModel(model), cache, visible, record=True, compile=compile, expected=T + new)
+    pairs = []
+    with torch.inference_mode(), patch.object(recorded_step, "SMALLEST_ROOM", rng.choice([1, 8, 256])):
+        decoder.prefill(ids, rng.choice([1, 3, 40]))
+        for n in range(new):
+            logits = decoder.step(tokens[:, n : n + 1]).clone()
+            text = torch.cat((ids, tokens[:, : n + 1]), dim=1)
+            places = (first.to(device) + torch.arange(T + n + 1, device=device)).clamp(min=0)
+            readable = model(text, attention_mask=visible[:, : T + n + 1], position_ids=places).logits[:, -1]
+            pairs.append((logits, readable))
+    assert cache.get_seq_length() == T + new
+    return pairs
+
+
+def assert_equal(pairs):
+    for found, expected in pairs:
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12 * max(expected.abs().max().item(), 1))
+
+
+@given(rngs)
+def test_a_step_computes_the_same(device, rng):
+    """With padding, windows and rooms of any size: it reads slots that are hidden."""
+    assert_equal(draw_steps(rng, device))
+
+
+@needs_compiler
+@pytest.mark.parametrize("family", ["ministral", "ministral3"])
+def test_a_compiled_step_computes_the_same(family):
+    """`torch.compile` of the whole step, without a break in its graph."""
+    for seed in (0, 1):
+        assert_equal(draw_steps(random.Random(seed), "cpu", compile=True, family=family))
+
+
+@given(rngs)
+@at_most(40)
+def test_a_conversation_gives_the_same_tokens(device, rng):
+    """Several calls of `generate` with one cache, which is cut back now and then."""
+    case, _, _ = left_padded(rng, dtype=torch.float32)
+    model, B = case.ours.double().to(device), case.ids.shape[0]
+    settings = dict(eos_token_id=(), seed=3, temperature=rng.choice([0.0, 1.0]))
+    settings["prefill_chunk_size"] = rng.choice([1, 3, 40])
+    text, mask = case.ids.to(device), case.padding_mask.to(device)
+    cache = KVCache(model.config, expected=rng.choice([1, 20, 64]))
+    with recording():
+        for _ in range(3):
+            settings["max_new_tokens"] = rng.randint(1, 9)
+            expected = generate(model, text, mask, fast=False, **settings)
+            found = generate(model, text, mask, past_key_values=cache, **settings)
+            assert torch.equal(found, expected)
+            more = torch.randint(VOCAB, (B, rng.randint(1, 5)), generator=torch.Generator().manual_seed(1)).to(device)
+            text = torch.cat((found, more), dim=1)
+            mask = torch.nn.functional.pad(mask, (0, text.shape[1] - mask.shape[1]), value=True)
+            with suppress(ValueError):  # a window has moved on
+                cache.crop(rng.randint(1, cache.get_seq_length()))
+
+
+# --------------------------------------------------------------------------------------------- when it is used again
+
+
+def mixed():
+    """A small model with a full and a sliding layer."""
+    return tiny(layer_types=["full_attention", "sliding_attention"])
+
+
+def talk(model, cache, calls, **settings):
+    """Some calls of `generate` with one cache; each text goes on with that of the call before."""
+    text = torch.randint(VOCAB, (1, 5), generator=torch.Generator().manual_seed(0)).to(model.device)
+    for _ in range(calls):
+        text = generate(model, text, past_key_values=cache, max_new_tokens=4, eos_token_id=(), **settings)
+    return text
+
+
+def test_a_step_is_made_once_for_each_room():
+    """And its memory ends with the cache."""
+    model = mixed()
+    cache = KVCache(model.config, expected=16)
+    with recording(smallest_room=4) as made:
+        talk(model, cache, 9)  # a text of 41 tokens
+    assert made == [8, 16, 32, 64]
+    assert cache in recorded_step.STEPS
+    before = len(recorded_step.STEPS)
+    del cache
+    gc.collect()
+    assert len(recorded_step.STEPS) == before - 1
+
+
+@pytest.mark.parametrize("change", [None, *CHANGES], ids=lambda change: getattr(change, "__name__", "none"))
+def test_a_step_is_made_anew_if_weights_have_moved(change):
+    """Weights that are changed in place are read where they are. The text is that of the readable path in any case."""
+    model = mixed().double()
+    cache = KVCache(model.config, expected=64)
+    with recording(smallest_room=64) as made:
+        text = talk(model, cache, 2)
+        if change is not None:
+            change(model)
+            model.double()
+        arguments = dict(max_new_tokens=9, eos_token_id=())
+        expected = generate(model, text, fast=False, past_key_values=copy.deepcopy(cache), **arguments)
+        found = generate(model, text, past_key_values=cache, **arguments)
+    assert torch.equal(found, expected)
+    in_place = change in (None, scale_in_place, scale_loaded, torch.nn.Module.double)
+    readable = change in (adapt, replace_forward)
+    assert made == ([64] if in_place or readable else [64, 64])
+
+
+def test_a_changed_setting_is_used():
+    """The scale of queries grows from position 1 on, by a factor that is changed between two calls."""
+    rope = dict(rope_type="yarn", rope_theta=1e4, factor=16.0, original_max_position_embeddings=1,
+                llama_4_scaling_beta=0.1)  # fmt: skip
+    model = tiny(Ministral3ForCausalLM, sliding_window=None, rope_parameters=rope, max_position_embeddings=64).double()
+    cache = KVCache(model.config, expected=64)
+    with recording(smallest_room=64) as made:
+        text = talk(model, cache, 2)
+        model.config.rope_parameters["llama_4_scaling_beta"] = 3.0
+        arguments = dict(max_new_tokens=9, eos_token_id=())
+        expected = generate(model, text, fast=False, past_key_values=copy.deepcopy(cache), **arguments)
+        assert torch.equal(generate(model, text, past_key_values=cache, **arguments), expected)
+    assert made == [64, 64]
+
+
+# ------------------------------------------------------------------------------------------------------- the rules
+
+
+@pytest.mark.parametrize(
+    ("expected", "length", "room"),
+    [
+        (1000, 0, 256),  # a short text in a long memory
+        (1000, 256, 512),
+        (1000, 600, 1000),  # the memory that there is
+        (40, 30, 40),
+        (40, 40, 256),  # more memory is needed
+        (1, 5000, 8192),
+    ],
+)
+def test_the_room(expected, length, room):
+    """Powers of two, or less where memory was reserved for less. A compiled step has room for the whole text."""
+    cache = KVCache(mixed().config, expected)
+    for layer in cache.layers:
+        layer.capacity = expected if layer.window is None else min(expected, layer.window)
+        layer.length = length
+    assert choose_room(cache, expected, compile=False) == room
+    assert choose_room(cache, 5000, compile=True) == 8192
+
+
+def test_when_a_step_is_recorded_and_compiled():
+    """By the numbers of new tokens from which it pays, on CUDA."""
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert [recording_pays(n, gpu) for n in (1, 7, 8, 32768)] == [False, False, True, True]
+    with patch.object(recorded_step, "find_spec", lambda name: name):
+        assert [compiling_pays(n, gpu) for n in (8, 32767, 32768)] == [False, False, True]
+    with patch.object(recorded_step, "find_spec", lambda name: None):
+        assert not compiling_pays(32768, gpu)
+    assert not recording_pays(32768, cpu) and not compiling_pays(32768, cpu)
+
+
+@newer_torch
+@needs_compiler
+def test_compiled_generation():
+    """The same tokens. The second call, of another length in the same room, compiles nothing."""
+    model, ids = tiny().double(), torch.randint(VOCAB, (2, 11), generator=torch.Generator().manual_seed(2))
+    counters = torch._dynamo.utils.counters["stats"]
+    compiled = []
+    for new in (12, 20):
+        expected = generate(model, ids, max_new_tokens=new, eos_token_id=(), fast=False)
+        before = counters["unique_graphs"]
+        assert torch.equal(generate(model, ids, max_new_tokens=new, eos_token_id=(), compile=True), expected)
+        compiled.append(counters["unique_graphs"] - before)
+    assert compiled == [1, 0]
+
+
+@needs_compiler
+def test_long_texts_are_compiled():
+    """Where `compiling_pays` says so, and `compile` is not given. (The end of the text comes before that.)"""
+    model, ids = tiny(max_position_embeddings=2**16), torch.tensor([[1, 2]])
+    right, compiled = Decoder.__init__, []
+
+    def remember(self, forward, cache, visible, record, compile, expected):
+        compiled.append((record, compile))
+        right(self, forward, cache, visible, record, compile, expected)
+
+    long_texts = patch("generate.compiling_pays", lambda new_tokens, device: new_tokens >= 32768)
+    with patch.object(Decoder, "__init__", remember), long_texts:
+        for settings in (dict(), dict(compile=False), dict(fast=False)):
+            generate(model, ids, max_new_tokens=40000, on_token=lambda row, token: True, **settings)
+        generate(model, ids, max_length=40002, on_token=lambda row, token: True)  # not the caller's number
+    assert compiled == [(True, True), (False, False), (False, False), (False, False)]
