@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from blockwise import CausalWindow, blockwise_attention
 from ministral import KVCache, RopeTables, make_attention_mask, sdpa_attention
-from pretrained import ACTIVATIONS, PreTrainedModel
+from pretrained import ACTIVATIONS
 
 # ------------------------------------------------------------------------------ float32 products of 16-bit weights
 
@@ -124,8 +124,8 @@ class FlatModel:
             microseconds, so it is made anew for every text.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        text: Any = getattr(model.base_model, "language_model", model.base_model)
+    def __init__(self, model: Any) -> None:
+        text = text_model(model)
         self.config = text.config
         self.rotary_emb = text.rotary_emb
         self.act = ACTIVATIONS[text.config.hidden_act]
@@ -202,9 +202,14 @@ class FlatModel:
 OWN_MODULES = {"ministral", "ministral3", "pretrained", nn.ModuleList.__module__}
 
 
-def why_not(model: PreTrainedModel) -> str | None:
+def text_model(model: Any) -> Any:
+    """The backbone of a causal language model, or that of the text in a vision model."""
+    return getattr(model.base_model, "language_model", model.base_model)
+
+
+def why_not(model: Any) -> str | None:
     """The reason why `FlatModel` would compute something else than `model(...)`; None: it computes the same."""
-    text: Any = getattr(model.base_model, "language_model", model.base_model)
+    text = text_model(model)
     if model.training:
         return "the model is in training mode"
     if text.config.attn_implementation == "eager":

@@ -117,9 +117,9 @@ def resolve_sampling(resolved: GenerationConfig, given: Mapping[str, Any]) -> Sa
 
 
 def penalize_repetition(logits: Tensor, ids: Tensor, penalty: float) -> Tensor:
-    """Logits (V,) with those of all tokens in ids (n,) divided by `penalty` if positive, multiplied if negative."""
-    seen = logits[ids]
-    return logits.index_put((ids,), torch.where(seen < 0, seen * penalty, seen / penalty))
+    """Logits (..., V) with those of all tokens in ids (..., n) divided by `penalty` if positive, else multiplied."""
+    seen = logits.gather(-1, ids)
+    return logits.scatter(-1, ids, torch.where(seen < 0, seen * penalty, seen / penalty))
 
 
 def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
@@ -144,12 +144,32 @@ def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
     return logits
 
 
-def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> Tensor:
-    """Draw one token from each row of logits: (..., V) -> (...). Without a generator, PyTorch's global one draws."""
+def sample(
+    logits: Tensor, sampling: Sampling, generator: torch.Generator | Sequence[torch.Generator] | None = None
+) -> Tensor:
+    """Draw one token from each row of logits: (..., V) -> (...).
+
+    Args:
+        logits: (..., V), or (B, V) with a list of generators.
+        sampling: how.
+        generator: draws for all rows; None: PyTorch's global one. A list has one for each row: the row draws what it
+            would draw alone.
+
+    Raises:
+        ValueError: the logits contain NaN.
+    """
     logits = logits.to(at_least_float32(logits.dtype))
     if sampling.temperature == 0:
         return logits.argmax(-1)
     probs = filter_logits(logits, sampling).softmax(-1)
+    if probs.isnan().any():
+        raise ValueError("no token can be drawn, because the logits contain NaN; check the weights and the dtype")
+    if isinstance(generator, Sequence):
+        # As in `torch.multinomial`: the largest quotient of a probability and an exponential random number.
+        noise = torch.empty_like(probs)
+        for row, own in zip(noise, generator):
+            row.exponential_(generator=own)
+        return (probs / noise).argmax(-1)
     V = probs.shape[-1]
     return torch.multinomial(probs.reshape(-1, V), 1, generator=generator).view(logits.shape[:-1])
 
@@ -207,6 +227,7 @@ class Rows:
         callbacks: Callbacks, resolved: GenerationConfig,
     ) -> None:  # fmt: skip
         self.tokens = tokens  # later (B, T + n)
+        self.begun = visible.cumsum(dim=1) > 0  # (B, T + new tokens), False at the padding before a text
         self.plan = plan
         self.sampling = sampling
         self.stops = stops
@@ -224,7 +245,6 @@ class Rows:
         padding = total - visible.sum(dim=1)
         # The length at which each row is full, padding included.
         self.limits = (padding + plan.max_positions).clamp(max=total).tolist()
-        self.starts = visible.int().argmax(dim=1).tolist()  # the first token of each row that is no padding
         self.running = [True] * B
         if callbacks.streamer is not None:
             callbacks.streamer.put(tokens.cpu())
@@ -235,21 +255,21 @@ class Rows:
         if self.logits is not None:
             self.logits.append(logits.clone())
         scores = self.score(logits)
-        if self.plan.generators:
-            ids = torch.stack([sample(row, self.sampling, g) for row, g in zip(scores, self.plan.generators)])
-        else:
-            ids = sample(scores, self.sampling)
-        running = torch.tensor(self.running, device=ids.device)
-        return ids.where(running, self.plan.filler)[:, None]
+        generators = self.plan.generators
+        ids = sample(scores, self.sampling, generators if generators else None)
+        if not all(self.running):
+            running = torch.tensor(self.running, device=ids.device)
+            ids = ids.where(running, self.plan.filler)
+        return ids[:, None]
 
     def score(self, logits: Tensor) -> Tensor:
         """Logits (B, V) after the repetition penalty and the processors. Keeps them, filtered, if they are wanted."""
         scores = logits
         penalty = self.sampling.repetition_penalty
         if penalty != 1:
-            texts = [ids[start:] for ids, start in zip(self.tokens, self.starts)]
-            rows = [penalize_repetition(row, ids, penalty) for row, ids in zip(logits, texts)]
-            scores = torch.stack(rows)
+            begun = self.begun[:, : self.tokens.shape[1]]
+            text = self.tokens.where(begun, self.tokens[:, -1:])  # padding becomes a token of the text
+            scores = penalize_repetition(logits, text, penalty)
         for process in self.callbacks.logits_processor:
             scores = process(self.tokens, scores)
             checks.expect("the result of a logits processor", scores, tuple(logits.shape))

@@ -127,7 +127,7 @@ def record(step: Step, device: torch.device) -> Step:
             logits = step()
 
     def replay() -> Tensor:
-        graph.replay()  # type: ignore[no-untyped-call]
+        graph.replay()
         return logits
 
     return replay

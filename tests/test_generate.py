@@ -441,6 +441,28 @@ def test_sixteen_bit_logits_are_filtered_in_float32():
     assert 890 < len(drawn) <= 901
 
 
+@given(rngs)
+def test_a_row_with_its_own_generator_draws_what_it_draws_alone(device, rng):
+    """Also bit for bit what `torch.multinomial` draws."""
+    B, V = rng.randint(1, 5), rng.choice([2, 50, 3000])
+    settings = Sampling(temperature=rng.uniform(0.3, 2), top_k=rng.choice([0, 7]), top_p=rng.choice([None, 0.8]))
+    seeds = [rng.randrange(2**31) for _ in range(B)]
+    g = torch.Generator().manual_seed(seeds[0])
+    logits = torch.randn(B, V, dtype=rng.choice([torch.float32, torch.float64]), generator=g).to(device)
+    batch, alone = ([torch.Generator(device).manual_seed(seed) for seed in seeds] for _ in range(2))
+    for _ in range(3):
+        drawn = sample(logits, settings, batch)
+        probs = filter_logits(logits, settings).softmax(-1)
+        assert drawn.tolist() == [torch.multinomial(row, 1, generator=g).item() for row, g in zip(probs, alone)]
+
+
+@pytest.mark.parametrize("generator", [None, [torch.Generator(), torch.Generator()]])
+def test_nothing_is_drawn_from_nan(generator):
+    logits = torch.tensor([[1.0, 2.0], [1.0, math.nan]])
+    with pytest.raises(ValueError, match="the logits contain NaN"):
+        sample(logits, Sampling(temperature=1.0), generator)
+
+
 def test_sampling_is_a_pure_function():
     logits, settings = torch.randn(3, 50), Sampling(temperature=0.7, top_p=0.9)
     draws = [sample(logits, settings, torch.Generator().manual_seed(5)) for _ in range(2)]

@@ -213,8 +213,9 @@ def test_the_vision_tower_returns_hidden_states():
 
 @torch.no_grad()
 def test_generation_does_not_depend_on_what_is_returned():
-    plain = make("ministral3", "CausalLM", torch.float32)
-    model = make("ministral3", "CausalLM", torch.float32, return_dict=False, output_hidden_states=True)
+    plain = make("ministral3", "CausalLM", torch.float32, attn_implementation="sdpa")
+    returns = dict(return_dict=False, output_hidden_states=True)
+    model = make("ministral3", "CausalLM", torch.float32, attn_implementation="sdpa", **returns)
     expected = generate(plain, IDS, max_new_tokens=4, eos_token_id=())
     for fast in (True, False):
         assert torch.equal(generate(model, IDS, max_new_tokens=4, eos_token_id=(), fast=fast), expected)
