@@ -369,7 +369,7 @@ class PreTrainedModel(TrainableModel):
                 (`torch_dtype` is another name of it.)
             device: where to put the weights; None is the CPU, where weights that need no cast stay mapped to the file.
                 "auto" is the first of CUDA, Apple's MPS and the CPU. (`device_map` is another name of it.)
-            attn_implementation: "sdpa" or "eager"; None is the configuration's.
+            attn_implementation: "sdpa", "eager" or "blockwise"; None is the configuration's.
             config: a configuration to use instead of the one in the files.
             revision, token, cache_dir, local_files_only: of a Hub repository, see `checkpoint.find`.
             changes: fields of the configuration to set, such as `num_labels=3`. Unsupported arguments of Transformers

@@ -165,18 +165,20 @@ def recorded_step(
         expected: the length of the whole text. A compiled step has room for all of it.
     """
     room = choose_room(cache, expected, compile)
+    step = STEPS.pop(cache, None)
+    if step is not None and step.room != room:
+        step = None  # frees the memory that it reads, if that of the cache has grown
     keys_values = [first_slots(layer, room) for layer in cache.layers]
     tensors = [model.embeddings, model.norm, model.head]
     for group in (*model.layers, *keys_values):
         tensors += group
     places = [(tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) for tensor in tensors]
     identity = (room, compile, repr(model.config), places)
-    step = STEPS.get(cache)
     if step is not None and step.identity == identity:
         step.start(visible)
-        return step
-    step = RecordedStep(model, cache, keys_values, room, visible, compile)
-    step.identity = identity
+    else:
+        step = RecordedStep(model, cache, keys_values, room, visible, compile)
+        step.identity = identity
     STEPS[cache] = step
     return step
 

@@ -90,7 +90,7 @@ class TrainableModel(nn.Module):
     # Parts and their sizes.
 
     def set_attn_implementation(self, attn_implementation: str) -> None:
-        """Change the attention of all parts: "sdpa" or "eager".
+        """Change the attention of all parts: "sdpa", "eager" or "blockwise".
 
         Raises:
             ValueError: another value.
