@@ -15,8 +15,8 @@ multiplies a 131072 x 4096 matrix with a vector. The share is the limit divided 
     row                       measures                                              compared with
     decode after 32           a token, from the third new one on                    the limit; Transformers
       fast=False              the same by `model(...)`                              the same
-      first of N tokens       the first token of a text: prompt and preparation     `first token`
-      all of N tokens         the whole text                                        Transformers
+      first of N tokens       its first token, with what is prepared before         `first token`
+      all of N tokens         the whole text, with the prompt and all preparation   Transformers
     first token after 32      a text of one token                                   Transformers
     prompt of N               reading it, and the peak of memory beside weights     Transformers; bytes of the cache
     decode at N               a token after N others (random keys and values)       the limit; Transformers
@@ -34,6 +34,7 @@ a case fails. A case that does not fit into `--budget` is skipped.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 import time
@@ -358,6 +359,7 @@ def measure(case: Case, name: str, pair: Pair, left: float) -> list[Row]:
         message = " ".join(str(error).split())[:200]
         return [Row(pair.shape, name, note=f"failed: {message}", failed=True)]
     finally:
+        gc.collect()  # caches and graphs of this case must not count as memory in use before the next
         if pair.setup.device == "cuda":
             torch.cuda.empty_cache()
 
