@@ -61,10 +61,10 @@ def limits(dtype: torch.dtype) -> tuple[float, float]:
     return _limits[dtype]
 
 
-def prompt(model: Any, length: int) -> torch.Tensor:
-    """Random ids (1, length)."""
+def prompt(model: Any, length: int, rows: int = 1) -> torch.Tensor:
+    """Random ids (rows, length)."""
     generator = torch.Generator().manual_seed(length)
-    return torch.randint(3, model.config.vocab_size, (1, length), generator=generator)
+    return torch.randint(3, model.config.vocab_size, (rows, length), generator=generator).to(model.device)
 
 
 def decode(name: str, kind: str, new: int, rounds: int, attn: str = "sdpa", **extra: Any) -> Row:
@@ -81,20 +81,17 @@ def decode(name: str, kind: str, new: int, rounds: int, attn: str = "sdpa", **ex
     medians = common.alternate(runs, rounds)
     ours = (medians[f"ours {new + 1}"] - medians["ours 1"]) / new
     theirs = (medians[f"theirs {new + 1}"] - medians["theirs 1"]) / new
-    nbytes = sum(p.nbytes for p in model.parameters())
-    if not model.config.tie_word_embeddings:
-        nbytes -= model.lm_head.weight.nbytes
     bandwidth, _ = limits(dtype)
-    limit = f"{nbytes / ours / bandwidth:.0%} of memory bandwidth"
+    limit = f"{common.step_bytes(model) / ours / bandwidth:.0%} of memory bandwidth"
     return Row("", f"{1 / ours:.1f} tokens/s", f"{1 / theirs:.1f}", theirs / ours, limit)
 
 
 def their_generate(other: Any, ids: torch.Tensor, new: int, **extra: Any) -> object:
-    """`new` tokens of Transformers' `generate`, greedy."""
-    return other.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, eos_token_id=None,
-        pad_token_id=0, **extra,
+    """`new` tokens of Transformers' `generate`, greedy and without padding unless `extra` says otherwise."""
+    settings: dict[str, Any] = dict(
+        attention_mask=torch.ones_like(ids), do_sample=False, eos_token_id=None, pad_token_id=0,
     )  # fmt: skip
+    return other.generate(ids, max_new_tokens=new, **settings | extra)
 
 
 def prefill(name: str, kind: str, length: int, rounds: int) -> Row:

@@ -9,8 +9,9 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -22,12 +23,18 @@ from ministral3 import Ministral3Config, Ministral3ForCausalLM
 from model_types import BUNDLED, load_model
 
 transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-# The shape of a model with 135 million parameters (SmolLM2), one of 5 million in three patterns of layers, and the
-# published text model of Ministral-3-3B. Weights are random: speed does not depend on them.
+T = TypeVar("T")
+# The shape of a model with 135 million parameters (SmolLM2), one of 5 million in three patterns of layers, the
+# published text models of Ministral-3-3B and -8B, and tiny ones of these two. Weights are random: speed does not depend
+# on them.
 SMALL: dict[str, Any] = dict(
     vocab_size=4096, hidden_size=256, intermediate_size=688, num_attention_heads=8, num_key_value_heads=2,
     head_dim=32, num_hidden_layers=6, rms_norm_eps=1e-5, tie_word_embeddings=True, sliding_window=1024,
     max_position_embeddings=2**19,
+)  # fmt: skip
+TINY: dict[str, Any] = dict(
+    vocab_size=512, hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=16, pad_token_id=None,
 )  # fmt: skip
 CONFIGS: dict[str, MinistralConfig] = {
     "135m": MinistralConfig(
@@ -44,13 +51,16 @@ CONFIGS: dict[str, MinistralConfig] = {
     "3b": Ministral3Config(
         hidden_size=3072, intermediate_size=9216, num_hidden_layers=26, tie_word_embeddings=True,
     ),
+    "8b": Ministral3Config(hidden_size=4096, intermediate_size=14336, num_hidden_layers=34),
+    "tiny-3b": Ministral3Config(**TINY | dict(tie_word_embeddings=True)),
+    "tiny-8b": Ministral3Config(**TINY | dict(hidden_size=64)),
 }  # fmt: skip
 
 
-def ours(name: str, dtype: torch.dtype) -> Any:
-    """A model: "bundled", or one of CONFIGS."""
+def ours(name: str, dtype: torch.dtype, device: str = "cpu") -> Any:
+    """A model: "bundled", or one of CONFIGS, whose weights are made on the device."""
     if name == "bundled":
-        model = load_model(BUNDLED, dtype)
+        model = load_model(BUNDLED, dtype).to(device)
         model.generation_config = GenerationConfig()  # greedy, as the other models
         return model
     config = CONFIGS[name]
@@ -60,12 +70,13 @@ def ours(name: str, dtype: torch.dtype) -> Any:
     with torch.device("meta"):
         model = cls(config)
     generator = torch.Generator().manual_seed(0)
-    noise = (torch.randn(2**20, generator=generator) * 0.02).to(dtype)
+    size = 2**20 + 7  # a prime: no two rows of a weight are equal, and no two tokens have equal logits
+    noise = (torch.randn(size, generator=generator) * 0.02).to(device, dtype)
     for module in model.modules():
         for key, p in module.named_parameters(recurse=False):
-            values = torch.ones(p.shape, dtype=dtype)
+            values = torch.ones(p.shape, dtype=dtype, device=device)
             if p.ndim > 1:
-                values = noise.repeat(p.numel() // 2**20 + 1)[: p.numel()].view(p.shape)
+                values = noise.repeat(p.numel() // size + 1)[: p.numel()].view(p.shape)
             module.register_parameter(key, torch.nn.Parameter(values))
     model.tie_weights()
     return model.eval()
@@ -83,7 +94,8 @@ def theirs(model: Any, attn: str = "sdpa") -> Any:
         other = model_class._from_config(config, dtype=model.dtype)
     other.load_state_dict(model.state_dict(), assign=True)
     other.tie_weights()
-    other.model.rotary_emb = type(other.model.rotary_emb)(config)  # its frequencies are not in the state
+    rotary = type(other.model.rotary_emb)(config)  # its frequencies are not in the state
+    other.model.rotary_emb = rotary.to(model.device)
     return other.eval()
 
 
@@ -105,33 +117,85 @@ def their_cache(model: Any, other: Any, length: int) -> Any:
 
 def _keys(model: Any, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     shape = (1, model.config.num_key_value_heads, length, model.config.head_dim)
-    generator = torch.Generator().manual_seed(length)
-    keys = torch.randn(shape, generator=generator).to(model.dtype)
+    generator = torch.Generator(model.device).manual_seed(length)
+    keys = torch.randn(shape, generator=generator, device=model.device).to(model.dtype)
     return keys, keys.flip(2)
+
+
+def step_bytes(model: Any) -> int:
+    """Bytes of the weights that one decode step reads: all but the embeddings, unless these are also the head."""
+    nbytes = sum(p.nbytes for p in model.parameters())
+    if not model.config.tie_word_embeddings:
+        nbytes -= model.lm_head.weight.nbytes
+    return nbytes
+
+
+def synchronize() -> None:
+    """Wait until the GPU, if there is one, has done what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def in_turn(runs: Mapping[str, Callable[[], T]], rounds: int) -> dict[str, list[T]]:
+    """The results of each run. All run in turn, `rounds` times."""
+    results: dict[str, list[T]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            results[name].append(run())
+    return results
+
+
+def seconds_of(run: Callable[[], object]) -> float:
+    """Seconds of one run."""
+    synchronize()
+    start = time.perf_counter()
+    run()
+    synchronize()
+    return time.perf_counter() - start
 
 
 def alternate(runs: Mapping[str, Callable[[], object]], rounds: int, warm: bool = True) -> dict[str, float]:
     """Median seconds of each run. All run in turn, `rounds` times, after one round that does not count (`warm`)."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for count in range(rounds + warm):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            if count or not warm:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times) for name, times in seconds.items()}
+    timed = {name: partial(seconds_of, run) for name, run in runs.items()}
+    if warm:
+        in_turn(timed, 1)
+    return {name: statistics.median(seconds) for name, seconds in in_turn(timed, rounds).items()}
+
+
+@torch.inference_mode()
+def matvec_rate(dtype: torch.dtype, device: str = "cpu", rows: int = 32768, products: int = 1) -> float:
+    """Bytes per second of reading weights, in products of a (rows, 4096) matrix with a vector. A GPU needs several
+    products in a row, or the time of starting one counts."""
+    matrix = torch.randn(rows, 4096, device=device, dtype=dtype)
+    row = torch.randn(1, 4096, device=device, dtype=dtype)
+
+    def multiply() -> None:
+        for _ in range(products):
+            F.linear(row, matrix)
+
+    return products * matrix.nbytes / alternate({"vector": multiply}, 5)["vector"]
+
+
+def copy_rate(device: str, nbytes: int, copies: int = 1) -> float:
+    """Bytes per second, read and written, of copying a tensor of `nbytes` on the device."""
+    source = torch.ones(nbytes, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+
+    def copy() -> None:
+        for _ in range(copies):
+            target.copy_(source)
+
+    return 2 * copies * nbytes / alternate({"copy": copy}, 5)["copy"]
 
 
 @torch.inference_mode()
 def limits(dtype: torch.dtype) -> tuple[float, float]:
     """The limits of this machine: bytes per second of reading weights (in a product of a 32768 x 4096 matrix with a
     vector), and operations per second (in a product of a 4096 x 4096 matrix with 512 rows)."""
-    large = torch.randn(32768, 4096).to(dtype)
-    row = torch.randn(1, 4096).to(dtype)
+    square = torch.randn(4096, 4096).to(dtype)
     rows = torch.randn(512, 4096).to(dtype)
-    products = {"vector": lambda: F.linear(row, large), "matrix": lambda: F.linear(rows, large[:4096])}
-    seconds = alternate(products, 5)
-    return large.nbytes / seconds["vector"], 2 * 512 * 4096 * 4096 / seconds["matrix"]
+    seconds = alternate({"matrix": lambda: F.linear(rows, square)}, 5)["matrix"]
+    return matvec_rate(dtype), 2 * 512 * 4096 * 4096 / seconds
 
 
 def machine() -> str:
