@@ -27,9 +27,9 @@ from checkpoint import DTYPES, GenerationConfig
 from checks import as_list, devices_present
 from cli import Parser, exit_code, format_bytes, progress_bar, setting_type
 from decoder import kv_cache_bytes
-from fast import wide_rows
 from generate import Sampling, generate
 from model_types import BUNDLED, GenerativeModel, model_class
+from products import wide_rows
 from settings import check_length, choose_length, ending_ids
 from terminal import Writer, converse, cut_message, measure, report_calls, system_prompt
 from tokenizer import Tokenizer, read_chat_template

@@ -73,8 +73,10 @@ class RecordedStep:
 
     def compute(self) -> Tensor:
         """The step, in which only the contents of tensors change."""
-        masks = {}  # number of slots -> which are seen, (B, 1, 1, slots)
+        # For layers with each number of slots: where the new token is put, and the slots that it sees (B, 1, 1, slots).
+        new_slots, masks = {}, {}
         for size in {keys.shape[2] for keys, _ in self.keys_values}:
+            new_slots[size] = self.slot % size
             slots = torch.arange(size, device=self.ids.device)
             place = self.slot - (self.slot - slots) % size  # of the token in each slot; below 0: there is none
             seen = (place >= 0) & self.visible[:, place.clamp(min=0)]
@@ -83,8 +85,8 @@ class RecordedStep:
         def attend(n: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values = self.keys_values[n]
             size = keys.shape[2]
-            keys.index_copy_(2, self.slot % size, k)
-            values.index_copy_(2, self.slot % size, v)
+            keys.index_copy_(2, new_slots[size], k)
+            values.index_copy_(2, new_slots[size], v)
             return one_query_attention(q, keys, values, masks[size])
 
         position_ids = (self.first + self.slot).clamp(min=0)

@@ -19,7 +19,7 @@ import decoder
 import fast
 import ministral
 import recorded_step
-from fast import FlatModel, why_not, wide_mm
+from fast import FlatModel, why_not
 from generate import generate
 from ministral import KVCache, MinistralConfig, MinistralForCausalLM, eager_attention
 from ministral3 import Ministral3ForCausalLM
@@ -307,23 +307,7 @@ def test_a_subclass_with_its_own_forward_is_used():
         assert why_not(model) == "the forward of RMSNorm is not that of this project"
 
 
-# ------------------------------------------------------------------------------------------------------ 16-bit matrices
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("rows", [1, 7, 8, 33])
-def test_wide_products_are_those_of_float32(dtype, rows, monkeypatch):
-    """Also where a weight is converted in several tiles. Products of a few rows stay in 16 bits."""
-    g = torch.Generator().manual_seed(rows)
-    x, weight = torch.randn(rows, 96, generator=g), torch.randn(75, 96, generator=g).to(dtype)
-    monkeypatch.setattr(fast, "TILE", 96 * 32)
-    product = wide_mm(x.float(), weight.t())
-    if rows < 8:
-        assert torch.equal(product, torch.mm(x.to(dtype), weight.t()))
-    else:
-        exact = x.double() @ weight.double().T
-        assert product.dtype == torch.float32 and product.is_contiguous()
-        assert (product - exact).abs().max() <= 1e-5 * exact.abs().max()
+# ------------------------------------------------------------------------------------------------------ 16-bit weights
 
 
 def test_products_in_float32_are_closer_to_float64(monkeypatch):
@@ -352,15 +336,6 @@ def test_a_wide_batch_of_single_tokens(recorded, monkeypatch):
             logits = forward(ids[:, -1:], positions[:, -1:], cache)
     assert {layer.keys.dtype for layer in cache.layers} == {logits.dtype} == {torch.bfloat16}
     torch.testing.assert_close(logits.float(), exact, rtol=0, atol=0.02 * exact.abs().max().item())
-
-
-def test_the_widened_types_are_those_that_gain():
-    bf16, fp16 = torch.ops.mkldnn._is_mkldnn_bf16_supported(), torch.ops.mkldnn._is_mkldnn_fp16_supported()
-    cpu = torch.device("cpu")
-    assert (fast.wide_rows(torch.bfloat16, cpu) == 8) is not bf16
-    assert (fast.wide_rows(torch.float16, cpu) == 8) is not fp16
-    assert torch.cpu._is_amx_tile_supported() <= (fast.wide_rows(torch.bfloat16, cpu) == math.inf)
-    assert fast.wide_rows(torch.float32, cpu) == fast.wide_rows(torch.bfloat16, torch.device("cuda")) == math.inf
 
 
 @pytest.mark.parametrize("fast", [True, False])

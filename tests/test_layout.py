@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # From low to high: a file imports files of lower layers only.
 LAYERS = (
-    ("checks", "blockwise"),
+    ("checks", "blockwise", "products"),
     ("checkpoint",),
     ("cli",),
     ("outputs",),
@@ -38,8 +38,8 @@ LAYERS = (
 )
 LEVELS = {name: level for level, layer in enumerate(LAYERS) for name in layer}
 MODELS = {
-    "blockwise", "outputs", "trainable", "pretrained", "ministral", "ministral3", "vision_config", "vision", "heads",
-    "fast", "recorded_step",
+    "blockwise", "products", "outputs", "trainable", "pretrained", "ministral", "ministral3", "vision_config", "vision",
+    "heads", "fast", "recorded_step",
 }  # fmt: skip
 
 # Imports against that order: (file, module, whether the import is inside a function).
