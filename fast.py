@@ -35,46 +35,31 @@ def one_query_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) ->
     processors: 46 instead of 640 microseconds for one layer of the 8B shape and 32,768 slots (H200, torch 2.11,
     bfloat16). On a CPU, `sdpa_attention` is as fast."""
     scaling = q.shape[-1] ** -0.5
-    q = q.to(k.dtype)  # reading the keys takes the time, so they are not converted
-    if groups_heads(q.device):
+    if groups_heads(q):
         return F.scaled_dot_product_attention(q, k, v, mask, scale=scaling, enable_gqa=True)
     return sdpa_attention(q, k, v, mask, scaling, 0.0)[0]
 
 
-def groups_heads(device: torch.device) -> bool:
+def groups_heads(q: Tensor) -> bool:
     """Whether the kernel for one query is the faster one if it groups the heads itself."""
-    return device.type == "cuda"
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, window: int | None) -> Tensor:
-    """Attention of S new tokens q (B, H, S, D), or of the last (B, H, 1, D), to the keys k (B, G, K, D) that a cache
-    returns. mask: bool (B or 1, 1, S, K), or None without padding."""
-    if q.shape[2] == 1:
-        if mask is not None:
-            mask = mask[:, :, -1:]
-        elif window is not None:
-            k, v = k[:, :, -window:], v[:, :, -window:]
-        return one_query_attention(q, k, v, mask)
-    k, v = k.to(q.dtype), v.to(q.dtype)
-    rule = CausalWindow(window) if mask is None else mask
-    return blockwise_attention(q, k, v, rule, q.shape[-1] ** -0.5, 0.0)[0]
+    return q.is_cuda
 
 
 # --------------------------------------------------------------------------------------------------- the flat model
 
 
 class LayerWeights(NamedTuple):
-    """The parameters of a layer."""
+    """The parameters of a layer, as views. Those of linear layers are transposed, (in, out)."""
 
     input_norm: Tensor  # (E,)
-    q: Tensor  # (H D, E)
-    k: Tensor  # (G D, E)
-    v: Tensor  # (G D, E)
-    o: Tensor  # (E, H D)
+    q: Tensor  # (E, H D)
+    k: Tensor  # (E, G D)
+    v: Tensor  # (E, G D)
+    o: Tensor  # (H D, E)
     post_norm: Tensor  # (E,)
-    gate: Tensor  # (F, E)
-    up: Tensor  # (F, E)
-    down: Tensor  # (E, F)
+    gate: Tensor  # (E, F)
+    up: Tensor  # (E, F)
+    down: Tensor  # (F, E)
 
 
 class FlatModel:
@@ -95,7 +80,7 @@ class FlatModel:
         self.embeddings = text.embed_tokens.weight.detach()
         self.norm = text.norm.weight.detach()
         self.eps = text.norm.eps
-        self.head = model.lm_head.weight.detach()
+        self.head = model.lm_head.weight.detach().t()
         dtype, device = self.head.dtype, self.head.device
         self.wide_rows = wide_rows(dtype, device)
         self.splits_rows = splits_rows(dtype, device)
@@ -110,7 +95,7 @@ class FlatModel:
             layer.input_layernorm, attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj,
             layer.post_attention_layernorm, mlp.gate_proj, mlp.up_proj, mlp.down_proj,
         )  # fmt: skip
-        return LayerWeights(*(module.weight.detach() for module in modules))
+        return LayerWeights(*(module.weight.detach().t() for module in modules))  # a vector stays as it is
 
     def __call__(self, x: Tensor, position_ids: Tensor, cache: KVCache, padding_mask: Tensor | None = None) -> Tensor:
         """Logits (B, V) after the last of S new tokens, which are added to the cache.
@@ -130,8 +115,16 @@ class FlatModel:
 
         def attend(n: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             layer = cache.layers[n]
+            window, mask = layer.window, masks.get(layer.window)
             k, v = layer.update(k, v)
-            return attention(q, k, v, masks.get(layer.window), layer.window)
+            if q.shape[2] > 1:
+                rule = CausalWindow(window) if mask is None else mask
+                return blockwise_attention(q, k.to(q.dtype), v.to(q.dtype), rule, q.shape[3] ** -0.5, 0.0)[0]
+            if mask is not None:
+                mask = mask[:, :, -1:]  # of the last token, if the others are left out
+            elif window is not None:
+                k, v = k[:, :, -window:], v[:, :, -window:]
+            return one_query_attention(q, k, v, mask)
 
         if self.avoids_onednn and x.shape[:2] == (1, 1):
             with without_onednn():
@@ -139,8 +132,9 @@ class FlatModel:
         return self.run(x, position_ids, attend)
 
     def run(self, x: Tensor, position_ids: Tensor, attend: Callable[[int, Tensor, Tensor, Tensor], Tensor]) -> Tensor:
-        """All layers with any form of attention: attend(number of the layer, q (B, H, S, D), k and v (B, G, S, D) of
-        the new tokens, in the dtype of the weights) -> (B, H, S, D)."""
+        """All layers with any form of attention: attend(number of the layer, q (B, H, S, D), k and v (B, G, S, D)) ->
+        (B, H, S, D). In the last layer, q has only the last token, (B, H, 1, D). k and v have the dtype of the weights;
+        so has q if it is one token."""
         dtype = self.head.dtype
         if x.ndim == 2:
             x = F.embedding(x, self.embeddings)
@@ -148,28 +142,33 @@ class FlatModel:
         D = self.config.head_dim
         x = x.reshape(B * S, E)
         tables: RopeTables = self.rotary_emb(self.embeddings, position_ids)
-        linear: Callable[[Tensor, Tensor], Tensor] = F.linear
+        mm: Callable[[Tensor, Tensor], Tensor] = torch.mm
         if len(x) == 1 and self.splits_rows:
-            linear = split_mm
-        if len(x) >= self.wide_rows:
-            linear = wide_mm
+            mm = split_mm
+        wide = len(x) >= self.wide_rows
+        if wide:
+            mm = wide_mm
             x = x.float()
             tables = tuple(table.float() for table in tables)
         for n, layer in enumerate(self.layers):
             h = self.normed(x, layer.input_norm)
-            q = linear(h, layer.q).view(B, S, -1, D).transpose(1, 2)
-            k = linear(h, layer.k).view(B, S, -1, D).transpose(1, 2)
-            v = linear(h, layer.v).view(B, S, -1, D).transpose(1, 2)
+            q = mm(h, layer.q).view(B, S, -1, D).transpose(1, 2)
+            k = mm(h, layer.k).view(B, S, -1, D).transpose(1, 2)
+            v = mm(h, layer.v).view(B, S, -1, D).transpose(1, 2)
             q, k = self.rotate(q, k, tables)
             if n == len(self.layers) - 1:
                 # Of the last layer, only keys and values of the other tokens are needed. This saves 13 % of a prompt of
                 # 4,096 tokens with 6 layers.
                 q, x = q[:, :, -1:], x.view(B, S, E)[:, -1]
-            out = attend(n, q, k.to(dtype), v.to(dtype)).to(x.dtype)
-            x = x + linear(out.transpose(1, 2).reshape(len(x), -1), layer.o)
+            if wide:
+                k, v = k.to(dtype), v.to(dtype)
+            if wide and q.shape[2] == 1:
+                q = q.to(dtype)  # reading the keys takes the time, so they are not converted
+            out = attend(n, q, k, v).to(x.dtype)
+            x = x + mm(out.transpose(1, 2).reshape(len(x), -1), layer.o)
             h = self.normed(x, layer.post_norm)
-            x = x + linear(self.act(linear(h, layer.gate)) * linear(h, layer.up), layer.down)
-        return linear(self.normed(x, self.norm), self.head).to(dtype)
+            x = x + mm(self.act(mm(h, layer.gate)) * mm(h, layer.up), layer.down)
+        return mm(self.normed(x, self.norm), self.head).to(dtype)
 
     def normed(self, x: Tensor, weight: Tensor) -> Tensor:
         """`RMSNorm`, rounded before the weight multiplies, as there."""

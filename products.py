@@ -1,4 +1,5 @@
-"""Products of rows and weights on a CPU, in the form that is fastest there. `fast.py` uses them.
+"""Products of rows and weights on a CPU, in the form that is fastest there. `fast.py` uses them. A weight (in, out) is
+the transposed view of that of a linear layer.
 
 A step of decoding multiplies one row by every weight, and reading the weights takes the time. PyTorch reads them at a
 half of the rate of the memory or less in two cases, which `split_mm` and `without_onednn` cure. A prompt is many rows.
@@ -17,7 +18,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 # ------------------------------------------------------------------------------------------------------- many rows
@@ -45,15 +45,15 @@ TILE = 1 << 22
 
 
 def wide_mm(x: Tensor, weight: Tensor) -> Tensor:
-    """The product of x (N, in), float32, with a 16-bit weight (out, in): (N, out), computed in float32, which is closer
+    """The product of x (N, in), float32, with a 16-bit weight (in, out): (N, out), computed in float32, which is closer
     to float64. Less than 8 rows, which are bound by reading the weight, are multiplied in 16 bits."""
     if len(x) < 8:
-        return F.linear(x.to(weight.dtype), weight)
-    out = torch.empty(len(x), len(weight), dtype=x.dtype)
-    rows = max(TILE // weight.shape[1], 1)
-    for start in range(0, len(weight), rows):
-        tile = weight[start : start + rows].to(x.dtype)
-        torch.mm(x, tile.t(), out=out[:, start : start + rows])
+        return torch.mm(x.to(weight.dtype), weight)
+    out = torch.empty(len(x), weight.shape[1], dtype=x.dtype)
+    columns = max(TILE // len(weight), 1)
+    for start in range(0, weight.shape[1], columns):
+        tile = weight[:, start : start + columns].to(x.dtype)
+        torch.mm(x, tile, out=out[:, start : start + columns])
     return out
 
 
@@ -66,13 +66,13 @@ def splits_rows(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def split_mm(x: Tensor, weight: Tensor) -> Tensor:
-    """The product of one row x (1, in) with a weight (out, in), in up to 16 parts: (1, out).
+    """The product of one row x (1, in) with a weight (in, out), in up to 16 parts: (1, out).
 
     PyTorch's library (MKL) multiplies one row in one thread, but several products in several threads. Two threads read
     a weight of 3072 x 9216 with 21 instead of 17 GB/s, one of 1536 x 576 with 15 instead of 9."""
-    out, size = weight.shape
+    size, out = weight.shape
     parts = math.gcd(out, 16)
-    weights = weight.view(parts, out // parts, size).transpose(1, 2)
+    weights = weight.view(size, parts, out // parts).transpose(0, 1)
     return torch.bmm(x.expand(parts, 1, size), weights).view(1, out)
 
 
