@@ -65,7 +65,8 @@ class LayerWeights(NamedTuple):
 class FlatModel:
     """A causal language model (of a vision model, too: then it takes embeddings) as one function over its parameters.
 
-    Without modules, a step of a small model takes two thirds of the time (bundled model, float32).
+    Without modules, and with `products.py`, the bundled model decodes 1.4 times as fast in float32 and 2.3 times in
+    bfloat16 (two cores of an AMD EPYC).
 
     Args:
         model: a model without a reason in `why_not`. Its parameters as they are now are used. Making this object takes

@@ -415,7 +415,7 @@ def generate(
 
     # A cache that the caller keeps must hold tensors that other code may use, so not those of inference mode.
     private = past_key_values is None and not resolved.return_dict_in_generate
-    with torch.inference_mode(private), torch.no_grad():
+    with torch.inference_mode() if private else torch.no_grad():
         # Lay out the rows, and the tokens that are not in the cache: ids, or embeddings where there are images.
         # Memory is reserved for all new tokens if the caller or the files give their number, else for 128.
         cache = past_key_values

@@ -49,11 +49,13 @@ class RecordedStep:
         self.room = room
         self.layers = cache.layers
         self.keys_values = keys_values
-        # The inputs of the graph. `first` is the position of slot 0: minus the padding.
-        self.ids = torch.zeros(B, 1, dtype=torch.int64, device=device)
-        self.first = torch.zeros(B, 1, dtype=torch.int64, device=device)
-        self.slot = torch.zeros(1, dtype=torch.int64, device=device)
-        self.visible = torch.ones(B, room, dtype=torch.bool, device=device)
+        # The inputs of the graph. `first` is the position of slot 0: minus the padding. Tensors of inference mode could
+        # not be changed by a later call outside of it.
+        with torch.inference_mode(False):
+            self.ids = torch.zeros(B, 1, dtype=torch.int64, device=device)
+            self.first = torch.zeros(B, 1, dtype=torch.int64, device=device)
+            self.slot = torch.zeros(1, dtype=torch.int64, device=device)
+            self.visible = torch.ones(B, room, dtype=torch.bool, device=device)
         self.start(visible)
 
         self.replay: Step = self.compute

@@ -67,13 +67,15 @@ def prompt(model: Any, length: int, rows: int = 1) -> torch.Tensor:
     return torch.randint(3, model.config.vocab_size, (rows, length), generator=generator).to(model.device)
 
 
-def decode(name: str, kind: str, new: int, rounds: int, attn: str = "sdpa", **extra: Any) -> Row:
-    """Tokens per second of greedy `generate`. The time of the prompt (32 tokens) and of the first new token is measured
-    separately and subtracted."""
+def decode(
+    name: str, kind: str, new: int, rounds: int, attn: str = "sdpa", rows: int = 1, **extra: Any
+) -> Row:
+    """Tokens per second of greedy `generate`, of all rows together. The time of the prompt (32 tokens) and of the first
+    new token is measured separately and subtracted."""
     dtype = DTYPES[SHORT[kind]]
     model = common.ours(name, dtype)
     other = common.theirs(model, attn)
-    ids = prompt(model, 32)
+    ids = prompt(model, 32, rows)
     runs = dict[str, Callable[[], object]]()
     for count in (1, new + 1):
         runs[f"ours {count}"] = partial(generate, model, ids, max_new_tokens=count, eos_token_id=())
@@ -83,7 +85,7 @@ def decode(name: str, kind: str, new: int, rounds: int, attn: str = "sdpa", **ex
     theirs = (medians[f"theirs {new + 1}"] - medians["theirs 1"]) / new
     bandwidth, _ = limits(dtype)
     limit = f"{common.step_bytes(model) / ours / bandwidth:.0%} of memory bandwidth"
-    return Row("", f"{1 / ours:.1f} tokens/s", f"{1 / theirs:.1f}", theirs / ours, limit)
+    return Row("", f"{rows / ours:.1f} tokens/s", f"{rows / theirs:.1f}", theirs / ours, limit)
 
 
 def their_generate(other: Any, ids: torch.Tensor, new: int, **extra: Any) -> object:
@@ -246,6 +248,9 @@ CASES: dict[str, Callable[[int], Row]] = {
     "decode-bundled-f32, theirs static and compiled":
         lambda n: decode("bundled", "f32", 128, n, **compiled()),
     "decode-mixed-f32": lambda n: decode("mixed", "f32", 128, n),
+    "decode-bundled-f32, batch of 8": lambda n: decode("bundled", "f32", 64, n, rows=8),
+    "decode-bundled-f32, batch of 32": lambda n: decode("bundled", "f32", 32, n, rows=32),
+    "decode-135m-bf16, batch of 8": lambda n: decode("135m", "bf16", 16, n, rows=8),
     "decode-135m-f32": lambda n: decode("135m", "f32", 32, n),
     "decode-135m-bf16": lambda n: decode("135m", "bf16", 32, n),
     "decode-3b-bf16": lambda n: decode("3b", "bf16", 6, n),

@@ -27,7 +27,10 @@ SETTINGS: tuple[dict[str, str], ...] = (
     {"ONEDNN_MAX_CPU_ISA": "SSE41"},
     {"ONEDNN_MAX_CPU_ISA": "AVX2"},
 )
-NUMERICAL = ("parity", "cache", "heads", "vision", "generate", "fast", "reference", "diff", "explain")
+NUMERICAL = (
+    "parity", "cache", "heads", "vision", "generate", "fast", "blockwise", "products", "recorded_step", "reference",
+    "diff", "explain",
+)  # fmt: skip
 # Not of numbers, or slow: the network, the command line, compilers.
 LEFT_OUT = " and ".join(f"not {word}" for word in (
     "address", "server", "compile", "export", "command", "planted", "example"))  # fmt: skip

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from safetensors.torch import save_model
+from torch._subclasses import FakeTensorMode
 
 import decoder
 import fast
@@ -109,6 +110,13 @@ def test_attention_of_one_query_equals_the_formula(grouped, device, rng):
     with patch.object(fast, "groups_heads", lambda q: grouped):
         found = fast.one_query_attention(q, k, v, mask)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
+
+
+def test_heads_are_grouped_by_the_kernel_on_cuda():
+    """See the figures of `one_query_attention`."""
+    assert not fast.groups_heads(torch.empty(1))
+    with FakeTensorMode():
+        assert fast.groups_heads(torch.empty(1, device="cuda"))
 
 
 @given(rngs)

@@ -6,7 +6,7 @@ import copy
 import gc
 import random
 import shutil
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from unittest.mock import patch
 
 import pytest
@@ -138,6 +138,23 @@ def talk(model, cache, calls, **settings):
     for _ in range(calls):
         text = generate(model, text, past_key_values=cache, max_new_tokens=4, eos_token_id=(), **settings)
     return text
+
+
+@pytest.mark.parametrize("modes", [(False, True, False), (True, True)])
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_cache_is_used_in_and_outside_of_inference_mode(recorded, modes):
+    """Each forward pass and each call of `generate` may be in the inference mode of the caller."""
+    model, text = mixed(), torch.tensor([[1, 2, 3, 4]])
+    cache = KVCache(model.config, expected=64)
+    with torch.inference_mode(modes[0]), torch.no_grad():
+        model(text[:, :3], past_key_values=cache)
+    with recording(smallest_room=64) if recorded else nullcontext():
+        for mode in modes:
+            with torch.inference_mode(mode):
+                found = generate(model, text, past_key_values=cache, max_new_tokens=4, eos_token_id=())
+            expected = generate(model, text, max_new_tokens=4, eos_token_id=(), fast=False)
+            assert torch.equal(found, expected)
+            text = torch.tensor([[*found[0].tolist(), 5]])
 
 
 def test_a_step_is_made_once_for_each_room():
