@@ -1,22 +1,25 @@
 """Attention without masks, block by block: the entry "blockwise" of `ministral.ATTENTION`, for long prompts.
 
-A mask for S queries and K keys is slow: it has S x K entries, and the fastest kernels take none. Almost all of its
-entries are equal. So a block of queries attends to at most three parts of its keys, and no part needs a mask. Three
-queries, positions 7 to 9, in a sliding layer with a window of 6:
+A mask for S queries and K keys is slow: it has S x K entries to write and to read, and the fastest kernels take no
+mask. Here, a block of queries attends to at most three parts of its keys. Each part is visible to the whole block or
+causal, so that no part needs a mask. Three queries at positions 7 to 9, in a sliding layer with a window of 6:
 
                 edge     middle   own
-         key    2 3 4    5 6      7 8 9
-    query 7     # # #    # #      # . .       edge: these keys leave the window within the block. In reversed order,
-          8     . # #    # #      # # .             the part is causal.
-          9     . . #    # #      # # #       middle: every query sees these keys.
-                                              own: the keys of the block itself. The part is causal.
+         key    2 3 4    5 6      7 8 9       #: the query sees the key
+    query 7     # # #    # #      # . .
+          8     . # #    # #      # # .
+          9     . . #    # #      # # #
 
-A full layer has no edge. Each part gives the logarithm of its sum of exponentials, by which the results are joined, as
-in FlashAttention (https://arxiv.org/abs/2205.14135).
+    own     the keys of the block itself. A causal part.
+    middle  keys that every query of the block sees. No key is hidden.
+    edge    keys that leave the window within the block. Causal if the order of queries and keys is reversed.
+
+A full layer has no edge. Each part returns its result and the log-sum-exps of its scores, which give the weights by
+which the results are joined, as in FlashAttention (https://arxiv.org/abs/2205.14135).
 
 A sliding layer costs (queries x window), not (queries x keys). Prompts of 4,096 and 32,768 tokens, in chunks of 512
-through one full and two sliding layers, repeated, were read 1.1 and 1.6 times as fast as with masks (two cores of an AMD
-EPYC, float32).
+through six layers (one full and two sliding, twice), were read 1.1 and 1.6 times as fast as with masks (float32, two
+cores of an AMD EPYC).
 """
 
 from __future__ import annotations
@@ -30,13 +33,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Part = tuple[Tensor, Tensor]  # results (B, H, S, D), and logarithms of the sums of exponentials (B, H, S)
+Part = tuple[Tensor, Tensor]  # the result for one part of the keys (B, H, S, D), and its log-sum-exps (B, H, S)
 
 
 @dataclass(frozen=True)
 class CausalWindow:
-    """The rule by which a query sees a key, in the place of a mask: the key is not later, and it is one of the last
-    `size` up to the query. None: of all."""
+    """A rule that replaces a mask: a query sees the last `size` keys up to its own position. None: it sees all keys up
+    to its own position."""
 
     size: int | None = None
 
@@ -44,20 +47,21 @@ class CausalWindow:
 def blockwise_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | CausalWindow, scaling: float, dropout: float
 ) -> tuple[Tensor, None]:
-    """Attention of S new tokens to P earlier keys and to their own.
+    """Attention of S new tokens to the keys of P earlier tokens and to their own keys.
 
     Args:
         q: (B, H, S, D).
-        k, v: (B, G, P + S, D), in the order of positions. (For one query, which sees all of them, in any order.)
-        mask: the rule. With a bool mask (B or 1, 1, S, P + S), as for padding, this is PyTorch's fused attention.
-        scaling: factor of the scores.
-        dropout: 0 with a rule.
+        k, v: (B, G, P + S, D), in the order of positions. (In any order if S = 1 and the query sees all keys.)
+        mask: which keys a query sees: a `CausalWindow`, or, for padding, bool (B or 1, 1, S, P + S), True at visible
+            keys. With a bool mask, PyTorch's fused attention is used, without blocks.
+        scaling: the factor of the scores.
+        dropout: the probability of dropout. Must be 0 with a `CausalWindow`.
 
     Returns:
-        (B, H, S, D), and None for the probabilities, which are not kept.
+        The result (B, H, S, D), and None in the place of the probabilities, which are not kept.
 
     Raises:
-        ValueError: dropout with a rule.
+        ValueError: dropout with a `CausalWindow`.
     """
     heads = q.shape[1]
     if isinstance(mask, Tensor):
@@ -78,10 +82,11 @@ def blockwise_attention(
 
 
 def query_blocks(past: int, new: int, window: int | None) -> list[tuple[int, int]]:
-    """The first query of each block, and the one after its last.
+    """The start and the end (exclusive) of each block of queries.
 
-    In a sliding layer, the queries that see all keys are one block. The others are in blocks that are shorter than the
-    window, so that no query sees keys that only a part of the block sees, and the edge is a square."""
+    A full layer needs one block. In a sliding layer, the queries whose windows reach back to the first key are one
+    block, without an edge. Each other block has fewer queries than the window has keys. Then all its queries see the
+    keys between edge and own, and the edge has as many keys as the block has queries, as a causal part must."""
     if window is None:
         return [(0, new)]
     all_visible = min(max(window - 1 - past, 0), new)
@@ -92,36 +97,43 @@ def query_blocks(past: int, new: int, window: int | None) -> list[tuple[int, int
 def attend_to_parts(
     q: Tensor, k: Tensor, v: Tensor, position: int, window: int | None, scaling: float
 ) -> Iterator[Part]:
-    """The parts of a block q (B, H, S, D), one at a time. `position` is that of its first query in k and v."""
+    """Attention of a block q (B, H, S, D) to each part of its keys, one part at a time. k and v are (B, G, K, D);
+    `position` is the index of the first query's own key in them."""
     B, H, S, D = q.shape
     G = k.shape[1]
-    first, last = 0, position + S  # the keys that the block sees
+    # The keys that the block sees: from `first` to `end` (exclusive). The parts own and edge are cut off below.
+    first = 0
     if window is not None:
         first = max(position - window + 1, 0)
+    end = position + S
 
+    # Own. A single query needs no parts: its keys are all visible.
     if S > 1:
-        last = position
-        own = [repeat_heads(x[:, :, position : position + S], H) for x in (k, v)]
-        yield attend(q, own[0], own[1], True, scaling)
+        own_k, own_v = (repeat_heads(x[:, :, position:end], H) for x in (k, v))
+        yield attend(q, own_k, own_v, True, scaling)
+        end = position
+
+    # Edge, if the window of the last query begins after the first key.
     if S > 1 and window is not None and position + S > window:
-        edge = [repeat_heads(x[:, :, first : first + S], H).flip(2) for x in (k, v)]
-        out, total = attend(q.flip(2), edge[0], edge[1], True, scaling)
-        yield out.flip(2), total.flip(2)
+        edge_k, edge_v = (repeat_heads(x[:, :, first : first + S], H).flip(2) for x in (k, v))
+        out, logsumexp = attend(q.flip(2), edge_k, edge_v, True, scaling)
+        yield out.flip(2), logsumexp.flip(2)
         first += S
-    if last > first:
-        # The heads of a group become rows of queries over one key/value head, so nothing is repeated.
+
+    # Middle. The query heads that share a key/value head become rows of one head, so that no key is repeated.
+    if end > first:
         rows = q.reshape(B, G, H // G * S, D)
-        out, total = attend(rows, k[:, :, first:last], v[:, :, first:last], False, scaling)
-        yield out.reshape(B, H, S, D), total.reshape(B, H, S)
+        out, logsumexp = attend(rows, k[:, :, first:end], v[:, :, first:end], False, scaling)
+        yield out.reshape(B, H, S, D), logsumexp.reshape(B, H, S)
 
 
 def join(parts: Iterator[Part]) -> Tensor:
-    """Attention to all keys from that to each part: a weighted mean, by the parts' sums of exponentials."""
-    joined, total = next(parts)
-    for out, more in parts:
-        weight = torch.sigmoid(more - total)[..., None]
-        joined = torch.lerp(joined.to(weight.dtype), out.to(weight.dtype), weight)
-        total = torch.logaddexp(total, more)
+    """Attention to all keys (B, H, S, D): the mean of the parts' results, each weighted by its sum of exponentials."""
+    joined, logsumexp = next(parts)
+    for part, part_logsumexp in parts:
+        weight = torch.sigmoid(part_logsumexp - logsumexp)[..., None]  # the share of this part in the sum so far
+        joined = torch.lerp(joined.to(weight.dtype), part.to(weight.dtype), weight)
+        logsumexp = torch.logaddexp(logsumexp, part_logsumexp)
     return joined
 
 
@@ -135,22 +147,23 @@ def repeat_heads(x: Tensor, heads: int) -> Tensor:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scaling: float) -> Part:
     """Attention of q (B, H, S, D) to one part of the keys, k and v (B, H, K, D), by the fastest kernel for these
-    tensors. `causal` needs S = K."""
+    tensors. `causal` hides keys after the query, and needs S = K."""
     kernel = choose_kernel(q, k, v, causal)
     if kernel == "formula":
         return formula(q, k, v, causal, scaling)
-    # `F.scaled_dot_product_attention` calls the same functions, but returns no sums.
+    # `F.scaled_dot_product_attention` calls the same functions, but does not return the log-sum-exps.
     function = getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}")
-    out, total, *_ = function(q, k, v, *OPTIONS[kernel], 0.0, causal, scale=scaling)
+    out, logsumexp, *_ = function(q, k, v, *OPTIONS[kernel], 0.0, causal, scale=scaling)
     S = q.shape[2]
-    return out, total.flatten(2)[:, :, :S]  # one kernel fills up the rows, and cuDNN's adds a dimension of size 1
+    # "efficient_attention" pads the log-sum-exps to more than S rows, cuDNN's kernel adds a last dimension of size 1.
+    return out, logsumexp.flatten(2)[:, :, :S]
 
 
-# Arguments of the kernels before the dropout: a mask, and whether they return the sums.
+# The arguments of the kernels between v and the dropout: a mask (None), and whether to return the log-sum-exps.
 OPTIONS: dict[str, tuple[Any, ...]] = {
     "flash_attention_for_cpu": (),
-    "flash_attention": (),  # FlashAttention 2: 313 TFLOPS on an H200
-    "efficient_attention": (None, True),  # also for float32
+    "flash_attention": (),  # FlashAttention 2: 313 TFLOPS on an H200 (benchmarks/RESULTS.md)
+    "efficient_attention": (None, True),  # the only one for float32
     "cudnn_attention": (None, True),  # 654 TFLOPS on an H200
 }
 
@@ -158,25 +171,27 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
 def choose_kernel(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> str:
     """A name of `OPTIONS`, or "formula".
 
-    On a GPU, the kernel that PyTorch takes for these tensors. The formula is for what that does not cover, for sizes of
-    a head that are no multiple of 8, and for gradients (the kernels have none of the sums)."""
+    On a GPU it is the kernel that PyTorch selects for these tensors. The formula is used where PyTorch selects none of
+    these kernels, where the size of a head is not a multiple of 8, and where gradients are needed: the kernels have no
+    gradient of the log-sum-exps."""
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return "formula"
     if q.device.type == "cpu":
         return "flash_attention_for_cpu"
     if q.device.type != "cuda" or q.shape[3] % 8 != 0:
         return "formula"
-    names = {1: "flash_attention", 2: "efficient_attention", 3: "cudnn_attention"}  # as in `torch.nn.attention`
+    # The values of `torch.nn.attention.SDPBackend`.
+    names = {1: "flash_attention", 2: "efficient_attention", 3: "cudnn_attention"}
     choice = torch._fused_sdp_choice(q, k, v, None, 0.0, causal)
     return names.get(choice, "formula")
 
 
 def formula(q: Tensor, k: Tensor, v: Tensor, causal: bool, scaling: float) -> Part:
-    """The definition, with S x K scores in memory."""
+    """Attention as it is defined, with S x K scores in memory. Arguments and results as `attend`."""
     scores = torch.matmul(q, k.transpose(2, 3)) * scaling
     if causal:
         later = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).triu(1)
         scores = scores.masked_fill(later, -torch.inf)
-    total = scores.logsumexp(dim=-1)
-    weights = (scores - total[..., None]).exp()
-    return torch.matmul(weights, v), total
+    logsumexp = scores.logsumexp(dim=-1)
+    probs = (scores - logsumexp[..., None]).exp()
+    return torch.matmul(probs, v), logsumexp
