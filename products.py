@@ -49,7 +49,7 @@ TILE = 1 << 22
 def wide_mm(x: Tensor, weight: Tensor) -> Tensor:
     """The product of x (N, in), float32, with a 16-bit weight (in, out), computed in float32: (N, out), float32.
 
-    The result is closer to float64 than a product in 16 bits. Fewer than 8 rows (the last tokens, in the last layer) are
+    The result is closer to float64 than a product in 16 bits. Fewer than 8 rows (the last layer's last tokens) are
     multiplied in 16 bits: there, reading the weight takes the time, and converting it would take more."""
     if len(x) < 8:
         return torch.mm(x.to(weight.dtype), weight)
