@@ -1,13 +1,15 @@
 """The same models, faster: what `generate` runs in the place of `model(...)`. Read `ministral.py` first.
 
-    reason = why_not(model)                                # None, or why only the readable path will do
+    reason = why_not(model)                                # None; or the reason why it must be model(...)
     forward = FlatModel(model)
     logits = forward(input_ids, position_ids, cache)       # (B, V), after the last token
 
-It computes the same function with the same weights, cache and rotary tables (tests/test_fast.py). Sums run in another
-order, so bits differ as they do between two kernels. The weights are only read: nothing of the model is moved, copied
-or kept. The parts, each with its gain: attention without masks (`blockwise.py`), products on a CPU (`products.py`), one
-function in the place of modules (`FlatModel`), and on a GPU recorded steps (`recorded_step.py`).
+It computes the same function with the same weights, cache and rotary tables (tests/test_fast.py). Sums are added in
+another order, so the last bits differ, as they do between two kernels. Weights are only read, never moved or copied.
+
+Each part states its reason and its gain: attention without masks (`blockwise.py`), products on a CPU (`products.py`),
+one function instead of modules (`FlatModel`), attention of one token (`one_query_attention`), and on a GPU recorded
+steps (`recorded_step.py`). `generate(..., fast=False)` uses none of them.
 """
 
 from __future__ import annotations
@@ -28,12 +30,19 @@ from products import avoids_onednn, split_mm, splits_rows, wide_mm, wide_rows, w
 
 
 def one_query_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention of one new token to the slots of a cache: q (B, H, 1, D), k and v (B, G, slots, D), mask bool
-    (B or 1, 1, 1, slots), False at hidden slots, or None -> (B, H, 1, D).
+    """Attention of one new token to the slots of a cache.
 
-    On CUDA, the kernel is told to find the key/value head of each query head. That kernel splits the keys among
-    processors: 46 instead of 640 microseconds for one layer of the 8B shape and 32,768 slots (H200, torch 2.11,
-    bfloat16). On a CPU, `sdpa_attention` is as fast."""
+    On CUDA, the kernel groups the heads itself (`enable_gqa`). This kernel splits the keys among the processors of the
+    GPU: 46 instead of 640 microseconds for one layer of the 8B shape and 32,768 slots (H200, torch 2.11, bfloat16).
+
+    Args:
+        q: (B, H, 1, D).
+        k, v: (B, G, slots, D).
+        mask: bool (B or 1, 1, 1, slots), False at hidden slots; None: all are visible.
+
+    Returns:
+        (B, H, 1, D).
+    """
     scaling = q.shape[-1] ** -0.5
     if groups_heads(q):
         return F.scaled_dot_product_attention(q, k, v, mask, scale=scaling, enable_gqa=True)
@@ -41,15 +50,19 @@ def one_query_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) ->
 
 
 def groups_heads(q: Tensor) -> bool:
-    """Whether the kernel for one query is the faster one if it groups the heads itself."""
+    """Whether `one_query_attention` leaves the grouping of heads to the kernel. On a CPU, `sdpa_attention` is as
+    fast."""
     return q.is_cuda
 
 
 # --------------------------------------------------------------------------------------------------- the flat model
 
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # see `FlatModel.run`
+
 
 class LayerWeights(NamedTuple):
-    """The parameters of a layer, as views. Those of linear layers are transposed, (in, out)."""
+    """Views of the parameters of a layer. Those of linear layers are transposed: (in, out). E, H, G and D are as in
+    `ministral.py`, I is `intermediate_size`."""
 
     input_norm: Tensor  # (E,)
     q: Tensor  # (E, H D)
@@ -57,20 +70,21 @@ class LayerWeights(NamedTuple):
     v: Tensor  # (E, G D)
     o: Tensor  # (H D, E)
     post_norm: Tensor  # (E,)
-    gate: Tensor  # (E, F)
-    up: Tensor  # (E, F)
-    down: Tensor  # (F, E)
+    gate: Tensor  # (E, I)
+    up: Tensor  # (E, I)
+    down: Tensor  # (I, E)
 
 
 class FlatModel:
-    """A causal language model (of a vision model, too: then it takes embeddings) as one function over its parameters.
+    """A causal language model as one function of its parameters. Of a vision model it is the text model: its input are
+    embeddings that contain the images.
 
-    Without modules, and with `products.py`, the bundled model decodes 1.4 times as fast in float32 and 2.3 times in
-    bfloat16 (two cores of an AMD EPYC).
+    Calling modules takes time, which matters in a step of decoding. Without them, and with `products.py`, the bundled
+    model decodes 1.4 times as fast as by `model(...)` in float32, and 2.3 times in bfloat16 (two cores of an AMD EPYC).
 
     Args:
-        model: a model without a reason in `why_not`. Its parameters as they are now are used. Making this object takes
-            microseconds, so it is made anew for every text.
+        model: a model for which `why_not` returns None. Its present parameters are used: after a change, make a new
+            object. `generate` makes one in each call, which takes under 3 ms with 36 layers.
     """
 
     def __init__(self, model: Any) -> None:
@@ -96,33 +110,41 @@ class FlatModel:
             layer.input_layernorm, attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj,
             layer.post_attention_layernorm, mlp.gate_proj, mlp.up_proj, mlp.down_proj,
         )  # fmt: skip
-        return LayerWeights(*(module.weight.detach().t() for module in modules))  # a vector stays as it is
+        return LayerWeights(*(module.weight.detach().t() for module in modules))  # `t` leaves vectors alone
 
-    def __call__(self, x: Tensor, position_ids: Tensor, cache: KVCache, padding_mask: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, x: Tensor, position_ids: Tensor, cache: KVCache, padding_mask: Tensor | None = None
+    ) -> Tensor:  # fmt: skip
         """Logits (B, V) after the last of S new tokens, which are added to the cache.
 
         Args:
             x: ids (B, S), or embeddings (B, S, E).
             position_ids: (B or 1, S).
+            cache: holds the earlier tokens, `past` in number.
             padding_mask: bool (B, past + S), False at padding; None: there is none.
         """
-        masks = dict[int | None, Tensor]()  # of the layers with each window
+        S = x.shape[1]
+        masks = dict[int | None, Tensor]()  # for each window, the mask (B, 1, S, K) of its layers
         if padding_mask is not None:
-            places = torch.arange(padding_mask.shape[1], device=x.device)[-x.shape[1] :]
+            # Positions in the cache: they count padding, unlike `position_ids`.
+            queries = torch.arange(padding_mask.shape[1], device=x.device)[-S:]
             for layer in cache.layers:
                 if layer.window not in masks:
-                    keys = layer.key_positions(x.shape[1], x.device)
-                    masks[layer.window] = make_attention_mask(places, keys, layer.window, padding_mask[:, None, keys])
+                    keys = layer.key_positions(S, x.device)
+                    visible = padding_mask[:, None, keys]
+                    masks[layer.window] = make_attention_mask(queries, keys, layer.window, visible)
 
         def attend(n: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            layer = cache.layers[n]
-            window, mask = layer.window, masks.get(layer.window)
-            k, v = layer.update(k, v)
+            window = cache.layers[n].window
+            mask = masks.get(window)
+            k, v = cache.layers[n].update(k, v)
             if q.shape[2] > 1:
                 rule = CausalWindow(window) if mask is None else mask
-                return blockwise_attention(q, k.to(q.dtype), v.to(q.dtype), rule, q.shape[3] ** -0.5, 0.0)[0]
+                k, v = k.to(q.dtype), v.to(q.dtype)  # float32 if `run` multiplies in float32
+                return blockwise_attention(q, k, v, rule, q.shape[3] ** -0.5, 0.0)[0]
+            # One query: a decode step, or the last token of a prompt in the last layer.
             if mask is not None:
-                mask = mask[:, :, -1:]  # of the last token, if the others are left out
+                mask = mask[:, :, -1:]
             elif window is not None:
                 k, v = k[:, :, -window:], v[:, :, -window:]
             return one_query_attention(q, k, v, mask)
@@ -132,10 +154,15 @@ class FlatModel:
                 return self.run(x, position_ids, attend)
         return self.run(x, position_ids, attend)
 
-    def run(self, x: Tensor, position_ids: Tensor, attend: Callable[[int, Tensor, Tensor, Tensor], Tensor]) -> Tensor:
-        """All layers with any form of attention: attend(number of the layer, q (B, H, S, D), k and v (B, G, S, D)) ->
-        (B, H, S, D). In the last layer, q has only the last token, (B, H, 1, D). k and v have the dtype of the weights;
-        so has q if it is one token."""
+    def run(self, x: Tensor, position_ids: Tensor, attend: Attend) -> Tensor:
+        """Logits (B, V) after the last token.
+
+        Args:
+            x, position_ids: as in `__call__`.
+            attend: stores keys and values, and attends to all of the text: attend(number of the layer, q (B, H, S, D),
+                k and v (B, G, S, D)) -> (B, H, S, D). k and v have the dtype of the weights, and so has a single query.
+                In the last layer there is only the query of the last token, (B, H, 1, D).
+        """
         dtype = self.head.dtype
         if x.ndim == 2:
             x = F.embedding(x, self.embeddings)
@@ -158,13 +185,14 @@ class FlatModel:
             v = mm(h, layer.v).view(B, S, -1, D).transpose(1, 2)
             q, k = self.rotate(q, k, tables)
             if n == len(self.layers) - 1:
-                # Of the last layer, only keys and values of the other tokens are needed. This saves 13 % of a prompt of
-                # 4,096 tokens with 6 layers.
-                q, x = q[:, :, -1:], x.view(B, S, E)[:, -1]
+                # From here on only the last token is needed; the others have given their keys and values. This saves
+                # 13 % of the time of a prompt of 4,096 tokens with 6 layers.
+                q = q[:, :, -1:]
+                x = x.view(B, S, E)[:, -1]
             if wide:
                 k, v = k.to(dtype), v.to(dtype)
             if wide and q.shape[2] == 1:
-                q = q.to(dtype)  # reading the keys takes the time, so they are not converted
+                q = q.to(dtype)  # one query is converted, and not all the keys that it reads
             out = attend(n, q, k, v).to(x.dtype)
             x = x + mm(out.transpose(1, 2).reshape(len(x), -1), layer.o)
             h = self.normed(x, layer.post_norm)
@@ -172,26 +200,28 @@ class FlatModel:
         return mm(self.normed(x, self.norm), self.head).to(dtype)
 
     def normed(self, x: Tensor, weight: Tensor) -> Tensor:
-        """`RMSNorm`, rounded before the weight multiplies, as there."""
+        """The same as `ministral.RMSNorm`: the result is rounded before the weight multiplies it."""
         return F.rms_norm(x, x.shape[-1:], None, self.eps) * weight.to(x.dtype)
 
 
-# The modules whose classes `FlatModel` computes (tests/test_layout.py).
+# The Python modules that define the layers which `FlatModel` computes (tests/test_layout.py).
 OWN_MODULES = {"ministral", "ministral3", "pretrained", nn.ModuleList.__module__}
 
 
 def text_model(model: Any) -> Any:
-    """The backbone of a causal language model, or that of the text in a vision model."""
+    """The text backbone of a causal language model or of a vision model."""
     return getattr(model.base_model, "language_model", model.base_model)
 
 
 def why_not(model: Any) -> str | None:
-    """The reason why `FlatModel` would compute something else than `model(...)`; None: it computes the same."""
+    """The reason why `generate` must not use `FlatModel`, as a text for the user; None: it computes the same as
+    `model(...)`."""
     text = text_model(model)
     if model.training:
         return "the model is in training mode"
     if text.config.attn_implementation == "eager":
         return "attn_implementation is 'eager'"
+    # `FlatModel` calls no modules, so it would skip hooks and forward methods that the user has added or replaced.
     for part in model.modules():
         if part._forward_hooks or part._forward_pre_hooks:
             return f"{type(part).__name__} has hooks"
@@ -201,6 +231,7 @@ def why_not(model: Any) -> str | None:
         own = origin in OWN_MODULES or origin.startswith(("vision", "torch."))
         if "forward" in part.__dict__ or not own:
             return f"the forward of {type(part).__name__} is not that of this project"
+    # It multiplies by plain weights: adapters, quantised weights and biases would have no effect, or fail.
     for part in computed:
         kind = type(part)
         if kind.__module__ not in OWN_MODULES:
