@@ -1,9 +1,14 @@
-"""Decoding by a recorded step: a GPU replays one graph of kernels, instead of being told each kernel anew.
+"""Decoding by a recorded step: the kernels of a step are recorded once, as a CUDA graph, and started together.
 
     step = recorded_step(model, cache, visible)            # model: a `fast.FlatModel`
     logits = step(ids)                                     # (B, 1) -> (B, V)
 
-The 3B shape decodes 249 instead of 60 tokens a second, the 8B shape 148 instead of 50 (H200, torch 2.11, bfloat16).
+Without it, the GPU waits for Python, which starts hundreds of kernels one after the other. On one H200 (torch 2.11,
+bfloat16, an earlier version of this file), the 3B shape decoded 249 tokens a second, and 52 to 67 by `model(...)`. The
+8B shape decoded 148, and 44 to 53 (benchmarks/RESULTS.md).
+
+A graph reads and writes the same memory each time. So the new id, its slot and the padding are tensors that keep their
+place, and a step attends to a fixed number of slots, its room. Slots that are still empty are masked.
 """
 
 from __future__ import annotations
@@ -20,37 +25,37 @@ from fast import FlatModel, one_query_attention
 from ministral import KVCache, LayerCache
 
 Step = Callable[[], Tensor]
-SMALLEST_ROOM = 256
+SMALLEST_ROOM = 256  # slots; reading them takes little time beside reading the weights
 
 
 class RecordedStep:
-    """A decode step of which every shape and address stays the same: ids (B, 1) -> logits (B, V), which the next call
-    overwrites. On CUDA it is recorded and replayed. Elsewhere it is run.
+    """A decode step whose shapes and addresses stay the same: ids (B, 1) -> logits (B, V), which the next call
+    overwrites. On CUDA it is recorded and replayed. On other devices it is computed each time, for the tests.
 
-    It attends to the first `room` slots of each layer, or to its window. Slots without a token are masked.
+    It attends to the first `room` slots of each full layer, and to the ring of each sliding layer.
 
     Args:
         model: computes the step.
         cache: holds the text.
-        keys_values: the first slots of each layer of the cache.
-        room: the length of the text up to which steps can be added.
+        keys_values: the slots of each layer that the step reads and writes, see `first_slots`.
+        room: the length of the text, in tokens, at which another step is needed.
         visible: bool (B, n), False at padding. All slots from n on are visible.
         compile: let `torch.compile` fuse the small operations.
     """
 
-    identity: Any = None  # see `recorded_step`
+    identity: Any = None  # what must be unchanged for the step to be used again, see `recorded_step`
 
     def __init__(
-        self, model: FlatModel, cache: KVCache, keys_values: list[tuple[Tensor, Tensor]], room: int, visible: Tensor,
-        compile: bool,
+        self, model: FlatModel, cache: KVCache, keys_values: list[tuple[Tensor, Tensor]], room: int,
+        visible: Tensor, compile: bool,
     ) -> None:  # fmt: skip
         B, device = len(visible), visible.device
         self.model = model
         self.room = room
         self.layers = cache.layers
         self.keys_values = keys_values
-        # The inputs of the graph. `first` is the position of slot 0: minus the padding. Tensors of inference mode could
-        # not be changed by a later call outside of it.
+        # The inputs of the graph. `first` (B, 1) is the rotary position of slot 0: minus the number of padding tokens.
+        # They are no tensors of inference mode, because a later call may change them outside of it.
         with torch.inference_mode(False):
             self.ids = torch.zeros(B, 1, dtype=torch.int64, device=device)
             self.first = torch.zeros(B, 1, dtype=torch.int64, device=device)
@@ -74,14 +79,15 @@ class RecordedStep:
         self.slot.fill_(self.layers[0].length)
 
     def compute(self) -> Tensor:
-        """The step, in which only the contents of tensors change."""
-        # For layers with each number of slots: where the new token is put, and the slots that it sees (B, 1, 1, slots).
+        """Compute the step. From one step to the next, only the contents of tensors change."""
+        # Layers of one size (the room, or the window) share the slot of the new token and the mask (B, 1, 1, size).
         new_slots, masks = {}, {}
         for size in {keys.shape[2] for keys, _ in self.keys_values}:
             new_slots[size] = self.slot % size
             slots = torch.arange(size, device=self.ids.device)
-            place = self.slot - (self.slot - slots) % size  # of the token in each slot; below 0: there is none
-            seen = (place >= 0) & self.visible[:, place.clamp(min=0)]
+            # The index in the text of the token in each slot of a ring. Below 0, the slot is empty.
+            index = self.slot - (self.slot - slots) % size
+            seen = (index >= 0) & self.visible[:, index.clamp(min=0)]
             masks[size] = seen[:, None, None]
 
         def attend(n: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -95,6 +101,7 @@ class RecordedStep:
         return self.model.run(self.ids, position_ids, attend)
 
     def __call__(self, ids: Tensor) -> Tensor:
+        """Add the ids (B, 1) to the text. Returns the logits (B, V) after them."""
         self.ids.copy_(ids)
         logits = self.replay()
         self.slot += 1
@@ -104,21 +111,24 @@ class RecordedStep:
 
 
 def first_slots(layer: LayerCache, room: int) -> tuple[Tensor, Tensor]:
-    """Keys and values (B, G, room or window, D) of a layer, after memory is reserved."""
+    """Reserve memory for `room` tokens in a layer. Returns views of its keys and values: of the first `room` slots,
+    (B, G, room, D), or of a ring with a smaller window, (B, G, window, D)."""
     size = room
     if layer.window is not None:
         size = min(room, layer.window)
     keys, values = (tensor[:, :, :size] for tensor in layer.reserve(layer.keys, layer.values, size))
     for tensor in (keys, values):
-        tensor[:, :, layer.length :].zero_()  # a hidden slot counts 0 times what it holds, which must not be NaN
+        # A masked slot has the weight 0. Uninitialised memory may hold NaN, and 0 * NaN is NaN.
+        tensor[:, :, layer.length :].zero_()
     return keys, values
 
 
 def record(step: Step, device: torch.device) -> Step:
     """Record the kernels of a step as a CUDA graph. Returns the function that replays it.
 
-    See https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs: before, the step must run on another stream,
-    where it is compiled and where libraries take their memory. All of these runs write to the same slot."""
+    Before that, the step must run on another stream, where it is compiled and where libraries reserve their memory
+    (https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs). These runs write to the slot of the next token,
+    which the first replay overwrites."""
     with torch.cuda.device(device):
         side: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
@@ -139,45 +149,47 @@ def record(step: Step, device: torch.device) -> Step:
 
 # ------------------------------------------------------------------------------------- when a step is recorded
 
-# Recording takes as long as 4 steps that are not recorded, which take 4 times as long as recorded ones.
+# The numbers of new tokens from which recording and compiling pay (3B shape, H200, benchmarks/RESULTS.md).
+# Recording takes 4 steps that are not recorded. Each takes 4 times as long as a recorded one, so that recording pays
+# from 16 / (4 - 1) = 6 tokens on. This leaves a margin.
 RECORDING_PAYS = 8
-# Compiling takes 31 s for each room and saves 1.2 ms of a token (3B shape, H200).
+# Compiling takes 31 s for each room and saves 1.2 ms of a token: 26,000 tokens, rounded up to a power of two.
 COMPILING_PAYS = 32768
 
-# The last step of each cache. It goes with the cache: it holds the layers, but not the cache.
+# The last step of each cache. It is freed with the cache, because it refers to the layers and not to the cache.
 STEPS: WeakKeyDictionary[KVCache, RecordedStep] = WeakKeyDictionary()
 
 
 def recording_pays(new_tokens: int, device: torch.device) -> bool:
-    """Whether a text with so many new tokens at most is decoded faster by a recorded step."""
+    """Whether up to `new_tokens` tokens are decoded faster by a recorded step, its recording included."""
     return device.type == "cuda" and new_tokens >= RECORDING_PAYS
 
 
 def compiling_pays(new_tokens: int, device: torch.device) -> bool:
-    """Whether it is also worth compiling. On CUDA, `torch.compile` needs Triton."""
+    """Whether they are decoded faster by a compiled step, its compilation included. `torch.compile` needs Triton."""
     return device.type == "cuda" and new_tokens >= COMPILING_PAYS and find_spec("triton") is not None
 
 
 def recorded_step(
     model: FlatModel, cache: KVCache, visible: Tensor, expected: int, compile: bool = False
 ) -> RecordedStep:
-    """The step for the next token after the text in the cache: that of an earlier call if it has the same room and all
-    that it reads is in the same memory, else a new one.
+    """The step for the next token after the text in the cache. The step of an earlier call is used again if it has the
+    same room, and if weights, keys and values are still in the same memory.
 
     Args:
-        model, visible, compile: see `RecordedStep`.
-        expected: the length of the whole text. A compiled step has room for all of it.
+        model, cache, visible, compile: see `RecordedStep`.
+        expected: the expected length of the whole text, in tokens. A compiled step has room for all of it.
     """
     room = choose_room(cache, expected, compile)
     step = STEPS.pop(cache, None)
     if step is not None and step.room != room:
-        step = None  # frees the memory that it reads, if that of the cache has grown
+        step = None  # before `first_slots` reserves memory: the old step keeps old keys and values alive
     keys_values = [first_slots(layer, room) for layer in cache.layers]
     tensors = [model.embeddings, model.norm, model.head]
     for group in (*model.layers, *keys_values):
         tensors += group
-    places = [(tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) for tensor in tensors]
-    identity = (room, compile, repr(model.config), places)
+    memory = [(tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) for tensor in tensors]
+    identity = (room, compile, repr(model.config), memory)
     if step is not None and step.identity == identity:
         step.start(visible)
     else:
@@ -188,10 +200,11 @@ def recorded_step(
 
 
 def choose_room(cache: KVCache, expected: int, compile: bool) -> int:
-    """The number of slots that the next steps read.
+    """The number of slots that the next steps read: a power of two.
 
-    It is a power of two, so that a short text does not read a long memory, and a long text seldom needs another step.
-    It is less where the cache has less memory, and that is enough for the next token."""
+    A short text then reads few slots, although the cache may have many, and a long text rarely needs another step. If
+    the next token still fits into the memory of the cache, the room is no larger than that memory, so that the cache
+    is not copied. A compiled step has room for the whole text, because compiling again takes longer than reading."""
     slots = cache.get_seq_length() + 1
     if compile:
         return power_of_two(max(slots, expected))
