@@ -1,7 +1,7 @@
 """A model with the cache of its text, for `generate`: `prefill` reads the prompt, `step` one more token of each row.
 
-How new tokens are computed is chosen once for a text: by `model(...)`, by the same model in the form of `fast.py`, or,
-for single tokens, by a recorded step (`recorded_step.py`).
+`choose_forward` chooses once for a text who computes: `model(...)`, or the faster `fast.FlatModel`. With the latter, a
+single token can be computed by a recorded step (`recorded_step.py`).
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ Forward = Callable[[Tensor, Tensor, KVCache, Tensor | None], Tensor]
 Progress = Callable[[int, int], object]
 
 
-REASONS: set[str] = set()  # for the readable path, of which the caller has been told
+REASONS: set[str] = set()  # why `fast.py` was not used; each is in one warning only
 
 
 def choose_forward(model: Any, fast: bool | str) -> Forward:
     """The function that reads S new tokens: forward(x, position_ids, cache, mask) -> logits (B, V) after the last one.
-    x is ids (B, S) or embeddings (B, S, E).
+    x is ids (B, S) or embeddings (B, S, E), the mask bool (B, past + S), False at padding, or None.
 
     Args:
         model: the model.
-        fast: True: the function of `fast.py`. False: `model(...)`. "auto": the first if it computes the same, else the
-            second and a warning, once for each reason.
+        fast: True: `fast.FlatModel`. False: `model(...)`. "auto": `fast.FlatModel` if it supports the model
+            (`fast.why_not`), else `model(...)`, with a warning that gives the reason, once for each reason.
 
     Raises:
-        ValueError: fast=True for a model of which `fast.py` computes something else; another value.
+        ValueError: fast=True for a model that `fast.FlatModel` does not support; another value of `fast`.
     """
     if fast not in (True, False, "auto"):
         raise ValueError(f"fast={fast!r} is impossible; allowed: True, False, 'auto'")
@@ -47,7 +47,8 @@ def choose_forward(model: Any, fast: bool | str) -> Forward:
         raise ValueError(f"fast=True is not supported: {reason}; give fast=False, or change the model")
     if fast and reason not in REASONS:
         REASONS.add(str(reason))
-        warnings.warn(f"generate uses the slower path, model(...): {reason}; fast=False hides this", stacklevel=3)
+        message = f"generate uses the slower path, model(...): {reason}; fast=False hides this"
+        warnings.warn(message, stacklevel=3)
 
     def forward(x: Tensor, position_ids: Tensor, cache: KVCache, mask: Tensor | None) -> Tensor:
         inputs = {"input_ids": x}
@@ -61,11 +62,13 @@ def choose_forward(model: Any, fast: bool | str) -> Forward:
     return forward
 
 
-def embed_images(model: Any, input_ids: Tensor, pixel_values: Tensor | None, image_sizes: ImageSizes | None) -> Tensor:
+def embed_images(
+    model: Any, input_ids: Tensor, pixel_values: Tensor | None, image_sizes: ImageSizes | None
+) -> Tensor:  # fmt: skip
     """Embeddings (B, S, E) of ids (B, S) and of the images whose [IMG] tokens are among them.
 
     Raises:
-        ValueError: a text model, or as `Mistral3Model.embed`.
+        ValueError: the model is a text model; other cases as in `Mistral3Model.embed`.
     """
     pixels: Any = pixel_values
     expect_tensor("pixel_values", pixels)
@@ -83,9 +86,9 @@ class Decoder:
         forward: see `choose_forward`.
         cache: the cache, which may hold the first tokens of every row.
         visible: bool (B, slots), False at padding; there is a slot for every token of the prompt and every new one.
-        record: decode by a recorded step. `forward` must be a `FlatModel`.
-        compile: compile that step.
-        expected: the length of the text for which memory is reserved.
+        record: decode by a recorded step. Without effect unless `forward` is a `FlatModel`.
+        compile: compile the recorded step.
+        expected: the length of the text, in tokens, for which memory is reserved.
     """
 
     def __init__(
@@ -121,8 +124,8 @@ class Decoder:
         return self.forward(x, self.positions[:, start:end], self.cache, mask)
 
     def step(self, ids: Tensor) -> Tensor:
-        """Read one more token of each row, (B, 1). Returns the logits (B, V) after it. Those of a recorded step are
-        overwritten by the next call."""
+        """Read one more token of each row, (B, 1). Returns the logits (B, V) after it. (A recorded step overwrites them
+        in the next call.)"""
         if not self.record or not isinstance(self.forward, FlatModel):
             return self.read(ids)
         if self.recorded is None or self.cache.get_seq_length() == self.recorded.room:

@@ -152,8 +152,8 @@ def sample(
     Args:
         logits: (..., V), or (B, V) with a list of generators.
         sampling: how.
-        generator: draws for all rows; None: PyTorch's global one. A list has one for each row: the row draws what it
-            would draw alone.
+        generator: draws for all rows; None: PyTorch's global one. A list has one generator for each row, so that a row
+            gets the same token as alone.
 
     Raises:
         ValueError: the logits contain NaN.
@@ -163,9 +163,11 @@ def sample(
         return logits.argmax(-1)
     probs = filter_logits(logits, sampling).softmax(-1)
     if probs.isnan().any():
-        raise ValueError("no token can be drawn, because the logits contain NaN; check the weights and the dtype")
+        cure = "check the weights and the dtype"
+        raise ValueError(f"no token can be drawn, because the logits contain NaN; {cure}")
     if isinstance(generator, Sequence):
-        # As in `torch.multinomial`: the largest quotient of a probability and an exponential random number.
+        # All rows in one call, as in `torch.multinomial`: the token with the largest quotient of its probability and
+        # an exponentially distributed random number.
         noise = torch.empty_like(probs)
         for row, own in zip(noise, generator):
             row.exponential_(generator=own)
@@ -212,13 +214,15 @@ class GenerateDecoderOnlyOutput(ModelOutput):
 
 
 class Rows:
-    """The texts of a batch: `draw` chooses the next token of each row, `append` adds them and ends rows.
+    """The texts of a batch. `draw` chooses the next token of each row; `append` adds these tokens and ends rows.
 
     Args:
         tokens: ids (B, T) of the prompts.
         visible: bool (B, T + new tokens), False at padding.
         plan: see `settings.Plan`.
-        stops: one for each row, or [].
+        sampling: how tokens are drawn.
+        stops: one `StopText` for each row, or [].
+        callbacks: the caller's functions.
         resolved: which logits are kept for the result.
     """
 
@@ -368,10 +372,12 @@ def generate(
         prefill_chunk_size: the prompt is read (prefill) in chunks of this size, so that the memory beside weights and
             cache does not grow with it; None is 512 on a CPU and 4096 elsewhere. A chunk may end within an image.
         fast: True: use `fast.py`, which computes the same function, but rounds in another order. False: call
-            `model(...)`. "auto": use `fast.py` for models that it supports. For others, a warning gives the reason.
-        compile: let `torch.compile` fuse the operations of a decode step. On an H200, the first call took 31 seconds,
-            later ones of the process 0.1 seconds, and the 3B shape decoded 352 instead of 249 tokens a second. None: on
-            CUDA for 32,768 new tokens or more, if Triton is installed. (On CUDA, steps are recorded in any case.)
+            `model(...)`. "auto": use `fast.py` for models that it supports; for others, call `model(...)` and give the
+            reason in a warning, once for each reason.
+        compile: let `torch.compile` fuse the operations of a decode step; needs the fast path. It took 31 seconds in
+            the first call and 0.1 seconds in the second. The 3B shape then decoded 352 instead of 249 tokens a second
+            (H200). None: compile on CUDA if Triton is installed and `max_new_tokens` is 32,768 or more. Without
+            compiling, steps on CUDA are recorded from 8 new tokens on.
 
     Other settings, those of `GenerationConfig`:
         do_sample, temperature, top_k, top_p, min_p, repetition_penalty: see `resolve_sampling` and `Sampling`. Greedy
@@ -388,8 +394,9 @@ def generate(
         `GenerateDecoderOnlyOutput`.
 
     Raises:
-        ValueError: an unknown or unsupported argument, a setting out of range, an empty or padded-on-the-right row, or
-            a prompt that leaves no position of `max_position_embeddings` for a new token.
+        ValueError: an unknown or unsupported argument, a setting out of range, a row that is empty or ends with
+            padding, a prompt that leaves no position of `max_position_embeddings` for a new token, `fast=True` for a
+            model that `fast.py` does not support, or `compile=True` without the fast path.
     """
     # Check the arguments. Those that are None get a value from the model's files or a default.
     expect_model(model)
