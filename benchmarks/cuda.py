@@ -1,34 +1,34 @@
 """Speed and memory on one GPU in comparison with Transformers, for the shapes of Ministral-3-3B and Ministral-3-8B.
 
     python -m benchmarks.cuda                             # at most 6 minutes; writes benchmarks/cuda.json
-    python -m benchmarks.cuda decode prompt --shape 8b    # the cases whose names begin so
+    python -m benchmarks.cuda decode prompt --shape 8b    # cases whose names begin with one of these words
     python -m benchmarks.cuda --list                      # all cases
     python -m benchmarks.cuda --tiny                      # tiny shapes in float32 on a CPU, to test this file
 
-Weights are random, in bfloat16, and both sides use the same tensors. Times are medians of alternating runs of
-`generate`, after a run that does not count. A streamer notes when each token arrives. The ratio is Transformers' time
-divided by ours: above 1, we are faster.
+Weights are random, in bfloat16, and both sides use the same tensors. Times are medians of 3 runs of `generate` of each
+side, in turn, after a first run that does not count. A streamer notes when each token arrives. The ratio is the time of
+Transformers divided by ours: above 1, we are faster.
 
-The limit of a step is the time of reading its weights (for `decode at`, its cache, too) at the rate at which this card
-multiplies a 131072 x 4096 matrix with a vector. The share is the limit divided by our time.
+The limit of a step is the time of reading its weights (in `decode at`, its cache, too) at the rate at which this card
+multiplies a 131072 x 4096 matrix by a vector. The share is the limit divided by our time.
 
     row                       measures                                              compared with
-    decode after 32           a token, from the third new one on                    the limit; Transformers
+    decode after 32           a step: the mean from the fourth new token on         the limit; Transformers
       fast=False              the same by `model(...)`                              the same
-      first of N tokens       its first token, with what is prepared before         `first token`
-      all of N tokens         the whole text, with the prompt and all preparation   Transformers
-    first token after 32      a text of one token                                   Transformers
-    prompt of N               reading it, and the peak of memory beside weights     Transformers; bytes of the cache
-    decode at N               a token after N others (random keys and values)       the limit; Transformers
+      first of N tokens       the prompt and the first of N new tokens              Transformers
+      all of N tokens         the whole text: prompt, recording of a step, steps    Transformers
+    first token after 32      the prompt and the only new token                     Transformers
+    prompt of N               reading a prompt; peak of memory beside the weights   Transformers; bytes of the cache
+    decode at N               a step after N tokens (random keys and values)        the limit; Transformers
     prompt of N after M       a second question: N tokens after M in the cache      Transformers
-    batch of N                a token of each row, in all; `padded`: on the left    Transformers
+    batch of N                tokens of N rows in all; `padded`: on the left        Transformers
     sampled batch of N        the same, temperature 0.7 and top_p 0.95; a seed      Transformers' `do_sample`,
                               for each row here                                     without seeds
     compiled                  decode with `compile=True`, the first text (which     the limit; Transformers' static
                               compiles) and a later one                             cache, which it compiles
 
-A row has no ratio if both sides do not compute the same (see `duel.py`), and the exit code is then 1. It is 1, too, if
-a case fails. A case that does not fit into `--budget` is skipped.
+A row has no ratio if the two sides do not compute the same (see `duel.py`). The exit code is 1 in this case, and if a
+case fails. A case that takes longer than what is left of `--budget` seconds is skipped.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ from generate import generate
 from tests.cases import cache_name
 
 SAMPLING: dict[str, Any] = dict(do_sample=True, temperature=0.7, top_p=0.95, top_k=0)
-BUDGET = 340  # seconds
+BUDGET = 340  # seconds, so that the whole command takes at most 6 minutes
 JSON = Path(__file__).resolve().parent / "cuda.json"
 
 
@@ -69,14 +69,14 @@ class Setup:
     compiled: str = "8b"  # the shape whose step is compiled, which takes minutes
     matrix_rows: int = 131072
     repeats: int = 20  # products, or copies, in one measurement of a limit
-    start: int = 32  # of most prompts
-    new: int = 64
-    batch_new: int = 32
+    start: int = 32  # the length of prompts, where no other is given
+    new: int = 64  # new tokens of one row
+    batch_new: int = 32  # new tokens of each row of a batch, and after a long context
     prompts: tuple[int, ...] = (512, 4096, 32768)
     context: int = 32768
     conversation: tuple[int, int] = (8192, 512)  # in the cache, and in the second question
-    batches: tuple[int, ...] = (1, 8, 32)
-    rounds: int = 3
+    batches: tuple[int, ...] = (1, 8, 32)  # rows
+    rounds: int = 3  # runs of each side that count
 
 
 TINY = Setup(
@@ -92,12 +92,14 @@ class Row:
 
     Attributes:
         ours, theirs: seconds; None: not measured.
-        tokens: the number of tokens that these seconds took.
-        read_bytes, limit: what a step must read, and the seconds of it.
-        distance: of the logits, see `distance`.
+        unit: of the times in the table: "tokens/s", "ms" or "s".
+        tokens: the number of tokens that were computed in these seconds.
+        read_bytes, limit: the bytes that a step must read, and the seconds that reading them takes.
+        distance: the distance of the logits, see `duel.distance`.
         peak_bytes, their_peak_bytes: the peak of memory beside the weights; None: not measured.
         cache_bytes: the size of the cache by its formula.
-        note: why there is no ratio.
+        note: the reason why there is no ratio; "" if there is one.
+        failed: whether the case failed, or the sides did not compute the same.
     """
 
     shape: str
@@ -144,7 +146,7 @@ class Row:
         return f"{seconds:.2f} s"
 
     def memory(self) -> str:
-        """The peaks of both sides, beside the size of the cache."""
+        """The peaks of both sides, each with its quotient by the size of the cache."""
         if self.cache_bytes is None:
             return ""
         if self.peak_bytes is None or self.their_peak_bytes is None:
@@ -174,12 +176,12 @@ class Pair:
 
     shape: str
     setup: Setup
-    rate: float  # of the product of a matrix and a vector, in bytes per second
+    rate: float  # bytes per second at which the card reads a matrix that it multiplies by a vector
     ours: Any
     theirs: Any
 
     def calls(self, ids: torch.Tensor, new: int, mask: torch.Tensor | None = None) -> dict[str, Call]:
-        """`generate` of both sides, greedy."""
+        """Calls of `generate` of both sides, greedy: ids (B, T), mask (B, T), 0 at padding."""
         if mask is None:
             mask = torch.ones_like(ids)
         ours = partial(generate, self.ours, ids, max_new_tokens=new, eos_token_id=())
@@ -188,7 +190,8 @@ class Pair:
         return {side: partial(call, attention_mask=mask) for side, call in sides.items()}
 
     def calls_after(self, length: int, unread: int, new: int) -> dict[str, Call]:
-        """The same for prompts of which `length` tokens, random keys and values, are in the cache."""
+        """The same for a prompt of `length` + `unread` tokens. The cache has the first `length` (random keys and
+        values). It is cropped before each call, because the call before has added tokens."""
         calls = self.calls(prompt(self.ours, length + unread), new)
         cache = common.our_cache(self.ours, length)
         their_cache = common.their_cache(self.ours, self.theirs, length)
@@ -215,7 +218,7 @@ class Pair:
         return kv_cache_bytes(self.ours.config, length, self.setup.dtype.itemsize)
 
     def row(self, runs: Duel, case: str, time: str, unit: str, side: str = "ours", tokens: int = 1) -> Row:
-        """A row of the median of a time of `Run`."""
+        """A row with the medians of a time ("first", "step" or "total", see `duel.Run`) of one side and of theirs."""
         ours, theirs = runs.seconds(side, time), runs.seconds("theirs", time)
         row = Row(self.shape, case, unit, ours, theirs, tokens)
         row.distance, row.note = runs.distances[side], runs.notes[side]
@@ -223,7 +226,7 @@ class Pair:
         return row
 
     def step_row(self, runs: Duel, case: str, unit: str, side: str = "ours", cached: int = 0) -> Row:
-        """A row of a step, with its limit: the weights and `cached` tokens are read."""
+        """A row with the time of a step and its limit: reading the weights and `cached` tokens of the cache."""
         row = self.row(runs, case, "step", unit, side)
         row.read_bytes = common.step_bytes(self.ours) + self.cache_bytes(cached)
         row.limit = row.read_bytes / self.rate
@@ -234,7 +237,7 @@ class Pair:
 
 
 def decode(pair: Pair) -> list[Row]:
-    """Tokens after a short prompt, and how long its parts take."""
+    """Tokens after a short prompt: a step, the first token, and the whole text."""
     setup = pair.setup
     calls = pair.calls(prompt(pair.ours, setup.start), setup.new)
     calls["readable"] = partial(calls["ours"], fast=False)
@@ -280,20 +283,21 @@ def second_question(pair: Pair) -> list[Row]:
 
 
 def batch(pair: Pair, rows: int, padded: bool) -> list[Row]:
-    """Tokens of several rows, each with another padding on the left, or without padding."""
+    """Tokens of several rows: without padding, or each with a different amount of padding on the left."""
     ids = prompt(pair.ours, pair.setup.start, rows)
     mask = torch.ones_like(ids)
     title = f"batch of {rows}"
     if padded:
         title += ", padded"
         for row in range(rows):
-            mask[row, : (row + 1) * ids.shape[1] // (2 * rows + 2)] = 0
+            padding = (row + 1) * ids.shape[1] // (2 * rows + 2)  # less than half of the prompt
+            mask[row, :padding] = 0
     runs = pair.duel(pair.calls(ids, pair.setup.batch_new, mask))
     return [pair.row(runs, title, "step", "tokens/s", tokens=rows)]
 
 
 def sampled_batch(pair: Pair, rows: int) -> list[Row]:
-    """Tokens of several rows that are drawn. Here, each row has a seed."""
+    """Tokens of several rows, drawn at random. Here, each row has a seed."""
     calls = pair.calls(prompt(pair.ours, pair.setup.start, rows), pair.setup.batch_new)
     drawn = {
         "ours": partial(calls["ours"], seed=list(range(rows)), **SAMPLING),
@@ -304,7 +308,7 @@ def sampled_batch(pair: Pair, rows: int) -> list[Row]:
 
 
 def compiled(pair: Pair) -> list[Row]:
-    """Tokens after a short prompt by compiled steps. On CUDA, Transformers compiles wherever its cache is static."""
+    """Tokens after a short prompt, by compiled steps. On CUDA, Transformers compiles if its cache is static."""
     setup = pair.setup
     if pair.shape != setup.compiled:
         return [Row(pair.shape, "compiled", note=f"skipped: the shape to compile is {setup.compiled}")]
@@ -323,7 +327,7 @@ def compiled(pair: Pair) -> list[Row]:
 
 @dataclass
 class Case:
-    """A function that measures, and the seconds that it takes on an H200, as far as they are known."""
+    """A function that measures, and the number of seconds that it takes on an H200 (an estimate)."""
 
     seconds: float
     run: Callable[[Pair], list[Row]]
@@ -349,7 +353,7 @@ def make_cases(setup: Setup) -> dict[str, Case]:
 
 
 def measure(case: Case, name: str, pair: Pair, left: float) -> list[Row]:
-    """The rows of a case; one that says why, if it fails or does not fit into the seconds that are left."""
+    """The rows of a case. If it fails, or takes longer than the seconds that are left, one row with the reason."""
     if case.seconds > left:
         skipped = f"skipped: takes about {case.seconds:.0f} s, {max(left, 0):.0f} s are left"
         return [Row(pair.shape, name, note=skipped)]
@@ -360,12 +364,12 @@ def measure(case: Case, name: str, pair: Pair, left: float) -> list[Row]:
         return [Row(pair.shape, name, note=f"failed: {message}", failed=True)]
     finally:
         if pair.setup.device == "cuda":
-            gc.collect()  # caches and graphs of this case must not count as memory in use before the next
+            gc.collect()  # else the caches and graphs of this case would count as memory of the next one
             torch.cuda.empty_cache()
 
 
 def measure_limits(setup: Setup) -> dict[str, float]:
-    """Bytes per second of a matrix times a vector, and of a copy on the device."""
+    """Rates in bytes per second: of reading a matrix that is multiplied by a vector, and of a copy on the device."""
     matrix = setup.matrix_rows * 4096 * setup.dtype.itemsize
     return {
         "matvec": common.matvec_rate(setup.dtype, setup.device, setup.matrix_rows, setup.repeats),
@@ -414,7 +418,7 @@ def run(options: argparse.Namespace) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse and run; returns the exit code."""
     parser = Parser(prog="python -m benchmarks.cuda", description="Measure against Transformers on one GPU.")
-    parser.add_argument("cases", nargs="*", metavar="CASE", help="beginnings of names; default: all")
+    parser.add_argument("cases", nargs="*", metavar="CASE", help="first letters of its name; default: all")
     parser.add_argument("--shape", choices=("3b", "8b"), help="default: both")
     parser.add_argument("--budget", type=float, default=BUDGET, help=f"seconds; default: {BUDGET}")
     parser.add_argument("--json", type=Path, help="default: cuda.json here, for a run of all cases on a GPU")
@@ -425,5 +429,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    gc.freeze()  # imported objects stay: searching them takes 0.2 s a case
+    gc.freeze()  # imported objects stay: searching them for garbage takes 0.2 s in each case
     sys.exit(main())
