@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Part = tuple[Tensor, Tensor]  # the result for one part of the keys (B, H, S, D), and its log-sum-exps (B, H, S)
+Part = tuple[Tensor, Tensor]  # the result of one part of the keys (B, H, S, D), its log-sum-exps (B, H, S)
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def query_blocks(past: int, new: int, window: int | None) -> list[tuple[int, int
     keys between edge and own, and the edge has as many keys as the block has queries, as a causal part must."""
     if window is None:
         return [(0, new)]
-    all_visible = min(max(window - 1 - past, 0), new)
+    all_visible = min(max(window - 1 - past, 0), new)  # the number of queries that see all keys before them
     bounds = {0, all_visible, new, *range(all_visible, new, max(window - 1, 1))}
     return list(pairwise(sorted(bounds)))
 
@@ -131,7 +131,7 @@ def join(parts: Iterator[Part]) -> Tensor:
     """Attention to all keys (B, H, S, D): the mean of the parts' results, each weighted by its sum of exponentials."""
     joined, logsumexp = next(parts)
     for part, part_logsumexp in parts:
-        weight = torch.sigmoid(part_logsumexp - logsumexp)[..., None]  # the share of this part in the sum so far
+        weight = torch.sigmoid(part_logsumexp - logsumexp)[..., None]  # this part's share of both sums
         joined = torch.lerp(joined.to(weight.dtype), part.to(weight.dtype), weight)
         logsumexp = torch.logaddexp(logsumexp, part_logsumexp)
     return joined
