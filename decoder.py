@@ -23,7 +23,7 @@ Forward = Callable[[Tensor, Tensor, KVCache, Tensor | None], Tensor]
 Progress = Callable[[int, int], object]
 
 
-REASONS: set[str] = set()  # why `fast.py` was not used; each is in one warning only
+WARNED_REASONS: set[str] = set()  # why `fast.py` was not used; each is in one warning only
 
 
 def choose_forward(model: Any, fast: bool | str) -> Forward:
@@ -38,16 +38,16 @@ def choose_forward(model: Any, fast: bool | str) -> Forward:
     Raises:
         ValueError: fast=True for a model that `fast.FlatModel` does not support; another value of `fast`.
     """
-    if fast not in (True, False, "auto"):
+    if fast != "auto" and not isinstance(fast, bool):
         raise ValueError(f"fast={fast!r} is impossible; allowed: True, False, 'auto'")
     reason = why_not(model)
     if fast and reason is None:
         return FlatModel(model)
     if fast is True:
         raise ValueError(f"fast=True is not supported: {reason}; give fast=False, or change the model")
-    if fast and reason not in REASONS:
-        REASONS.add(str(reason))
-        message = f"generate uses the slower path, model(...): {reason}; fast=False hides this"
+    if fast and reason not in WARNED_REASONS:
+        WARNED_REASONS.add(str(reason))
+        message = f"generate runs model(...), which is slower: {reason}; fast=False hides this warning"
         warnings.warn(message, stacklevel=3)
 
     def forward(x: Tensor, position_ids: Tensor, cache: KVCache, mask: Tensor | None) -> Tensor:

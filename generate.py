@@ -231,7 +231,7 @@ class Rows:
         callbacks: Callbacks, resolved: GenerationConfig,
     ) -> None:  # fmt: skip
         self.tokens = tokens  # later (B, T + n)
-        self.begun = visible.cumsum(dim=1) > 0  # (B, T + new tokens), False at the padding before a text
+        self.text_mask = visible.cumsum(dim=1) > 0  # (B, T + new tokens), False at the padding before a text
         self.plan = plan
         self.sampling = sampling
         self.stops = stops
@@ -271,8 +271,8 @@ class Rows:
         scores = logits
         penalty = self.sampling.repetition_penalty
         if penalty != 1:
-            begun = self.begun[:, : self.tokens.shape[1]]
-            text = self.tokens.where(begun, self.tokens[:, -1:])  # padding becomes a token of the text
+            text_mask = self.text_mask[:, : self.tokens.shape[1]]
+            text = self.tokens.where(text_mask, self.tokens[:, -1:])  # padding becomes a token of the text
             scores = penalize_repetition(logits, text, penalty)
         for process in self.callbacks.logits_processor:
             scores = process(self.tokens, scores)

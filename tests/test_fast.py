@@ -273,12 +273,12 @@ def unsupported():
 
 def test_the_reason_for_the_readable_path_is_given(monkeypatch):
     """In a warning, once for each reason; as an error with fast=True or compile=True; not with fast=False."""
-    monkeypatch.setattr(decoder, "REASONS", set())
+    monkeypatch.setattr(decoder, "WARNED_REASONS", set())
     ids = torch.tensor([[1, 2]])
     for reason, model in unsupported().items():
         assert why_not(model) == reason
         expected = generate(model, ids, max_new_tokens=3, fast=False)
-        with pytest.warns(UserWarning, match=re.escape(f"{reason}; fast=False hides this")):
+        with pytest.warns(UserWarning, match=re.escape(f"{reason}; fast=False hides this warning")):
             assert torch.equal(generate(model, ids, max_new_tokens=3), expected)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -288,8 +288,9 @@ def test_the_reason_for_the_readable_path_is_given(monkeypatch):
                 generate(model, ids, max_new_tokens=3, **arguments)
     with pytest.raises(ValueError, match="compile=True with fast=False"):
         generate(tiny(), ids, fast=False, compile=True)
-    with pytest.raises(ValueError, match="fast='yes' is impossible"):
-        generate(tiny(), ids, fast="yes")
+    for wrong in ("yes", 1, None):
+        with pytest.raises(ValueError, match=re.escape(f"fast={wrong!r} is impossible; allowed: True, False, 'auto'")):
+            generate(tiny(), ids, fast=wrong)
 
 
 def test_a_model_with_blockwise_attention_is_supported():
