@@ -48,6 +48,7 @@ class Stage:
         floor: largest error of right ports in the port's type, NaN if unknown: then nothing is judged.
         where: index of the largest error, in the reference's dimensions.
         value, expected: the port's number there, and the reference's.
+        dtype: the type whose noise is allowed; empty if unknown.
         how: by which rearrangement the port's tensor was made to fit; empty if by none.
         diverges: whether the error is beyond the noise.
         equal_after: the rearrangement after which it would not diverge; empty if there is none.
@@ -61,6 +62,7 @@ class Stage:
     where: tuple[int, ...]
     value: float
     expected: float
+    dtype: str
     how: str
     diverges: bool
     equal_after: str = ""
@@ -229,9 +231,8 @@ def fits(
     for dumped, part in as_dumped(name, tensor, shape):
         for how, fit in rearranged(part, shape):
             yield joined(dumped, how), fit, everything
-        if name == "logits" and is_last_token(part, shape):
-            fit, given = at_last_token(part, shape, padding_mask)
-            yield joined(dumped, "of the last token"), fit, given
+        if name == "logits":
+            yield from last_logits(dumped, part, shape, padding_mask)
 
 
 def joined(*words: str) -> str:
@@ -239,28 +240,39 @@ def joined(*words: str) -> str:
     return ", ".join(word for word in words if word)
 
 
-def is_last_token(logits: Tensor, shape: tuple[int, ...]) -> bool:
-    """True if logits are those of one token of each text, where the reference (B, S, V) has several."""
-    if len(shape) != 3:
-        return False
+def last_logits(
+    dumped: str, logits: Tensor, shape: tuple[int, ...], padding_mask: Tensor | None
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Logits of the last n tokens of each text, put to their places in (B, S, V): how, the tensor, and which of its
+    entries are given. Nothing if the reference has no more tokens than that."""
+    if len(shape) != 3 or logits.ndim > 3 or logits.shape[-1:] != shape[-1:]:
+        return
     B, S, V = shape
-    return S > 1 and logits.shape in ((B, V), (B, 1, V))
-
-
-def at_last_token(
-    logits: Tensor, shape: tuple[int, ...], padding_mask: Tensor | None
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Logits of the last token of each text, put to their places in (B, S, V), and which entries that gives."""
-    B, S, V = shape
+    n = logits.numel() // (B * V)
+    shapes = [(B, n, V)]
+    if n == 1:
+        shapes.append((B, V))
+    if B == 1:
+        shapes += [(n, V), (V,)]
+    if not 0 < n < S or logits.shape not in shapes:
+        return
     last = torch.full((B,), S - 1)
+    first_text = torch.zeros(B, dtype=torch.int64)
     if padding_mask is not None:
         last = torch.where(padding_mask, torch.arange(S), 0).amax(1)
-    rows = torch.arange(B)
+        first_text = padding_mask.int().argmax(1)
+    if bool((last - n + 1 < first_text).any()):  # a text is shorter
+        return
+    places = last[:, None] + torch.arange(1 - n, 1)  # (B, n)
+    rows = torch.arange(B)[:, None]
     full = torch.zeros(shape, dtype=logits.dtype)
-    full[rows, last] = logits.reshape(B, V)
+    full[rows, places] = logits.reshape(B, n, V)
     given = torch.zeros(shape, dtype=torch.bool)
-    given[rows, last] = True
-    return full, given
+    given[rows, places] = True
+    tokens = "of the last token"
+    if n > 1:
+        tokens = f"of the last {n} tokens"
+    yield joined(dumped, tokens), full, given
 
 
 def in_other_layouts(name: str, tensor: Tensor) -> Iterator[Rearranged]:
@@ -380,6 +392,7 @@ class Target:
         relative: if none is: a right port's largest error over the largest number, NaN if unknown, too.
         counted: which entries are compared.
         margin: how many floors of noise an error may be.
+        dtype: the port's type, in words.
     """
 
     name: str
@@ -388,6 +401,7 @@ class Target:
     relative: float
     counted: Tensor
     margin: float
+    dtype: str
 
     def floor(self, counted: Tensor) -> float:
         """The largest error that a right port of the type makes; NaN if unknown."""
@@ -415,7 +429,9 @@ class Target:
         diverges = largest > self.margin * floor or math.isinf(largest)
         value = float(tensor[where])
         expected = float(exact[where])
-        return Stage(self.name, largest, relative, floor, where, value, expected, how, diverges)
+        return Stage(
+            self.name, largest, relative, floor, where, value, expected, self.dtype, how, diverges
+        )  # fmt: skip
 
 
 def check_leak(stage: Stage, probabilities: Tensor, counted: Tensor, mask: Tensor) -> None:
@@ -461,6 +477,7 @@ def compare_stage(
 def compare(
     port: Trace, reference: Trace, noise: Trace, padding_mask: Tensor | None = None,
     relative: Mapping[str, float] | None = None, margin: float = MARGIN,
+    types: Mapping[str, torch.dtype] | None = None,
 ) -> Report:  # fmt: skip
     """Compare traces stage by stage, in the order of computing.
 
@@ -471,9 +488,12 @@ def compare(
         padding_mask: bool (B, S), False at padding, which is not compared.
         relative: where there is no noise, a right port's largest error over the largest number.
         margin: how many floors of noise an error may be.
+        types: the port's type at each stage, for the report; None: that of the noise.
     """
     if relative is None:
         relative = {}
+    if types is None:
+        types = {name: tensor.dtype for name, tensor in noise.items()}
     masks = {name: tensor.bool() for name, tensor in reference.items() if name.endswith(".mask")}
     stages: list[Stage] = []
     misshapen: list[str] = []
@@ -481,7 +501,10 @@ def compare(
     for name in order(reference.keys() & port.keys()):
         exact = reference[name]
         counted = counts(name, exact.shape, masks, padding_mask)
-        target = Target(name, exact, noise.get(name), relative.get(name, math.nan), counted, margin)
+        dtype = ""
+        if name in types:
+            dtype = str(types[name]).removeprefix("torch.")
+        target = Target(name, exact, noise.get(name), relative.get(name, math.nan), counted, margin, dtype)
         result = compare_stage(target, port[name], padding_mask)
         if result is None:
             misshapen.append(f"{name} is {list(port[name].shape)}, the reference {list(exact.shape)}")
@@ -538,11 +561,13 @@ GREEN, RED, PLAIN = "\x1b[32m", "\x1b[31m", "\x1b[0m"
 
 
 def table(report: Report, colour: bool) -> str:
-    """All stages, one line each: largest error, the same relative to the largest value, and in floors of noise."""
+    """All stages, one line each: largest error, the same relative to the largest value and in floors of noise, and the
+    type that has this noise."""
     width = max((len(stage.name) for stage in report.stages), default=4)
-    lines = [f"{'stage':{width}}  {'max error':>10}  {'relative':>10}  {'x noise':>10}"]
+    lines = [f"{'stage':{width}}  {'max error':>10}  {'relative':>10}  {'x noise':>10}  {'type':8}"]
     for stage in report.stages:
         line = f"{stage.name:{width}}  {stage.error:10.3g}  {stage.relative:10.3g}  {in_floors(stage):>10}"
+        line += f"  {stage.dtype:8}"
         if colour and stage.diverges:
             line = f"{RED}{line}{PLAIN}"
         elif colour:
