@@ -249,7 +249,7 @@ def last_logits(
         return
     B, S, V = shape
     n = logits.numel() // (B * V)
-    shapes = [(B, n, V)]
+    shapes: list[tuple[int, ...]] = [(B, n, V)]
     if n == 1:
         shapes.append((B, V))
     if B == 1:
