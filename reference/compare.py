@@ -143,20 +143,25 @@ class Report:
 def as_dumped(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Iterator[Rearranged]:
     """A port's tensor without what dumps often have in addition.
 
-    These are heads that repeat a mask or a key head, columns of a padded vocabulary, the numbers that are added to
-    scores for a mask, and True for hidden.
+    These are heads that repeat a mask or a key head, columns of a padded vocabulary, keys up to a round number, the
+    numbers that are added to scores for a mask, and True for hidden.
     """
-    if name.endswith(".mask"):
+    dims = dimensions(name).split()
+    if dims[-1:] == ["T"] and tensor.shape[-1:] > shape[-1:] and tensor.shape[-2:-1] == shape[-2:-1]:
+        for how, part in as_dumped(name, tensor[..., : shape[-1]], shape):
+            yield joined(f"the first {shape[-1]} keys", how), part
+    elif name.endswith(".mask"):
         yield from as_masks(tensor)
     elif name == "logits" and tensor.shape[-1:] > shape[-1:]:
         yield f"the first {shape[-1]} columns", tensor[..., : shape[-1]]
-    elif repeats_heads(name, tensor, shape):
-        axis = dimensions(name).split().index("G")
-        groups = tensor.reshape(*tensor.shape[:axis], shape[axis], -1, *tensor.shape[axis + 1 :])
-        once = groups.narrow(axis + 1, 0, 1)
-        if bool((groups == once).all()):
-            yield "one of each repeated head", once.squeeze(axis + 1)
     else:
+        if repeats_heads(name, tensor, shape):
+            axis = dims.index("G")
+            groups = tensor.reshape(*tensor.shape[:axis], shape[axis], -1, *tensor.shape[axis + 1 :])
+            once = groups.narrow(axis + 1, 0, 1)
+            if bool((groups == once).all()):
+                yield "one of each repeated head", once.squeeze(axis + 1)
+                return
         yield "", tensor
 
 
@@ -275,8 +280,11 @@ def last_logits(
     yield joined(dumped, tokens), full, given
 
 
-def in_other_layouts(name: str, tensor: Tensor) -> Iterator[Rearranged]:
-    """Other layouts that queries and keys may be in: rotary pairs as neighbours, or as halves."""
+def in_other_layouts(name: str, tensor: Tensor, head_dim: int) -> Iterator[Rearranged]:
+    """Other forms of a tensor: queries and keys with rotary pairs as neighbours, or as halves; scores before they are
+    scaled."""
+    if name.endswith(".scores") and head_dim:
+        yield f"division by sqrt({head_dim})", tensor.double() / math.sqrt(head_dim)
     if not name.endswith((".q", ".k", "_rotated", ".q_scaled")):
         return
     D = tensor.shape[-1]
@@ -393,6 +401,7 @@ class Target:
         counted: which entries are compared.
         margin: how many floors of noise an error may be.
         dtype: the port's type, in words.
+        head_dim: D, 0 if unknown.
     """
 
     name: str
@@ -402,6 +411,7 @@ class Target:
     counted: Tensor
     margin: float
     dtype: str
+    head_dim: int
 
     def floor(self, counted: Tensor) -> float:
         """The largest error that a right port of the type makes; NaN if unknown."""
@@ -468,7 +478,7 @@ def compare_stage(
     stage = stages[best]
     how, fit, given = candidates[best]
     if stage.diverges:
-        for layout, other in in_other_layouts(target.name, fit):
+        for layout, other in in_other_layouts(target.name, fit, target.head_dim):
             if not target.stage(other, given, how).diverges:
                 stage.equal_after = layout
     return stage, fit, target.counted & given
@@ -504,7 +514,9 @@ def compare(
         dtype = ""
         if name in types:
             dtype = str(types[name]).removeprefix("torch.")
-        target = Target(name, exact, noise.get(name), relative.get(name, math.nan), counted, margin, dtype)
+        target = Target(
+            name, exact, noise.get(name), relative.get(name, math.nan), counted, margin, dtype, head_dim(reference)
+        )  # fmt: skip
         result = compare_stage(target, port[name], padding_mask)
         if result is None:
             misshapen.append(f"{name} is {list(port[name].shape)}, the reference {list(exact.shape)}")
@@ -528,6 +540,14 @@ def compare(
     return Report(stages, missing, unknown, misshapen, first, agrees, sentence, fitted=fitted)
 
 
+def head_dim(reference: Trace) -> int:
+    """D, from the queries of a layer; 0 if the reference has none."""
+    for name, tensor in reference.items():
+        if name.startswith("layers.") and name.endswith(".attention.q"):
+            return tensor.shape[-1]
+    return 0
+
+
 def summary(stages: Sequence[Stage], misshapen: Sequence[str], wrong: Stage | None) -> str:
     """The result in a sentence or two."""
     if not stages and misshapen:
@@ -535,7 +555,7 @@ def summary(stages: Sequence[Stage], misshapen: Sequence[str], wrong: Stage | No
     if not stages:
         return "nothing to compare: no tensor has a name of the reference"
     begin = ""
-    if len(misshapen) > len(stages):
+    if len(misshapen) > len(stages) or (misshapen and wrong is None):
         total = len(misshapen) + len(stages)
         begin = f"{len(misshapen)} of {total} stages cannot be compared: {misshapen[0]}. "
     if wrong is not None:

@@ -195,3 +195,46 @@ def test_the_type_of_each_stage_is_printed_and_can_be_tightened(capsys, tmp_path
     code, out, _ = diff(capsys, tmp_path / "mine.safetensors", reference("ministral3"), "--dtype", "float32")
     lines = [line for line in out.splitlines() if line.startswith("logits ")]
     assert code == 1 and lines[0].split()[4] == "float32"
+
+
+# --------------------------------------------------------------------------------------------------- forms of tensors
+
+
+def test_keys_with_tokens_before_heads(capsys, tmp_path):
+    """(B, S, G, D), for numbers of tokens that are multiples of the number of key heads, and others."""
+    for text in (0, 1):
+        trace = port_of("ministral", text)
+        names = [key for key in trace if key.endswith((".k", ".v", "k_rotated"))]
+        mine = {key: trace[key].transpose(1, 2).contiguous() for key in names}
+        save_file(mine, tmp_path / "mine.safetensors")
+        code, out, _ = diff(capsys, tmp_path / "mine.safetensors", reference("ministral"), "--text", text)
+        assert code == 0 and f"{len(mine)} stages agree" in out, out
+
+
+def test_keys_up_to_a_round_number(capsys, tmp_path):
+    """Scores, masks and probabilities with columns that hold no key; scores before they are divided by sqrt(D)."""
+    trace = port_of("ministral", 0)
+    mine = {}
+    for key, tensor in trace.items():
+        if key.endswith((".scores", ".probabilities", ".mask")):
+            filler = torch.full((*tensor.shape[:-1], 256 - tensor.shape[-1]), 7).to(tensor.dtype)
+            mine[key] = torch.cat((tensor, filler), dim=-1)
+    save_file(mine, tmp_path / "mine.safetensors")
+    code, out, _ = diff(capsys, tmp_path / "mine.safetensors", reference("ministral"), "--text", 0)
+    assert code == 0 and f"{len(mine)} stages agree" in out and "the first 20 keys" in out, out
+
+    D = trace["layers.0.attention.q"].shape[-1]
+    unscaled = {key: trace[key] * D**0.5 for key in trace if key.endswith(".scores")}
+    save_file(unscaled, tmp_path / "mine.safetensors")
+    code, out, _ = diff(capsys, tmp_path / "mine.safetensors", reference("ministral"), "--text", 0)
+    assert code == 0 and f"after division by sqrt({D})" in out.splitlines()[0]
+    save_file({key: tensor * 1.01 for key, tensor in unscaled.items()}, tmp_path / "mine.safetensors")
+    assert diff(capsys, tmp_path / "mine.safetensors", reference("ministral"), "--text", 0)[0] == 1
+
+
+def test_the_headline_of_a_failure_does_not_say_that_all_agrees(capsys, tmp_path):
+    trace = port_of("ministral", 0)
+    trace["final_norm"] = trace["final_norm"][:, :, :3].contiguous()
+    save_file(trace, tmp_path / "mine.safetensors")
+    code, out, _ = diff(capsys, tmp_path / "mine.safetensors", reference("ministral"), "--text", 0)
+    assert code == 1 and out.startswith(f"1 of {len(trace)} stages cannot be compared: final_norm is [1, 20, 3]")
