@@ -10,15 +10,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import sys
-from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import cache, partial
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,26 +24,10 @@ from cli import Parser, exit_code
 from images import batch_images, read_image
 from model_types import BUNDLED, GenerativeModel, load_model
 from reference import golden
-from reference.compare import (
-    LEAST,
-    MARGIN_OF_ONE_RUN,
-    Report,
-    coarser,
-    compare,
-    computed_in,
-    measure_noise,
-    plot,
-    table,
-)
-from reference.explain import explain
+from reference.diff import diff
 from reference.mutants import MUTANTS
-from reference.trace import LAYER, load, record, save
+from reference.trace import record, save
 from tokenizer import Tokenizer
-
-SMALL = 10**7  # parameters up to which known mistakes are tried even where nothing diverges
-INPUTS = {"input_ids", "attention_mask", "position_ids", "pixel_values", "image_sizes"}
-Models = Callable[[torch.dtype], GenerativeModel]
-Trace = Mapping[str, Tensor]
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -68,11 +48,13 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     one.add_argument("--keep", default="", metavar="REGEX", help="names to keep; default: all")
     one.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.safetensors")
     two = commands.add_parser("diff", help="where a port diverges first, and which known mistake that is")
-    two.add_argument("mine", type=Path, metavar="MINE", help=".safetensors or .npz")
+    two.add_argument("mine", type=Path, metavar="MINE", help=".safetensors, .npz, or .npy (logits)")
     two.add_argument("reference", type=Path, metavar="REFERENCE", help="a float64 trace")
     two.add_argument("--model", metavar="DIR", help="of the reference; default: the one that the trace names")
     two.add_argument("--map", type=Path, metavar="FILE.json", help="an object: your name -> the reference's")
-    two.add_argument("--dtype", choices=DTYPES, help="the port's type, where its numbers do not show it")
+    two.add_argument("--dtype", choices=DTYPES, help="the port's type at all stages; default: what its numbers show")
+    one_of_several = "compare only this text of the reference, counted from 0, without its padding"
+    two.add_argument("--text", type=int, metavar="N", help=one_of_several)
     two.add_argument("--json", action="store_true", help="print one JSON object")
     plotted = "draw the error through depth (needs matplotlib)"
     two.add_argument("--plot", type=Path, metavar="OUT.png", help=plotted)
@@ -164,278 +146,6 @@ def prompt_inputs(
         inputs = {"pixel_values": pixel_values, "image_sizes": torch.tensor(sizes)}
     inputs["input_ids"] = torch.tensor([ids])
     return inputs
-
-
-# --------------------------------------------------------------------------------------------- diff: the two files
-
-
-def read_map(path: Path, given: Collection[str]) -> dict[str, str]:
-    """A port's names -> the reference's.
-
-    Names that are not given are left out, so that one map is enough for all dumps. If none is given, it is the wrong
-    map.
-    """
-    try:
-        names = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} must hold a JSON object: your name -> the reference's") from error
-    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-        raise ValueError(f"{path} must hold a JSON object: your name -> the reference's")
-    if names and not names.keys() & set(given):
-        raise ValueError(f"{path} names {next(iter(names))!r} and others; allowed: some that your file holds")
-    renamed = [names.get(name, name) for name in given]
-    twice = sorted(name for name, count in Counter(renamed).items() if count > 1)
-    if twice:
-        raise ValueError(f"{path} gives several tensors the name {twice[0]!r}; allowed: one")
-    return dict(zip(given, renamed))
-
-
-def read_port(options: argparse.Namespace) -> dict[str, Tensor]:
-    """The port's tensors, under the names of the map."""
-    port, _ = load(options.mine)
-    if options.map is not None:
-        names = read_map(options.map, list(port))
-        port = {names[name]: tensor for name, tensor in port.items()}
-    for name in sorted(port):
-        if port[name].is_complex() or port[name].numel() == 0:
-            raise ValueError(f"{options.mine}: {name} is complex or empty; allowed: real numbers")
-    return {name: as_numbers(name, tensor) for name, tensor in port.items()}
-
-
-def as_numbers(name: str, tensor: Tensor) -> Tensor:
-    """A tensor of whole numbers, or of a type with 8 bits, as float64; inputs and masks as they are."""
-    if name.startswith("input.") or name.endswith(".mask"):
-        return tensor
-    if tensor.is_floating_point() and tensor.itemsize > 1:
-        return tensor
-    return tensor.double()
-
-
-def read_reference(
-    options: argparse.Namespace,
-) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
-    """The reference's tensors, its inputs, and its metadata."""
-    path = options.reference
-    reference, about = load(path)
-    names = [name for name in reference if name.startswith("input.")]
-    inputs = {name.removeprefix("input."): reference.pop(name) for name in names}
-    unknown = sorted(inputs.keys() - INPUTS)
-    if unknown:
-        raise ValueError(f"{path}: input.{unknown[0]} is no input; allowed: {', '.join(sorted(INPUTS))}")
-    if "input_ids" in inputs and inputs["input_ids"].is_floating_point():
-        raise ValueError(f"{path}: input.input_ids are not whole numbers")
-    for name, tensor in reference.items():
-        if tensor.is_floating_point() and tensor.dtype != torch.float64:
-            kind = str(tensor.dtype).removeprefix("torch.")
-            raise ValueError(f"{path}: {name} is {kind}; allowed: a float64 trace (is it the other way?)")
-    return reference, inputs, about
-
-
-def check_inputs(options: argparse.Namespace, port: Trace, inputs: Trace) -> None:
-    """Raise ValueError unless the port's inputs, as far as they are given, are the reference's, but at padding."""
-    if "input_ids" not in inputs:
-        return
-    ids = inputs["input_ids"]
-    B, S = ids.shape
-    padding_mask = inputs.get("attention_mask", torch.ones_like(ids)).bool()
-    everything = torch.ones_like(padding_mask)
-    positions = inputs.get("position_ids", torch.arange(S)).expand(B, S)
-    mask = inputs.get("attention_mask", everything)
-    for name, expected, counted in (
-        ("input_ids", ids, everything),
-        ("attention_mask", mask, everything),
-        ("position_ids", positions, padding_mask),
-    ):
-        given = port.get(f"input.{name}")
-        if given is None:
-            continue
-        wrong = f"{options.mine} is about other {name} than {options.reference}"
-        if given.numel() not in (B * S, S):
-            raise ValueError(f"{wrong}: {list(given.shape)}")
-        same = given.reshape(-1, S).expand(B, S).double() == expected.double()
-        if not bool(same[counted].all()):
-            raise ValueError(wrong)
-
-
-# ------------------------------------------------------------------------------------------- diff: the comparison
-
-
-def reference_model(options: argparse.Namespace, about: Mapping[str, Any]) -> tuple[Models | None, str]:
-    """The model that made the reference, in any type, or None if it is not there; and its directory."""
-    if options.model is not None and not Path(options.model).is_dir():
-        raise FileNotFoundError(f"no model directory {options.model}")
-    place = about.get("model")
-    if options.model:
-        place = options.model
-    if isinstance(place, str):
-        for directory in (options.reference.parent / place, Path(place)):
-            if directory.is_dir():
-                return cache(partial(load_model, directory)), str(directory)
-    return None, str(place)
-
-
-def check_model(place: str, path: Path, computed: Trace, reference: Trace) -> None:
-    """Raise ValueError unless the model computes the reference."""
-    for name, tensor in reference.items():
-        same = name in computed and computed[name].shape == tensor.shape
-        if not same or not torch.allclose(computed[name].double(), tensor.double(), rtol=1e-6, atol=1e-6):
-            raise ValueError(f"the model in {place} did not make {path}: {name} differs")
-
-
-def traces_beside(options: argparse.Namespace, ids: Tensor | None) -> dict[str, dict[str, Tensor]]:
-    """Traces of the reference's model in other types, if they lie beside the reference: type -> names -> tensors."""
-    traces: dict[str, dict[str, Tensor]] = {}
-    for kind in ("float32", "bfloat16"):
-        path = options.reference.parent / f"{kind}.safetensors"
-        if not path.is_file() or path.samefile(options.mine):
-            continue
-        trace, about = load(path)
-        given = trace.get("input.input_ids")
-        if ids is None or given is None or about.get("dtype") != kind:
-            continue
-        if given.equal(ids):
-            traces[kind] = trace
-    return traces
-
-
-def compare_without_model(
-    port: Trace, reference: Trace, types: Mapping[str, torch.dtype], padding_mask: Tensor | None,
-    traces: Mapping[str, Trace], place: str,
-) -> Report:  # fmt: skip
-    """Compare with the noise of traces in the port's type, or else of the golden models.
-
-    For float16 it is that of bfloat16, which is coarser. Both are a single run, so the margin is wider.
-    """
-    noise: dict[str, Tensor] = {}
-    relative: dict[str, float] = {}
-    measured = golden.noise()
-    for name, dtype in types.items():
-        general = LAYER.sub("N", name)
-        kind = "bfloat16"
-        if dtype in (torch.float64, torch.float32):
-            kind = str(dtype).removeprefix("torch.")
-        known = traces.get(kind, {}).get(name)
-        if known is not None and known.shape == reference[name].shape:
-            noise[name] = known
-        elif dtype == torch.float64:
-            relative[name] = LEAST
-        elif kind in measured.get(general, {}):
-            relative[name] = measured[general][kind]
-    sources = []
-    if noise:
-        sources.append("the traces beside it")
-    if relative:
-        sources.append("the table in docs/numerics.md")
-    if not sources:
-        sources.append("nothing")
-    noise_of = " and ".join(sources)
-    print(
-        f"no model at {place}: the noise of a right port is that of {noise_of}, "
-        "and known mistakes are not tried; give --model",
-        file=sys.stderr,
-    )
-    return compare(port, reference, noise, padding_mask, relative, MARGIN_OF_ONE_RUN)
-
-
-def name_mistake(
-    report: Report, port: Trace, model: Models, inputs: Trace, types: Mapping[str, torch.dtype]
-) -> None:  # fmt: skip
-    """Look for the known mistake behind a divergence, or, in small models, behind numbers within the noise."""
-    exact = model(torch.float64)
-    diverges = not report.agrees
-    if not diverges and sum(parameter.numel() for parameter in exact.parameters()) > SMALL:
-        return
-    given = golden.arguments(inputs, torch.float64)
-    compared = [name for name in report.fitted if name in types]
-    names = compared[-1:]
-    if report.first in compared:
-        names.append(report.first)
-    names.append("logits")
-    for name in dict.fromkeys(names):
-        if name not in types or report.mutant is not None:
-            continue
-        tensor, counted = report.fitted.get(name, (port[name], None))
-        mutant, verdict = explain(tensor, model(types[name]), exact, given, name, counted, report.first)
-        report.mutant = mutant
-        if mutant or report.first or verdict.endswith("bit for bit"):
-            report.verdict = verdict
-    if report.mutant and not diverges:
-        report.verdict = f"within the noise of its type, but {report.verdict}"
-
-
-def compare_with_model(
-    options: argparse.Namespace,
-    port: Trace,
-    reference: Trace,
-    inputs: Trace,
-    types: Mapping[str, torch.dtype],
-    padding_mask: Tensor | None,
-    model: Models,
-    place: str,
-) -> Report:
-    """Compare with the noise that the model has, and look for the known mistake."""
-    known = {name: reference[name] for name in port if name in reference}
-    given = golden.arguments(inputs, torch.float64)
-    computed = record(model(torch.float64), keep=known.__contains__, **given)
-    check_model(place, options.reference, computed, known)
-
-    def compare_in(types: Mapping[str, torch.dtype]) -> Report:
-        noise: dict[str, Tensor] = {}
-        for dtype in set(types.values()):
-            stages = {name: reference[name] for name in types if types[name] == dtype}
-            noise |= measure_noise(model(dtype), stages, golden.arguments(inputs, dtype))
-        return compare(port, reference, noise, padding_mask)
-
-    report = compare_in(types)
-    name_mistake(report, port, model, inputs, types)
-    unexplained = not report.agrees and not report.mutant and options.dtype is None
-    if unexplained and compare_in(dict.fromkeys(types, torch.bfloat16)).agrees:
-        advice = "if that is its type, say --dtype bfloat16"
-        report.verdict += f"; all is within the noise of bfloat16, though: {advice}"
-    return report
-
-
-def diff(options: argparse.Namespace) -> int:
-    """Run `diff`: 0 if all stages agree, 1 if one diverges."""
-    reference, inputs, about = read_reference(options)
-    port = read_port(options)
-    check_inputs(options, port, inputs)
-    types = computed_in(port, reference)
-    if options.dtype is not None:
-        types = {name: coarser(dtype, DTYPES[options.dtype]) for name, dtype in types.items()}
-    model, place = reference_model(options, about)
-    padding_mask = inputs.get("attention_mask")
-    if padding_mask is not None:
-        padding_mask = padding_mask.bool()
-    if model is None or "input_ids" not in inputs:
-        traces = traces_beside(options, inputs.get("input_ids"))
-        report = compare_without_model(port, reference, types, padding_mask, traces, place)
-    else:
-        report = compare_with_model(options, port, reference, inputs, types, padding_mask, model, place)
-    if options.json:
-        print(report.to_json())
-    else:
-        show(report)
-    if options.plot is not None:
-        plot(report, options.plot)
-    if report.agrees:
-        return 0
-    return 1
-
-
-def show(report: Report) -> None:
-    """Print the report: what diverges first, why, and all stages."""
-    print(report.sentence)
-    if report.verdict:
-        print(report.verdict)
-    for reason in report.misshapen:
-        print(f"cannot be compared: {reason}")
-    if report.unknown:
-        print(f"names that the reference does not have: {', '.join(report.unknown[:8])} (see --map)")
-    if report.missing and report.stages:
-        print(f"not given: {len(report.missing)} stages, {', '.join(report.missing[:4])}, ...")
-    print()
-    print(table(report, sys.stdout.isatty()))
 
 
 # ------------------------------------------------------------------------------------------------ other commands

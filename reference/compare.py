@@ -48,6 +48,7 @@ class Stage:
         floor: largest error of right ports in the port's type, NaN if unknown: then nothing is judged.
         where: index of the largest error, in the reference's dimensions.
         value, expected: the port's number there, and the reference's.
+        dtype: the type whose noise is allowed; empty if unknown.
         how: by which rearrangement the port's tensor was made to fit; empty if by none.
         diverges: whether the error is beyond the noise.
         equal_after: the rearrangement after which it would not diverge; empty if there is none.
@@ -61,6 +62,7 @@ class Stage:
     where: tuple[int, ...]
     value: float
     expected: float
+    dtype: str
     how: str
     diverges: bool
     equal_after: str = ""
@@ -141,20 +143,25 @@ class Report:
 def as_dumped(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Iterator[Rearranged]:
     """A port's tensor without what dumps often have in addition.
 
-    These are heads that repeat a mask or a key head, columns of a padded vocabulary, the numbers that are added to
-    scores for a mask, and True for hidden.
+    These are heads that repeat a mask or a key head, columns of a padded vocabulary, keys up to a round number, the
+    numbers that are added to scores for a mask, and True for hidden.
     """
-    if name.endswith(".mask"):
+    dims = dimensions(name).split()
+    if dims[-1:] == ["T"] and tensor.shape[-1:] > shape[-1:] and tensor.shape[-2:-1] == shape[-2:-1]:
+        for how, part in as_dumped(name, tensor[..., : shape[-1]], shape):
+            yield joined(f"the first {shape[-1]} keys", how), part
+    elif name.endswith(".mask"):
         yield from as_masks(tensor)
     elif name == "logits" and tensor.shape[-1:] > shape[-1:]:
         yield f"the first {shape[-1]} columns", tensor[..., : shape[-1]]
-    elif repeats_heads(name, tensor, shape):
-        axis = dimensions(name).split().index("G")
-        groups = tensor.reshape(*tensor.shape[:axis], shape[axis], -1, *tensor.shape[axis + 1 :])
-        once = groups.narrow(axis + 1, 0, 1)
-        if bool((groups == once).all()):
-            yield "one of each repeated head", once.squeeze(axis + 1)
     else:
+        if repeats_heads(name, tensor, shape):
+            axis = dims.index("G")
+            groups = tensor.reshape(*tensor.shape[:axis], shape[axis], -1, *tensor.shape[axis + 1 :])
+            once = groups.narrow(axis + 1, 0, 1)
+            if bool((groups == once).all()):
+                yield "one of each repeated head", once.squeeze(axis + 1)
+                return
         yield "", tensor
 
 
@@ -229,9 +236,8 @@ def fits(
     for dumped, part in as_dumped(name, tensor, shape):
         for how, fit in rearranged(part, shape):
             yield joined(dumped, how), fit, everything
-        if name == "logits" and is_last_token(part, shape):
-            fit, given = at_last_token(part, shape, padding_mask)
-            yield joined(dumped, "of the last token"), fit, given
+        if name == "logits":
+            yield from last_logits(dumped, part, shape, padding_mask)
 
 
 def joined(*words: str) -> str:
@@ -239,32 +245,46 @@ def joined(*words: str) -> str:
     return ", ".join(word for word in words if word)
 
 
-def is_last_token(logits: Tensor, shape: tuple[int, ...]) -> bool:
-    """True if logits are those of one token of each text, where the reference (B, S, V) has several."""
-    if len(shape) != 3:
-        return False
+def last_logits(
+    dumped: str, logits: Tensor, shape: tuple[int, ...], padding_mask: Tensor | None
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Logits of the last n tokens of each text, put to their places in (B, S, V): how, the tensor, and which of its
+    entries are given. Nothing if the reference has no more tokens than that."""
+    if len(shape) != 3 or logits.ndim > 3 or logits.shape[-1:] != shape[-1:]:
+        return
     B, S, V = shape
-    return S > 1 and logits.shape in ((B, V), (B, 1, V))
-
-
-def at_last_token(
-    logits: Tensor, shape: tuple[int, ...], padding_mask: Tensor | None
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Logits of the last token of each text, put to their places in (B, S, V), and which entries that gives."""
-    B, S, V = shape
+    n = logits.numel() // (B * V)
+    shapes: list[tuple[int, ...]] = [(B, n, V)]
+    if n == 1:
+        shapes.append((B, V))
+    if B == 1:
+        shapes += [(n, V), (V,)]
+    if not 0 < n < S or logits.shape not in shapes:
+        return
     last = torch.full((B,), S - 1)
+    first_text = torch.zeros(B, dtype=torch.int64)
     if padding_mask is not None:
         last = torch.where(padding_mask, torch.arange(S), 0).amax(1)
-    rows = torch.arange(B)
+        first_text = padding_mask.int().argmax(1)
+    if bool((last - n + 1 < first_text).any()):  # a text is shorter
+        return
+    places = last[:, None] + torch.arange(1 - n, 1)  # (B, n)
+    rows = torch.arange(B)[:, None]
     full = torch.zeros(shape, dtype=logits.dtype)
-    full[rows, last] = logits.reshape(B, V)
+    full[rows, places] = logits.reshape(B, n, V)
     given = torch.zeros(shape, dtype=torch.bool)
-    given[rows, last] = True
-    return full, given
+    given[rows, places] = True
+    tokens = "of the last token"
+    if n > 1:
+        tokens = f"of the last {n} tokens"
+    yield joined(dumped, tokens), full, given
 
 
-def in_other_layouts(name: str, tensor: Tensor) -> Iterator[Rearranged]:
-    """Other layouts that queries and keys may be in: rotary pairs as neighbours, or as halves."""
+def in_other_layouts(name: str, tensor: Tensor, head_dim: int) -> Iterator[Rearranged]:
+    """Other forms of a tensor: queries and keys with rotary pairs as neighbours, or as halves; scores before they are
+    scaled."""
+    if name.endswith(".scores") and head_dim:
+        yield f"division by sqrt({head_dim})", tensor.double() / math.sqrt(head_dim)
     if not name.endswith((".q", ".k", "_rotated", ".q_scaled")):
         return
     D = tensor.shape[-1]
@@ -380,6 +400,8 @@ class Target:
         relative: if none is: a right port's largest error over the largest number, NaN if unknown, too.
         counted: which entries are compared.
         margin: how many floors of noise an error may be.
+        dtype: the port's type, in words.
+        head_dim: D, 0 if unknown.
     """
 
     name: str
@@ -388,6 +410,8 @@ class Target:
     relative: float
     counted: Tensor
     margin: float
+    dtype: str
+    head_dim: int
 
     def floor(self, counted: Tensor) -> float:
         """The largest error that a right port of the type makes; NaN if unknown."""
@@ -415,7 +439,9 @@ class Target:
         diverges = largest > self.margin * floor or math.isinf(largest)
         value = float(tensor[where])
         expected = float(exact[where])
-        return Stage(self.name, largest, relative, floor, where, value, expected, how, diverges)
+        return Stage(
+            self.name, largest, relative, floor, where, value, expected, self.dtype, how, diverges
+        )  # fmt: skip
 
 
 def check_leak(stage: Stage, probabilities: Tensor, counted: Tensor, mask: Tensor) -> None:
@@ -452,7 +478,7 @@ def compare_stage(
     stage = stages[best]
     how, fit, given = candidates[best]
     if stage.diverges:
-        for layout, other in in_other_layouts(target.name, fit):
+        for layout, other in in_other_layouts(target.name, fit, target.head_dim):
             if not target.stage(other, given, how).diverges:
                 stage.equal_after = layout
     return stage, fit, target.counted & given
@@ -461,6 +487,7 @@ def compare_stage(
 def compare(
     port: Trace, reference: Trace, noise: Trace, padding_mask: Tensor | None = None,
     relative: Mapping[str, float] | None = None, margin: float = MARGIN,
+    types: Mapping[str, torch.dtype] | None = None,
 ) -> Report:  # fmt: skip
     """Compare traces stage by stage, in the order of computing.
 
@@ -471,9 +498,12 @@ def compare(
         padding_mask: bool (B, S), False at padding, which is not compared.
         relative: where there is no noise, a right port's largest error over the largest number.
         margin: how many floors of noise an error may be.
+        types: the port's type at each stage, for the report; None: that of the noise.
     """
     if relative is None:
         relative = {}
+    if types is None:
+        types = {name: tensor.dtype for name, tensor in noise.items()}
     masks = {name: tensor.bool() for name, tensor in reference.items() if name.endswith(".mask")}
     stages: list[Stage] = []
     misshapen: list[str] = []
@@ -481,7 +511,12 @@ def compare(
     for name in order(reference.keys() & port.keys()):
         exact = reference[name]
         counted = counts(name, exact.shape, masks, padding_mask)
-        target = Target(name, exact, noise.get(name), relative.get(name, math.nan), counted, margin)
+        dtype = ""
+        if name in types:
+            dtype = str(types[name]).removeprefix("torch.")
+        target = Target(
+            name, exact, noise.get(name), relative.get(name, math.nan), counted, margin, dtype, head_dim(reference)
+        )  # fmt: skip
         result = compare_stage(target, port[name], padding_mask)
         if result is None:
             misshapen.append(f"{name} is {list(port[name].shape)}, the reference {list(exact.shape)}")
@@ -505,6 +540,14 @@ def compare(
     return Report(stages, missing, unknown, misshapen, first, agrees, sentence, fitted=fitted)
 
 
+def head_dim(reference: Trace) -> int:
+    """D, from the queries of a layer; 0 if the reference has none."""
+    for name, tensor in reference.items():
+        if name.startswith("layers.") and name.endswith(".attention.q"):
+            return tensor.shape[-1]
+    return 0
+
+
 def summary(stages: Sequence[Stage], misshapen: Sequence[str], wrong: Stage | None) -> str:
     """The result in a sentence or two."""
     if not stages and misshapen:
@@ -512,7 +555,7 @@ def summary(stages: Sequence[Stage], misshapen: Sequence[str], wrong: Stage | No
     if not stages:
         return "nothing to compare: no tensor has a name of the reference"
     begin = ""
-    if len(misshapen) > len(stages):
+    if len(misshapen) > len(stages) or (misshapen and wrong is None):
         total = len(misshapen) + len(stages)
         begin = f"{len(misshapen)} of {total} stages cannot be compared: {misshapen[0]}. "
     if wrong is not None:
@@ -538,11 +581,13 @@ GREEN, RED, PLAIN = "\x1b[32m", "\x1b[31m", "\x1b[0m"
 
 
 def table(report: Report, colour: bool) -> str:
-    """All stages, one line each: largest error, the same relative to the largest value, and in floors of noise."""
+    """All stages, one line each: largest error, the same relative to the largest value and in floors of noise, and the
+    type that has this noise."""
     width = max((len(stage.name) for stage in report.stages), default=4)
-    lines = [f"{'stage':{width}}  {'max error':>10}  {'relative':>10}  {'x noise':>10}"]
+    lines = [f"{'stage':{width}}  {'max error':>10}  {'relative':>10}  {'x noise':>10}  {'type':8}"]
     for stage in report.stages:
         line = f"{stage.name:{width}}  {stage.error:10.3g}  {stage.relative:10.3g}  {in_floors(stage):>10}"
+        line += f"  {stage.dtype:8}"
         if colour and stage.diverges:
             line = f"{RED}{line}{PLAIN}"
         elif colour:

@@ -336,15 +336,18 @@ def save(
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a .safetensors or .npz file, in the order of computing, and the `about` of a trace.
+    """The tensors of a .safetensors, .npz or .npy file, in the order of computing, and the `about` of a trace. The
+    array of a .npy file, which has no name, is taken for the logits.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: neither format.
+        ValueError: none of these formats.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
     try:
+        if path.suffix == ".npy":
+            return {"logits": torch.from_numpy(np.load(path, allow_pickle=False))}, {}
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as arrays:
                 tensors = {name: torch.from_numpy(np.array(arrays[name])) for name in arrays}
@@ -356,7 +359,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             if metadata is not None:
                 about = json.loads(metadata.get("trace", "{}"))
     except (SafetensorError, OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is no trace ({error}); allowed: .safetensors or .npz") from error
+        raise ValueError(f"{path} is no trace ({error}); allowed: .safetensors, .npz or .npy") from error
     if not isinstance(about, dict):
         about = {}
     return tensors, about

@@ -1,0 +1,409 @@
+"""`python -m reference diff`: where a port diverges first, and which known mistake that is."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from checkpoint import DTYPES
+from model_types import GenerativeModel, load_model
+from reference import golden
+from reference.compare import (
+    LEAST,
+    MARGIN_OF_ONE_RUN,
+    Report,
+    coarser,
+    compare,
+    computed_in,
+    measure_noise,
+    plot,
+    table,
+)
+from reference.explain import explain
+from reference.mutants import MUTANTS
+from reference.texts import choose_text, one_text, texts_in_words
+from reference.trace import LAYER, load, record
+
+SMALL = 10**7  # parameters up to which known mistakes are tried even where nothing diverges
+INPUTS = {"input_ids", "attention_mask", "position_ids", "pixel_values", "image_sizes"}
+Models = Callable[[torch.dtype], GenerativeModel]
+Trace = Mapping[str, Tensor]
+Types = Mapping[str, torch.dtype]
+
+
+# ------------------------------------------------------------------------------------------------- the two files
+
+
+def read_map(path: Path, given: Collection[str]) -> dict[str, str]:
+    """A port's names -> the reference's.
+
+    Names that are not given are left out, so that one map is enough for all dumps. If none is given, it is the wrong
+    map.
+    """
+    try:
+        names = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} must hold a JSON object: your name -> the reference's") from error
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise ValueError(f"{path} must hold a JSON object: your name -> the reference's")
+    if names and not names.keys() & set(given):
+        raise ValueError(f"{path} names {next(iter(names))!r} and others; allowed: some that your file holds")
+    renamed = [names.get(name, name) for name in given]
+    twice = sorted(name for name, count in Counter(renamed).items() if count > 1)
+    if twice:
+        raise ValueError(f"{path} gives several tensors the name {twice[0]!r}; allowed: one")
+    return dict(zip(given, renamed))
+
+
+def read_port(options: argparse.Namespace) -> dict[str, Tensor]:
+    """The port's tensors, under the names of the map."""
+    port, _ = load(options.mine)
+    if options.map is not None:
+        names = read_map(options.map, list(port))
+        port = {names[name]: tensor for name, tensor in port.items()}
+    for name in sorted(port):
+        if port[name].is_complex() or port[name].numel() == 0:
+            raise ValueError(f"{options.mine}: {name} is complex or empty; allowed: real numbers")
+    return {name: as_numbers(name, tensor) for name, tensor in port.items()}
+
+
+def as_numbers(name: str, tensor: Tensor) -> Tensor:
+    """A tensor of whole numbers, or of a type with 8 bits, as float64; inputs and masks as they are."""
+    if name.startswith("input.") or name.endswith(".mask"):
+        return tensor
+    if tensor.is_floating_point() and tensor.itemsize > 1:
+        return tensor
+    return tensor.double()
+
+
+def read_reference(
+    options: argparse.Namespace,
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+    """The reference's tensors, its inputs, and its metadata."""
+    path = options.reference
+    reference, about = load(path)
+    names = [name for name in reference if name.startswith("input.")]
+    inputs = {name.removeprefix("input."): reference.pop(name) for name in names}
+    unknown = sorted(inputs.keys() - INPUTS)
+    if unknown:
+        raise ValueError(f"{path}: input.{unknown[0]} is no input; allowed: {', '.join(sorted(INPUTS))}")
+    if "input_ids" in inputs and inputs["input_ids"].is_floating_point():
+        raise ValueError(f"{path}: input.input_ids are not whole numbers")
+    for name, tensor in reference.items():
+        if tensor.is_floating_point() and tensor.dtype != torch.float64:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise ValueError(f"{path}: {name} is {kind}; allowed: a float64 trace (is it the other way?)")
+    return reference, inputs, about
+
+
+def check_inputs(options: argparse.Namespace, port: Trace, inputs: Trace) -> None:
+    """Raise ValueError unless the port's inputs, as far as they are given, are the reference's, but at padding."""
+    if "input_ids" not in inputs:
+        return
+    ids = inputs["input_ids"]
+    B, S = ids.shape
+    padding_mask = inputs.get("attention_mask", torch.ones_like(ids)).bool()
+    everything = torch.ones_like(padding_mask)
+    positions = inputs.get("position_ids", torch.arange(S)).expand(B, S)
+    mask = inputs.get("attention_mask", everything)
+    for name, expected, counted in (
+        ("input_ids", ids, everything),
+        ("attention_mask", mask, everything),
+        ("position_ids", positions, padding_mask),
+    ):
+        given = port.get(f"input.{name}")
+        if given is None:
+            continue
+        wrong = f"{options.mine} is about other {name} than {options.reference}"
+        if given.numel() not in (B * S, S):
+            raise ValueError(f"{wrong}: {list(given.shape)}")
+        same = given.reshape(-1, S).expand(B, S).double() == expected.double()
+        if not bool(same[counted].all()):
+            raise ValueError(wrong)
+
+
+# ------------------------------------------------------------------------------------------------ the comparison
+
+
+def reference_model(options: argparse.Namespace, about: Mapping[str, Any]) -> tuple[Models | None, str]:
+    """The model that made the reference, in any type, or None if it is not there; and its directory."""
+    if options.model is not None and not Path(options.model).is_dir():
+        raise FileNotFoundError(f"no model directory {options.model}")
+    place = about.get("model")
+    if options.model:
+        place = options.model
+    if isinstance(place, str):
+        for directory in (options.reference.parent / place, Path(place)):
+            if directory.is_dir():
+                return cache(partial(load_model, directory)), str(directory)
+    return None, str(place)
+
+
+def check_model(place: str, path: Path, computed: Trace, reference: Trace) -> None:
+    """Raise ValueError unless the model computes the reference."""
+    for name, tensor in reference.items():
+        same = name in computed and computed[name].shape == tensor.shape
+        if not same or not torch.allclose(computed[name].double(), tensor.double(), rtol=1e-6, atol=1e-6):
+            raise ValueError(f"the model in {place} did not make {path}: {name} differs")
+
+
+def traces_beside(
+    options: argparse.Namespace, ids: Tensor | None, text: int | None
+) -> dict[str, dict[str, Tensor]]:  # fmt: skip
+    """Traces of the reference's model in other types, if they lie beside the reference: type -> names -> tensors.
+
+    Args:
+        ids: of the reference, with all its texts.
+        text: the one text that is compared.
+    """
+    traces: dict[str, dict[str, Tensor]] = {}
+    for kind in ("float32", "bfloat16"):
+        path = options.reference.parent / f"{kind}.safetensors"
+        if not path.is_file() or path.samefile(options.mine):
+            continue
+        trace, about = load(path)
+        given = trace.get("input.input_ids")
+        if ids is None or given is None or about.get("dtype") != kind:
+            continue
+        if given.equal(ids):
+            inputs = {name.removeprefix("input."): trace[name] for name in trace if name.startswith("input.")}
+            if text is not None:
+                trace, _ = one_text(trace, inputs, text)
+            traces[kind] = trace
+    return traces
+
+
+def compare_without_model(
+    port: Trace, reference: Trace, types: Types, padding_mask: Tensor | None,
+    traces: Mapping[str, Trace], place: str,
+) -> Report:  # fmt: skip
+    """Compare with the noise of traces in the port's type, or else of the golden models.
+
+    For float16 it is that of bfloat16, which is coarser. Both are a single run, so the margin is wider.
+    """
+    noise: dict[str, Tensor] = {}
+    relative: dict[str, float] = {}
+    measured = golden.noise()
+    for name, dtype in types.items():
+        general = LAYER.sub("N", name)
+        kind = "bfloat16"
+        if dtype in (torch.float64, torch.float32):
+            kind = str(dtype).removeprefix("torch.")
+        known = traces.get(kind, {}).get(name)
+        if known is not None and known.shape == reference[name].shape:
+            noise[name] = known
+        elif dtype == torch.float64:
+            relative[name] = LEAST
+        elif kind in measured.get(general, {}):
+            relative[name] = measured[general][kind]
+    sources = []
+    if noise:
+        sources.append("the traces beside it")
+    if relative:
+        sources.append("the table in docs/numerics.md")
+    if not sources:
+        sources.append("nothing")
+    noise_of = " and ".join(sources)
+    print(
+        f"no model at {place}: the noise of a right port is that of {noise_of}, "
+        "and known mistakes are not tried; give --model",
+        file=sys.stderr,
+    )
+    return compare(port, reference, noise, padding_mask, relative, MARGIN_OF_ONE_RUN, types)
+
+
+@dataclass
+class Judge:
+    """A port, the reference, and the model that made it.
+
+    Attributes:
+        port, reference: their tensors.
+        inputs: of both.
+        padding_mask: bool (B, S), False at padding; None: there is none.
+        model: the model in any type.
+        noise: what was measured before, for the types of the stages.
+    """
+
+    port: Trace
+    reference: Trace
+    inputs: Trace
+    padding_mask: Tensor | None
+    model: Models
+    noise: dict[Any, Trace] = field(default_factory=dict)
+
+    def compare(self, types: Types, port: Trace | None = None) -> Report:
+        """The report, with the noise of the model in a type for each stage. `port`: other tensors than the port's."""
+        if port is None:
+            port = self.port
+        key = tuple(types.items())
+        if key not in self.noise:
+            noise: dict[str, Tensor] = {}
+            for dtype in set(types.values()):
+                stages = {name: self.reference[name] for name in types if types[name] == dtype}
+                noise |= measure_noise(self.model(dtype), stages, golden.arguments(self.inputs, dtype))
+            self.noise[key] = noise
+        return compare(port, self.reference, self.noise[key], self.padding_mask)
+
+    def name_mistake(self, report: Report, types: Types) -> None:
+        """Look for the known mistake behind a divergence, or, in small models, behind numbers within the noise."""
+        exact = self.model(torch.float64)
+        diverges = not report.agrees
+        if not diverges and not is_small(exact):
+            return
+        given = golden.arguments(self.inputs, torch.float64)
+        compared = [name for name in report.fitted if name in types]
+        names = compared[-1:]
+        if report.first in compared:
+            names.append(report.first)
+        names.append("logits")
+        for name in dict.fromkeys(names):
+            if name not in types or report.mutant is not None:
+                continue
+            tensor, counted = report.fitted.get(name, (self.port[name], None))
+            mutant, verdict = explain(
+                tensor, self.model(types[name]), exact, given, name, counted, report.first
+            )  # fmt: skip
+            report.mutant = mutant
+            if mutant or report.first or verdict.endswith("bit for bit"):
+                report.verdict = verdict
+        if report.mutant and not diverges:
+            report.verdict = f"within the noise of its type, but {report.verdict}"
+
+    def look_in_16_bits(self, report: Report, types: Types) -> None:
+        """Look again for the known mistake, with the noise of 16 bits. The logits of a port with a 16-bit cache are
+        float32, and do not show it."""
+        for kind in ("float16", "bfloat16"):
+            coarse = {name: coarser(dtype, DTYPES[kind]) for name, dtype in types.items()}
+            if coarse == types:
+                continue
+            other = self.compare(coarse)
+            if other.agrees:
+                report.verdict += f"; the error is no larger than the noise of {kind}, which proves nothing: "
+                report.verdict += f"compare with --dtype {kind} only if your port computes or stores anything in it"
+                return
+            self.name_mistake(other, coarse)
+            if other.mutant is not None:
+                report.mutant = other.mutant
+                report.verdict = f"{other.verdict}; found with the noise of {kind}, as of a port with a {kind} cache"
+                return
+
+    def hidden_mistakes(self, types: Types) -> list[str]:
+        """The known mistakes that change the numbers of the given stages, and that the noise of these types hides."""
+        exact = self.model(torch.float64)
+        if not is_small(exact):
+            return []
+        given = golden.arguments(self.inputs, torch.float64)
+        hidden = []
+        for mutant in MUTANTS.values():
+            with mutant.applied():
+                try:
+                    mistaken = record(exact, keep=types.__contains__, **given)
+                except ValueError:  # it makes this input impossible
+                    continue
+            acts = any(changes(mistaken[name], self.reference[name]) for name in types if name in mistaken)
+            if acts and self.compare(types, mistaken).agrees:
+                hidden.append(mutant.name)
+        return hidden
+
+
+def is_small(model: GenerativeModel) -> bool:
+    """Whether known mistakes are tried even where nothing diverges."""
+    return sum(parameter.numel() for parameter in model.parameters()) <= SMALL
+
+
+def changes(mistaken: Tensor, exact: Tensor) -> bool:
+    """Whether a tensor has another shape or other numbers, beyond the rounding of float64."""
+    if mistaken.shape != exact.shape:
+        return True
+    return not torch.allclose(mistaken.double(), exact.double(), rtol=1e-9, atol=1e-9, equal_nan=True)
+
+
+def compare_with_model(options: argparse.Namespace, judge: Judge, types: Types, place: str) -> Report:
+    """Compare with the noise that the model has, and look for the known mistake."""
+    known = {name: judge.reference[name] for name in judge.port if name in judge.reference}
+    given = golden.arguments(judge.inputs, torch.float64)
+    computed = record(judge.model(torch.float64), keep=known.__contains__, **given)
+    check_model(place, options.reference, computed, known)
+
+    report = judge.compare(types)
+    judge.name_mistake(report, types)
+    if options.dtype is None and not report.agrees and not report.mutant:
+        judge.look_in_16_bits(report, types)
+    if options.dtype in ("float16", "bfloat16") and report.agrees and shows_no_16_bits(judge.port, judge.reference):
+        report.verdict = weaker_test(options.dtype, judge.hidden_mistakes(types))
+    return report
+
+
+def shows_no_16_bits(port: Trace, reference: Trace) -> bool:
+    """Whether no number of a port is one of 16 bits, but for those that are so in the reference."""
+    shown = computed_in(port, reference).values()
+    return not {torch.float16, torch.bfloat16} & set(shown)
+
+
+def weaker_test(kind: str, hidden: list[str]) -> str:
+    """The sentence about a comparison in a coarser type than the port's numbers show."""
+    start = f"your numbers have more digits than {kind}, so this is a weaker test than without --dtype"
+    if not hidden:
+        return f"{start}; it would still find each of the {len(MUTANTS)} known mistakes that acts on them"
+    return f"{start}: its noise hides {', '.join(hidden)}"
+
+
+def diff(options: argparse.Namespace) -> int:
+    """Run `diff`: 0 if all stages agree, 1 if one diverges."""
+    reference, inputs, about = read_reference(options)
+    port = read_port(options)
+    ids = inputs.get("input_ids")
+    text = choose_text(port, inputs, options.text)
+    if text is not None:
+        print(f"compared with text {text} of the reference, without padding", file=sys.stderr)
+        reference, inputs = one_text(reference, inputs, text)
+    check_inputs(options, port, inputs)
+    types = computed_in(port, reference)
+    if options.dtype is not None:
+        types = dict.fromkeys(types, DTYPES[options.dtype])
+    model, place = reference_model(options, about)
+    padding_mask = inputs.get("attention_mask")
+    if padding_mask is not None:
+        padding_mask = padding_mask.bool()
+    if model is None or ids is None:
+        traces = traces_beside(options, ids, text)
+        report = compare_without_model(port, reference, types, padding_mask, traces, place)
+    else:
+        judge = Judge(port, reference, inputs, padding_mask, model)
+        report = compare_with_model(options, judge, types, place)
+    if not report.stages and ids is not None and len(ids) > 1 and text is None:
+        report.sentence += f". The reference has {len(ids)} texts: {texts_in_words(inputs)}; give --text N for one"
+    if options.json:
+        print(report.to_json())
+    else:
+        show(report)
+    if options.plot is not None:
+        plot(report, options.plot)
+    if report.agrees:
+        return 0
+    return 1
+
+
+def show(report: Report) -> None:
+    """Print the report: what diverges first, why, and all stages."""
+    print(report.sentence)
+    if report.verdict:
+        print(report.verdict)
+    for reason in report.misshapen:
+        print(f"cannot be compared: {reason}")
+    if report.unknown:
+        print(f"names that the reference does not have: {', '.join(report.unknown[:8])} (see --map)")
+    if report.missing and report.stages:
+        print(f"not given: {len(report.missing)} stages, {', '.join(report.missing[:4])}, ...")
+    print()
+    print(table(report, sys.stdout.isatty()))
