@@ -64,6 +64,7 @@ def blockwise_attention(
         ValueError: dropout with a `CausalWindow`.
     """
     heads = q.shape[1]
+    k, v = k.to(q.dtype), v.to(q.dtype)  # under autocast, and from a cache with fewer digits, they may differ
     if isinstance(mask, Tensor):
         k, v = repeat_heads(k, heads), repeat_heads(v, heads)
         return F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=scaling), None
@@ -89,7 +90,9 @@ def query_blocks(past: int, new: int, window: int | None) -> list[tuple[int, int
     keys between edge and own, and the edge has as many keys as the block has queries, as a causal part must."""
     if window is None:
         return [(0, new)]
-    all_visible = min(max(window - 1 - past, 0), new)  # the number of queries that see all keys before them
+    all_visible = 0  # the number of queries that see all keys before them
+    if past < window - 1:
+        all_visible = min(window - past, new)
     bounds = {0, all_visible, new, *range(all_visible, new, max(window - 1, 1))}
     return list(pairwise(sorted(bounds)))
 
@@ -178,7 +181,7 @@ def choose_kernel(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> str:
         return "formula"
     if q.device.type == "cpu":
         return "flash_attention_for_cpu"
-    if q.device.type != "cuda" or q.shape[3] % 8 != 0:
+    if not has_kernels(q.device) or q.shape[3] % 8 != 0:
         return "formula"
     # The values of `torch.nn.attention.SDPBackend`.
     names = {1: "flash_attention", 2: "efficient_attention", 3: "cudnn_attention"}
@@ -186,12 +189,19 @@ def choose_kernel(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> str:
     return names.get(choice, "formula")
 
 
+def has_kernels(device: torch.device) -> bool:
+    """Whether PyTorch has kernels that return log-sum-exps on a device. (On AMD GPUs they have had another base.)"""
+    return device.type == "cpu" or (device.type == "cuda" and torch.version.hip is None)
+
+
 def formula(q: Tensor, k: Tensor, v: Tensor, causal: bool, scaling: float) -> Part:
-    """Attention as it is defined, with S x K scores in memory. Arguments and results as `attend`."""
-    scores = torch.matmul(q, k.transpose(2, 3)) * scaling
+    """Attention as it is defined, in float32 or float64, with S x K scores in memory. Arguments and results as
+    `attend`. In 16 bits, rounded log-sum-exps would give probabilities whose sum is not 1."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    scores = torch.matmul(q.to(dtype), k.to(dtype).transpose(2, 3)) * scaling
     if causal:
         later = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).triu(1)
         scores = scores.masked_fill(later, -torch.inf)
     logsumexp = scores.logsumexp(dim=-1)
     probs = (scores - logsumexp[..., None]).exp()
-    return torch.matmul(probs, v), logsumexp
+    return torch.matmul(probs, v.to(dtype)).to(q.dtype), logsumexp

@@ -11,16 +11,62 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules import module as module_hooks
 
+from blockwise import blockwise_attention
 from checks import expect_tensor
-from fast import FlatModel, why_not
-from ministral import KVCache, MinistralConfig
+from fast import FlatModel, text_model
+from ministral import ATTENTION, KVCache, MinistralConfig, sdpa_attention
+from pretrained import ACTIVATIONS
 from recorded_step import RecordedStep, recorded_step
 from vision import ImageSizes, Mistral3ForConditionalGeneration
 
 Forward = Callable[[Tensor, Tensor, KVCache, Tensor | None], Tensor]
 Progress = Callable[[int, int], object]
+
+
+# The Python modules that define the layers which `FlatModel` computes (tests/test_layout.py).
+OWN_MODULES = {"ministral", "ministral3", "pretrained", nn.ModuleList.__module__}
+
+
+def why_not(model: Any) -> str | None:
+    """The reason why `generate` must not use `FlatModel`, as a text for the user; None: it computes the same as
+    `model(...)`."""
+    text = text_model(model)
+    if model.training:
+        return "the model is in training mode"
+    if text.config.attn_implementation == "eager":
+        return "attn_implementation is 'eager'"
+    # `FlatModel` calls no modules, so it would skip hooks and forward methods that the user has added or replaced.
+    if ATTENTION[text.config.attn_implementation] not in (sdpa_attention, blockwise_attention):
+        return "an entry of ministral.ATTENTION is not that of this project"
+    if module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks:
+        return "all modules have hooks"
+    for part in model.modules():
+        if part._forward_hooks or part._forward_pre_hooks:
+            return f"{type(part).__name__} has hooks"
+    computed = [*text.modules(), model.lm_head]
+    for part in [model, model.base_model, *computed]:
+        origin = type(part).forward.__module__
+        own = origin in OWN_MODULES or origin.startswith(("vision", "torch."))
+        if "forward" in part.__dict__ or not own:
+            return f"the forward of {type(part).__name__} is not that of this project"
+    # It multiplies by plain weights: adapters, quantised weights and biases would have no effect, or fail.
+    act = ACTIVATIONS[text.config.hidden_act]
+    if any(layer.mlp.act is not act for layer in text.layers):
+        return "a layer has another activation than its configuration"
+    if {part.eps for part in computed if hasattr(part, "eps")} != {text.norm.eps}:
+        return "norms have several values of eps"
+    for part in computed:
+        kind = type(part)
+        if kind.__module__ not in OWN_MODULES:
+            return f"{kind.__module__}.{kind.__name__} is not a class of this project"
+        if hasattr(part, "weight") and type(part.weight.data) is not Tensor:
+            return f"a weight of {kind.__name__} is a {type(part.weight.data).__name__}"
+        if getattr(part, "bias", None) is not None:
+            return f"{kind.__name__} has a bias"
+    return None
 
 
 WARNED_REASONS: set[str] = set()  # why `fast.py` was not used; each is in one warning only
@@ -33,7 +79,7 @@ def choose_forward(model: Any, fast: bool | str) -> Forward:
     Args:
         model: the model.
         fast: True: `fast.FlatModel`. False: `model(...)`. "auto": `fast.FlatModel` if it supports the model
-            (`fast.why_not`), else `model(...)`, with a warning that gives the reason, once for each reason.
+            (`why_not`), else `model(...)`, with a warning that gives the reason, once for each reason.
 
     Raises:
         ValueError: fast=True for a model that `fast.FlatModel` does not support; another value of `fast`.
@@ -129,6 +175,7 @@ class Decoder:
         if not self.record or not isinstance(self.forward, FlatModel):
             return self.read(ids)
         if self.recorded is None or self.cache.get_seq_length() == self.recorded.room:
+            self.recorded = None  # frees its memory before another one is made
             self.recorded = recorded_step(self.forward, self.cache, self.visible, self.expected, self.compile)
         return self.recorded(ids)
 

@@ -1,6 +1,5 @@
 """The same models, faster: what `generate` runs in the place of `model(...)`. Read `ministral.py` first.
 
-    reason = why_not(model)                                # None; or the reason why it must be model(...)
     forward = FlatModel(model)
     logits = forward(input_ids, position_ids, cache)       # (B, V), after the last token
 
@@ -19,9 +18,9 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from blockwise import CausalWindow, blockwise_attention
+from blockwise import CausalWindow, blockwise_attention, has_kernels
 from ministral import KVCache, RopeTables, make_attention_mask, sdpa_attention
 from pretrained import ACTIVATIONS
 from products import avoids_onednn, split_mm, splits_rows, wide_mm, wide_rows, without_onednn
@@ -29,7 +28,7 @@ from products import avoids_onednn, split_mm, splits_rows, wide_mm, wide_rows, w
 # -------------------------------------------------------------------------------------------------------- attention
 
 
-def one_query_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def one_query_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, grouped: bool) -> Tensor:
     """Attention of one new token to the slots of a cache.
 
     On CUDA, the kernel groups the heads itself (`enable_gqa`). This kernel splits the keys among the processors of the
@@ -39,25 +38,39 @@ def one_query_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) ->
         q: (B, H, 1, D).
         k, v: (B, G, slots, D).
         mask: bool (B or 1, 1, 1, slots), False at hidden slots; None: all are visible.
+        grouped: what `groups_heads` returns.
 
     Returns:
         (B, H, 1, D).
     """
     scaling = q.shape[-1] ** -0.5
-    if groups_heads(q):
+    if grouped:
         return F.scaled_dot_product_attention(q, k, v, mask, scale=scaling, enable_gqa=True)
     return sdpa_attention(q, k, v, mask, scaling, 0.0)[0]
 
 
-def groups_heads(q: Tensor) -> bool:
-    """Whether `one_query_attention` leaves the grouping of heads to the kernel. On a CPU, `sdpa_attention` is as
-    fast."""
-    return q.is_cuda
+def groups_heads(config: Any, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether `one_query_attention` leaves the grouping of heads to the kernel.
+
+    On a CPU, `sdpa_attention` is as fast. On CUDA it depends on the GPU, its libraries and the dtype whether PyTorch
+    has a kernel for a mask and groups of heads. If it has none, its choice is 0, the formula step by step."""
+    if device.type != "cuda":
+        return False
+    D = config.head_dim
+    q = torch.empty(1, config.num_attention_heads, 1, D, dtype=dtype, device=device)
+    k = torch.empty(1, config.num_key_value_heads, 8, D, dtype=dtype, device=device)
+    mask = torch.ones(1, 1, 1, 8, dtype=torch.bool, device=device)
+    return torch._fused_sdp_choice(q, k, k, mask, 0.0, False, enable_gqa=True) != 0
 
 
 # --------------------------------------------------------------------------------------------------- the flat model
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # see `FlatModel.run`
+
+
+def text_model(model: Any) -> Any:
+    """The text backbone of a causal language model or of a vision model."""
+    return getattr(model.base_model, "language_model", model.base_model)
 
 
 class LayerWeights(NamedTuple):
@@ -100,6 +113,7 @@ class FlatModel:
         self.wide_rows = wide_rows(dtype, device)
         self.splits_rows = splits_rows(dtype, device)
         self.avoids_onednn = avoids_onednn(dtype, device)
+        self.grouped = groups_heads(text.config, dtype, device)
         self.layers = [self.weights_of(layer) for layer in text.layers]
         self.rotate = text.layers[0].self_attn.rotate
 
@@ -125,13 +139,16 @@ class FlatModel:
         """
         S = x.shape[1]
         masks = dict[int | None, Tensor]()  # for each window, the mask (B, 1, S, K) of its layers
-        if padding_mask is not None:
+        if padding_mask is not None or not has_kernels(x.device):
             # Positions in the cache: they count padding, unlike `position_ids`.
-            queries = torch.arange(padding_mask.shape[1], device=x.device)[-S:]
+            past = cache.get_seq_length()
+            queries = torch.arange(past, past + S, device=x.device)
             for layer in cache.layers:
                 if layer.window not in masks:
                     keys = layer.key_positions(S, x.device)
-                    visible = padding_mask[:, None, keys]
+                    visible = None
+                    if padding_mask is not None:
+                        visible = padding_mask[:, None, keys]
                     masks[layer.window] = make_attention_mask(queries, keys, layer.window, visible)
 
         def attend(n: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -140,14 +157,13 @@ class FlatModel:
             k, v = cache.layers[n].update(k, v)
             if q.shape[2] > 1:
                 rule = CausalWindow(window) if mask is None else mask
-                k, v = k.to(q.dtype), v.to(q.dtype)  # float32 if `run` multiplies in float32
                 return blockwise_attention(q, k, v, rule, q.shape[3] ** -0.5, 0.0)[0]
             # One query: a decode step, or the last token of a prompt in the last layer.
             if mask is not None:
                 mask = mask[:, :, -1:]
             elif window is not None:
                 k, v = k[:, :, -window:], v[:, :, -window:]
-            return one_query_attention(q, k, v, mask)
+            return one_query_attention(q, k, v, mask, self.grouped)
 
         if self.avoids_onednn and x.shape[:2] == (1, 1):
             with without_onednn():
@@ -202,42 +218,3 @@ class FlatModel:
     def normed(self, x: Tensor, weight: Tensor) -> Tensor:
         """The same as `ministral.RMSNorm`: the result is rounded before the weight multiplies it."""
         return F.rms_norm(x, x.shape[-1:], None, self.eps) * weight.to(x.dtype)
-
-
-# The Python modules that define the layers which `FlatModel` computes (tests/test_layout.py).
-OWN_MODULES = {"ministral", "ministral3", "pretrained", nn.ModuleList.__module__}
-
-
-def text_model(model: Any) -> Any:
-    """The text backbone of a causal language model or of a vision model."""
-    return getattr(model.base_model, "language_model", model.base_model)
-
-
-def why_not(model: Any) -> str | None:
-    """The reason why `generate` must not use `FlatModel`, as a text for the user; None: it computes the same as
-    `model(...)`."""
-    text = text_model(model)
-    if model.training:
-        return "the model is in training mode"
-    if text.config.attn_implementation == "eager":
-        return "attn_implementation is 'eager'"
-    # `FlatModel` calls no modules, so it would skip hooks and forward methods that the user has added or replaced.
-    for part in model.modules():
-        if part._forward_hooks or part._forward_pre_hooks:
-            return f"{type(part).__name__} has hooks"
-    computed = [*text.modules(), model.lm_head]
-    for part in [model, model.base_model, *computed]:
-        origin = type(part).forward.__module__
-        own = origin in OWN_MODULES or origin.startswith(("vision", "torch."))
-        if "forward" in part.__dict__ or not own:
-            return f"the forward of {type(part).__name__} is not that of this project"
-    # It multiplies by plain weights: adapters, quantised weights and biases would have no effect, or fail.
-    for part in computed:
-        kind = type(part)
-        if kind.__module__ not in OWN_MODULES:
-            return f"{kind.__module__}.{kind.__name__} is not a class of this project"
-        if hasattr(part, "weight") and type(part.weight.data) is not Tensor:
-            return f"a weight of {kind.__name__} is a {type(part.weight.data).__name__}"
-        if getattr(part, "bias", None) is not None:
-            return f"{kind.__name__} has a bias"
-    return None

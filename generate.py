@@ -255,9 +255,9 @@ class Rows:
 
     def draw(self, logits: Tensor) -> Tensor:
         """New ids (B, 1) from the logits (B, V). With a generator for each row, a row draws as if it were alone."""
-        logits = logits.to(at_least_float32(logits.dtype))
+        logits = logits.to(at_least_float32(logits.dtype), copy=True)  # a recorded step writes over its own
         if self.logits is not None:
-            self.logits.append(logits.clone())
+            self.logits.append(logits)
         scores = self.score(logits)
         generators = self.plan.generators
         ids = sample(scores, self.sampling, generators if generators else None)
@@ -410,6 +410,8 @@ def generate(
     )  # fmt: skip
     processors, criteria = checks.as_list(logits_processor), checks.as_list(stopping_criteria)
     callbacks = Callbacks(processors, criteria, streamer, on_token)
+    if compile is not None and not isinstance(compile, bool):
+        raise ValueError(f"compile={compile!r} is impossible; allowed: True, False, None")
     if compile and fast == "auto":
         fast = True  # only the fast path can be compiled
     forward = choose_forward(model, fast)

@@ -23,20 +23,27 @@ from torch import Tensor
 # ------------------------------------------------------------------------------------------------------- many rows
 
 
+def has_arithmetic(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies matrices of a 16-bit type on this processor. PyTorch may be built without oneDNN."""
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+
+
 def wide_rows(dtype: torch.dtype, device: torch.device) -> float:
     """The number of rows from which a CPU multiplies 16-bit weights faster in float32.
 
     It is 8 on processors without arithmetic in this type. It is 128 for bfloat16 if the processor has a matrix unit
     (AMX) which a virtual machine hides: 512 rows are multiplied at 300 instead of 180 GFLOPS (two cores of an Intel
     Xeon). Elsewhere it is infinite."""
-    cpu = torch.ops.mkldnn
-    native = {torch.bfloat16: cpu._is_mkldnn_bf16_supported(), torch.float16: cpu._is_mkldnn_fp16_supported()}
-    if device.type != "cpu" or dtype not in native:
+    if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
         return math.inf
-    if not native[dtype]:
+    if not has_arithmetic(dtype):
         return 8
     # AVX-512 with arithmetic in bfloat16 and float16 is found only in processors with AMX.
-    has_unit = torch.cpu._is_avx512_bf16_supported() and native[torch.float16]
+    has_unit = torch.cpu._is_avx512_bf16_supported() and has_arithmetic(torch.float16)
     if dtype == torch.bfloat16 and has_unit and not torch.cpu._is_amx_tile_supported():
         return 128
     return math.inf
@@ -53,7 +60,7 @@ def wide_mm(x: Tensor, weight: Tensor) -> Tensor:
     multiplied in 16 bits: there, reading the weight takes the time, and converting it would take more."""
     if len(x) < 8:
         return torch.mm(x.to(weight.dtype), weight)
-    out = torch.empty(len(x), weight.shape[1], dtype=x.dtype)
+    out = x.new_empty(len(x), weight.shape[1])
     columns = max(TILE // len(weight), 1)
     for start in range(0, weight.shape[1], columns):
         tile = weight[:, start : start + columns].to(x.dtype)
@@ -83,7 +90,7 @@ def split_mm(x: Tensor, weight: Tensor) -> Tensor:
 
 def avoids_onednn(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether to use `without_onednn` for one row."""
-    return device.type == "cpu" and dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return device.type == "cpu" and dtype == torch.bfloat16 and has_arithmetic(dtype)
 
 
 _lock = threading.Lock()

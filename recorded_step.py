@@ -13,6 +13,7 @@ place, and a step attends to a fixed number of slots, its room. Slots that are s
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
@@ -65,6 +66,8 @@ class RecordedStep:
 
         self.replay: Step = self.compute
         if compile:
+            # Each shape of a step is compiled once in a process. The default limit of 8 would be an error.
+            torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 256)
             self.replay = torch.compile(self.compute, fullgraph=True, dynamic=False)
         if device.type == "cuda":
             self.replay = record(self.replay, device)
@@ -95,10 +98,9 @@ class RecordedStep:
             size = keys.shape[2]
             keys.index_copy_(2, new_slots[size], k)
             values.index_copy_(2, new_slots[size], v)
-            return one_query_attention(q, keys, values, masks[size])
+            return one_query_attention(q, keys, values, masks[size], self.model.grouped)
 
-        position_ids = (self.first + self.slot).clamp(min=0)
-        return self.model.run(self.ids, position_ids, attend)
+        return self.model.run(self.ids, self.first + self.slot, attend)
 
     def __call__(self, ids: Tensor) -> Tensor:
         """Add the ids (B, 1) to the text. Returns the logits (B, V) after them."""
@@ -137,7 +139,8 @@ def record(step: Step, device: torch.device) -> Step:
                 step()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Without `stream`, the stream of the device that recorded first in this process is used.
+        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
             logits = step()
 
     def replay() -> Tensor:
@@ -166,15 +169,18 @@ def recording_pays(new_tokens: int, device: torch.device) -> bool:
 
 
 def compiling_pays(new_tokens: int, device: torch.device) -> bool:
-    """Whether they are decoded faster by a compiled step, its compilation included. `torch.compile` needs Triton."""
-    return device.type == "cuda" and new_tokens >= COMPILING_PAYS and find_spec("triton") is not None
+    """Whether they are decoded faster by a compiled step, its compilation included. `torch.compile` needs Triton and a
+    C compiler."""
+    can_compile = find_spec("triton") is not None and any(map(shutil.which, ("cc", "gcc", "clang")))
+    return device.type == "cuda" and new_tokens >= COMPILING_PAYS and can_compile
 
 
 def recorded_step(
     model: FlatModel, cache: KVCache, visible: Tensor, expected: int, compile: bool = False
 ) -> RecordedStep:
     """The step for the next token after the text in the cache. The step of an earlier call is used again if it has the
-    same room, and if weights, keys and values are still in the same memory.
+    same room, and if weights, keys and values are still in the same memory. The step, and thereby the weights, are kept
+    as long as the cache.
 
     Args:
         model, cache, visible, compile: see `RecordedStep`.
@@ -189,7 +195,8 @@ def recorded_step(
     for group in (*model.layers, *keys_values):
         tensors += group
     memory = [(tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) for tensor in tensors]
-    identity = (room, compile, repr(model.config), memory)
+    functions = (model.rotary_emb, model.rotate, model.act, model.eps)
+    identity = (room, compile, repr(model.config), functions, memory)
     if step is not None and step.identity == identity:
         step.start(visible)
     else:
@@ -204,10 +211,13 @@ def choose_room(cache: KVCache, expected: int, compile: bool) -> int:
 
     A short text then reads few slots, although the cache may have many, and a long text rarely needs another step. If
     the next token still fits into the memory of the cache, the room is no larger than that memory, so that the cache
-    is not copied. A compiled step has room for the whole text, because compiling again takes longer than reading."""
+    is not copied. A compiled step has room for the whole text, because compiling again takes long, and up to a quarter
+    more, so that texts of similar lengths share it."""
     slots = cache.get_seq_length() + 1
     if compile:
-        return power_of_two(max(slots, expected))
+        slots = max(slots, expected)
+        step = max(power_of_two(slots) // 8, SMALLEST_ROOM)
+        return (slots + step - 1) // step * step
     capacity = max(layer.capacity for layer in cache.layers)
     if slots <= capacity:
         return min(power_of_two(slots), capacity)

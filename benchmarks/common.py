@@ -24,7 +24,6 @@ from ministral3 import Ministral3Config, Ministral3ForCausalLM
 from model_types import BUNDLED, load_model
 from products import avoids_onednn, split_mm, splits_rows, without_onednn
 
-transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
 T = TypeVar("T")
 # The shape of a model with 135 million parameters (SmolLM2), one of 5 million in three patterns of layers, the
 # published text models of Ministral-3-3B and -8B, and tiny ones of these two. Weights are random: speed does not depend
@@ -86,6 +85,7 @@ def ours(name: str, dtype: torch.dtype, device: str = "cpu") -> Any:
 
 def theirs(model: Any, attn: str = "sdpa") -> Any:
     """The same model in Transformers, with the same tensors."""
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     config_class = getattr(transformers, type(model.config).__name__)
     model_class = getattr(transformers, type(model).__name__)
     values = model.config.to_dict()

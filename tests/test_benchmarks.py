@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+import transformers
 
 from benchmarks import bench, common, cuda, duel
 from decoder import kv_cache_bytes
@@ -16,6 +17,14 @@ ROWS = [
     "decode at 40", "prompt of 8 after 24", "batch of 1", "batch of 1, padded", "batch of 2", "batch of 2, padded",
     "batch of 3", "batch of 3, padded", "sampled batch of 2", "sampled batch of 3", "compiled",
 ]  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def verbosity():
+    """Benchmarks silence Transformers; other tests listen to it."""
+    before = transformers.logging.get_verbosity()
+    yield
+    transformers.logging.set_verbosity(before)
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,8 @@ import decoder
 import fast
 import ministral
 import recorded_step
-from fast import FlatModel, why_not
+from decoder import why_not
+from fast import FlatModel
 from generate import generate
 from ministral import KVCache, MinistralConfig, MinistralForCausalLM, eager_attention
 from ministral3 import Ministral3ForCausalLM
@@ -107,16 +108,45 @@ def test_attention_of_one_query_equals_the_formula(grouped, device, rng):
     if rng.random() < 0.3:
         mask = None
     expected, _ = eager_attention(q, k, v, mask, D**-0.5, 0.0)
-    with patch.object(fast, "groups_heads", lambda q: grouped):
-        found = fast.one_query_attention(q, k, v, mask)
+    found = fast.one_query_attention(q, k, v, mask, grouped)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
 
 
-def test_heads_are_grouped_by_the_kernel_on_cuda():
-    """See the figures of `one_query_attention`."""
-    assert not fast.groups_heads(torch.empty(1))
-    with FakeTensorMode():
-        assert fast.groups_heads(torch.empty(1, device="cuda"))
+@pytest.mark.parametrize(
+    ("choice", "grouped"), [("MATH", False), ("EFFICIENT_ATTENTION", True), ("CUDNN_ATTENTION", True)]
+)
+def test_heads_are_grouped_by_a_kernel_that_can(choice, grouped):
+    """Where PyTorch has no kernel for a mask and groups of heads, it would repeat all keys."""
+    config, number = tiny().config, torch._C._SDPBackend.__members__[choice].value
+    seen = []
+
+    def choose(q, k, v, mask, dropout, causal, enable_gqa):
+        seen.append((tuple(q.shape), tuple(k.shape), mask.dtype, enable_gqa))
+        return number
+
+    with FakeTensorMode(), patch.object(torch, "_fused_sdp_choice", choose):
+        assert fast.groups_heads(config, torch.bfloat16, torch.device("cuda")) == grouped
+        assert not fast.groups_heads(config, torch.bfloat16, torch.device("cpu"))
+    assert seen == [((1, 4, 1, 16), (1, 2, 8, 16), torch.bool, True)]
+
+
+@given(rngs)
+@settings(max_examples=40)
+def test_devices_without_kernels_use_masks(rng):
+    """As on Apple's MPS."""
+    case, positions, _ = left_padded(rng, dtype=torch.float32)
+    model = case.ours.double()
+    attended = []
+    right = fast.blockwise_attention
+
+    def attend(q, k, v, mask, *rest):
+        attended.append(mask)
+        return right(q, k, v, mask, *rest)
+
+    with patch.object(fast, "has_kernels", lambda device: False), patch.object(fast, "blockwise_attention", attend):
+        for readable, fast_logits in both(case, model, positions):
+            torch.testing.assert_close(fast_logits, readable, rtol=0, atol=1e-12 * max(readable.abs().max().item(), 1))
+    assert all(torch.is_tensor(mask) for mask in attended)
 
 
 @given(rngs)
@@ -260,10 +290,19 @@ def unsupported():
     replace_forward(changed)
     adapted = tiny()
     adapt(adapted)
+    norms = tiny()
+    norms.model.layers[0].input_layernorm.eps = 0.5
+    acts = tiny()
+    acts.model.layers[1].mlp.act = torch.nn.functional.gelu
+    early = tiny()
+    early.model.layers[1].self_attn.register_forward_pre_hook(lambda *_: None)
     return {
         "the model is in training mode": tiny().train(),
         "attn_implementation is 'eager'": tiny(attn_implementation="eager"),
         "MinistralMLP has hooks": hooked,
+        "MinistralAttention has hooks": early,
+        "norms have several values of eps": norms,
+        "a layer has another activation than its configuration": acts,
         "torch.nn.modules.linear.Linear is not a class of this project": foreign,
         "Linear has a bias": biased,
         "the forward of MinistralMLP is not that of this project": changed,
@@ -295,6 +334,24 @@ def test_the_reason_for_the_readable_path_is_given(monkeypatch):
 
 def test_a_model_with_blockwise_attention_is_supported():
     assert why_not(tiny(attn_implementation="blockwise")) is None
+
+
+def test_changes_that_act_on_all_models_are_noticed():
+    """Hooks of all modules, and another attention function."""
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        assert why_not(tiny()) == "all modules have hooks"
+    finally:
+        handle.remove()
+    with patch.dict(ministral.ATTENTION, sdpa=eager_attention):
+        assert why_not(tiny()) == "an entry of ministral.ATTENTION is not that of this project"
+    assert why_not(tiny()) is None
+
+
+@pytest.mark.parametrize("compile", ["yes", 1, 0])
+def test_another_value_of_compile_is_refused(compile):
+    with pytest.raises(ValueError, match=re.escape(f"compile={compile!r} is impossible; allowed: True, False, None")):
+        generate(tiny(), torch.tensor([[1]]), compile=compile)
 
 
 def test_a_subclass_with_its_own_forward_is_used():

@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 
 import ministral
-from fast import why_not
+from decoder import why_not
 from reference import golden, mutants
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -40,6 +40,31 @@ def test_wide_products_are_those_of_float32(dtype, rows, monkeypatch):
         assert (product - exact).abs().max() <= 1e-5 * exact.abs().max()
 
 
+def test_pytorch_without_onednn(monkeypatch):
+    """As on Apple's processors, where its functions do not exist."""
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(torch.ops, "mkldnn", None)
+    assert wide_rows(torch.float32, CPU) == math.inf and wide_rows(torch.bfloat16, CPU) == 8
+    assert not avoids_onednn(torch.bfloat16, CPU)
+    FlatModel(tiny())
+
+
+def test_a_hidden_matrix_unit(monkeypatch):
+    """AVX-512 with both 16-bit types, but without AMX."""
+    monkeypatch.setattr(products, "has_arithmetic", lambda dtype: True)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    for amx in (False, True):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
+        assert wide_rows(torch.bfloat16, CPU) == (math.inf if amx else 128)
+        assert wide_rows(torch.float16, CPU) == math.inf
+
+
+def test_a_weight_whose_column_is_larger_than_a_tile(monkeypatch):
+    x, weight = draw(9, 96, 5, torch.bfloat16)
+    monkeypatch.setattr(products, "TILE", 50)
+    torch.testing.assert_close(wide_mm(x.float(), weight), x.float() @ weight.float())
+
+
 def test_the_widened_types_are_those_that_gain():
     bf16, fp16 = torch.ops.mkldnn._is_mkldnn_bf16_supported(), torch.ops.mkldnn._is_mkldnn_fp16_supported()
     assert (wide_rows(torch.bfloat16, CPU) == 8) is not bf16
