@@ -1,17 +1,13 @@
 /* Ministral (2410) and Ministral 3 in C99: both text models, with the standard library alone.
  *
  *     cc -O2 -std=c99 -o port examples/port.c -lm
- *     ./port DIR --ids 1,2,3 -o mine.safetensors       all stages, for `python -m reference diff`
- *     ./port DIR --ids 1,2,3 --generate 9              the 9 ids that follow, greedy
- *     ./port DIR --ids 1,2,3 --generate 9 --temperature 0.8 --seed 1
- *
- * DIR holds Transformers' config.json and one model.safetensors in float32 or bfloat16. Numbers are
- * float32, tokens are computed one at a time. Generation does not stop at an end token. A tokenizer
- * is out of scope. In Python, this encodes a text, and `decode([1, 2, 3])` is the way back:
- *     python -c "from tokenizer import Tokenizer as T; print(T.from_dir('DIR').encode('To be'))"
- *
- * Functions have the names of ministral.py and ministral3.py. The machine must be little-endian, as
- * the files are. Memory is freed when the process ends. */
+ *     ./port DIR --ids 1,2,3 -o mine.safetensors     all stages, for `python -m reference diff`
+ *     ./port DIR --ids 1,2,3 --generate 9 [--temperature 0.8 --seed 1]     9 more ids; or greedy
+ * DIR holds Transformers' config.json and one model.safetensors in float32 or bfloat16. Functions
+ * have the names of ministral.py and ministral3.py. Numbers are float32, tokens are computed one at
+ * a time, generation does not stop at an end token, and the machine must be little-endian. The
+ * tokenizer is out of scope. In Python, this encodes a text, and decode([1, 2, 3]) is the way back:
+ *     python -c "from tokenizer import Tokenizer as T; print(T.from_dir('DIR').encode('To be'))" */
 #include <math.h>
 #include <stdarg.h>
 #include <stdint.h>
@@ -34,63 +30,40 @@ static void *allocate(size_t count, size_t size) { /* zeros */
     return memory;
 }
 
-/* JSON: a value is a pointer to its first character; one that is missing is an empty text. */
-static int json_is(const char *p, const char *text) { return strncmp(p, text, strlen(text)) == 0; }
-static const char *json_space(const char *p) { return p + strspn(p, ", \t\r\n"); }
-
-/* One past the last character of the value at p. */
-static const char *json_end(const char *p) {
-    int depth = 0;
-    if (strchr("{[\"", *p) == NULL) return p + strcspn(p, ",}] \t\r\n"); /* a number, true, null */
-    do {
-        p += strcspn(p, "{}[]\"");
-        if (*p == '{' || *p == '[') depth++;
-        if (*p == '}' || *p == ']') depth--;
-        if (*p == '"') {
-            for (p++; *p != '"' && *p != '\0'; p++)
-                if (*p == '\\' && p[1] != '\0') p++;
-        }
-        if (*p++ == '\0') fail("the JSON has no end");
-    } while (depth > 0);
-    return p;
-}
-
-static const char *json_get(const char *object, const char *key) {
-    const char *p = object;
-    if (*p == '{') p = json_space(p + 1);
-    while (*p == '"') {
-        const char *name = p + 1;
-        p = json_space(json_end(p));
-        if (*p != ':') fail("this is not JSON: %.20s", name);
-        p = json_space(p + 1);
-        if (json_is(name, key) && name[strlen(key)] == '"') return p;
-        p = json_space(json_end(p));
+/* What follows a key in JSON, or "". These files have each key once: nesting does not matter. */
+static const char *json_get(const char *json, const char *key) {
+    size_t length = strlen(key);
+    for (const char *p = strstr(json, key); p != NULL; p = strstr(p + 1, key)) {
+        const char *colon = p + length + 1 + strspn(p + length + 1, " \t\r\n");
+        if (p > json && p[-1] == '"' && p[length] == '"' && *colon == ':')
+            return colon + 1 + strspn(colon + 1, " \t\r\n");
     }
     return "";
 }
 
+static int json_is(const char *p, const char *text) { return strncmp(p, text, strlen(text)) == 0; }
 /* Refuse a value that is given and is not the supported one. */
-static void expect(const char *object, const char *key, const char *supported) {
-    const char *value = json_get(object, key);
+static void expect(const char *json, const char *key, const char *supported) {
+    const char *value = json_get(json, key);
     if (*value == '\0' || json_is(value, "null") || json_is(value, supported)) return;
-    int length = (int)(json_end(value) - value);
+    int length = (int)strcspn(value, ",]}\r\n");
     fail("%s=%.*s is not supported; supported: %s", key, length, value, supported);
 }
 
 /* The number of a key, or `otherwise` if it is missing or null; NAN makes that an error. */
-static double json_number(const char *object, const char *key, double otherwise) {
-    const char *value = json_get(object, key);
+static double json_number(const char *json, const char *key, double otherwise) {
+    const char *value = json_get(json, key);
     char *end;
     double number = strtod(value, &end);
-    if (*value != '\0' && end == json_end(value)) return number;
-    expect(object, key, "a number");
+    if (end > value && strchr(",} \t\r\n", *end) != NULL) return number;
+    expect(json, key, "a number");
     if (isnan(otherwise)) fail("config.json has no %s", key);
     return otherwise;
 }
 
-static int json_size(const char *object, const char *key) {
-    double number = json_number(object, key, NAN);
-    if (number < 1 || number > 1e9 || number != floor(number)) expect(object, key, "sizes above 0");
+static int json_size(const char *json, const char *key) {
+    double number = json_number(json, key, NAN);
+    if (number < 1 || number > 1e9 || number != floor(number)) expect(json, key, "sizes above 0");
     return (int)number;
 }
 
@@ -102,19 +75,17 @@ typedef struct {
 } Layer;
 
 typedef struct {
-    int E, F, V, L;     /* hidden_size, intermediate_size, vocab_size, num_hidden_layers */
-    int H, G, D;        /* query heads, key/value heads, the size of a head */
-    int T, position;    /* tokens of this run, position of the current one */
+    int E, F, V, L;         /* hidden_size, intermediate_size, vocab_size, num_hidden_layers */
+    int H, G, D;            /* query heads, key/value heads, the size of a head */
+    int T, position, layer; /* tokens of this run; the current position, and layer, or -1 */
     double rms_norm_eps, attention_factor, llama_4_scaling_beta, original_context;
-    float *inv_freq;    /* (D/2,) radians per position */
-    float *embed_tokens, *norm, *lm_head;
+    float *embed_tokens, *norm, *lm_head, *inv_freq; /* inv_freq: (D/2,) radians per position */
     Layer *layers;
-    int layer;          /* the current one, or -1 */
-    const char *file;   /* safetensors: length of the header (8 bytes), header (JSON), numbers */
-    uint64_t file_size, header_size;
-    char *trace_header; /* the same for the trace; NULL: nothing is recorded */
+    const char *header, *numbers; /* safetensors: header length (8 bytes), header (JSON), numbers */
+    uint64_t numbers_size;
+    char *trace_header; /* of the trace; NULL: nothing is recorded */
     float *trace;
-    size_t trace_size;  /* in numbers, up to the current stage */
+    size_t trace_size; /* in numbers, up to the current stage */
 } Model;
 
 static char *read_file(const char *directory, const char *name, uint64_t *size) {
@@ -134,19 +105,18 @@ static float *tensor(const Model *m, int layer, const char *part, int rows, int 
     char name[80];
     snprintf(name, sizeof name, "%s.weight", part);
     if (layer >= 0) snprintf(name, sizeof name, "model.layers.%d.%s.weight", layer, part);
-    const char *entry = json_get(m->file + 8, name), *dtype = json_get(entry, "dtype");
+    const char *entry = json_get(m->header, name), *dtype = json_get(entry, "dtype");
     if (*entry == '\0') fail("model.safetensors has no %s", name);
     double a = 0, b = 0, start = -1, end = 0;
-    int dimensions = sscanf(json_get(entry, "shape"), "[ %lf , %lf ]", &a, &b);
-    int fits = dimensions == 2 && a == rows && b == columns;
-    if (dimensions == 1) fits = rows == 1 && a == columns;
+    if (sscanf(json_get(entry, "shape"), "[ %lf , %lf ]", &a, &b) == 1) b = a, a = 1;
     sscanf(json_get(entry, "data_offsets"), "[ %lf , %lf ]", &start, &end);
     size_t width = 4, count = (size_t)rows * columns;
     if (json_is(dtype, "\"BF16\"")) width = 2;
     else if (!json_is(dtype, "\"F32\"")) fail("%s is %.6s; supported: F32, BF16", name, dtype);
-    const char *source = m->file + 8 + m->header_size + (size_t)fmax(start, 0);
-    if (!fits || end - start != count * width || end > m->file_size - 8 - m->header_size)
-        fail("%s is not (%d, %d), as config.json says, or cut off", name, rows, columns);
+    const char *source = m->numbers + (size_t)fmax(start, 0);
+    int is_cut_off = start < 0 || end - start != count * width || end > m->numbers_size;
+    if (a != rows || b != columns || is_cut_off)
+        fail("%s is cut off, or not (%d, %d), as config.json says", name, rows, columns);
     float *numbers = allocate(count, sizeof(float));
     for (size_t i = 0; i < count; i++) /* a bfloat16 is the upper half of a float32 */
         memcpy((char *)(numbers + i) + 4 - width, source + i * width, width);
@@ -154,49 +124,42 @@ static float *tensor(const Model *m, int layer, const char *part, int rows, int 
 }
 
 static void read_rope_parameters(Model *m, const char *config) {
-    const char *rope = json_get(config, "rope_parameters");
-    double theta = json_number(rope, "rope_theta", NAN), original = INFINITY;
+    double theta = json_number(config, "rope_theta", NAN);
     m->inv_freq = allocate(m->D / 2, sizeof(float));
     for (int i = 0; i < m->D / 2; i++) m->inv_freq[i] = (float)pow(theta, -2.0 * i / m->D);
-    m->attention_factor = 1;
-    m->llama_4_scaling_beta = json_number(rope, "llama_4_scaling_beta", 0);
-    int is_yarn = json_is(json_get(rope, "rope_type"), "\"yarn\"");
+    m->llama_4_scaling_beta = json_number(config, "llama_4_scaling_beta", 0);
+    int is_yarn = json_is(json_get(config, "rope_type"), "\"yarn\"");
     if (is_yarn || m->llama_4_scaling_beta != 0) {
         expect(config, "model_type", "\"ministral3\"");
-        original = json_size(rope, "original_max_position_embeddings");
+        m->original_context = json_size(config, "original_max_position_embeddings");
     }
-    m->original_context = original;
-    if (!is_yarn) {
-        expect(rope, "rope_type", "\"default\"");
-        return;
-    }
-    /* YaRN: fast pairs keep their frequency, slow ones get 1/factor of it, between them is a ramp.
-     * Pair i turns original * theta^(-2i/D) / 2 pi times in the original context; here for i. */
-    double factor = json_number(rope, "factor", NAN), pairs = m->D / (2 * log(theta));
-    double turns = original / (2 * acos(-1));
-    double low = pairs * log(turns / json_number(rope, "beta_fast", 32));
-    double high = pairs * log(turns / json_number(rope, "beta_slow", 1));
-    if (!json_is(json_get(rope, "truncate"), "false")) low = floor(low), high = ceil(high);
-    low = fmax(low, 0);
-    high = fmin(high, m->D - 1);
+    if (!is_yarn) expect(config, "rope_type", "\"default\""), expect(config, "type", "\"default\"");
+    if (!is_yarn) return;
+    /* YaRN: fast pairs keep their frequency, slow ones get 1/factor of it, with a ramp between. */
+    double factor = json_number(config, "factor", NAN), pairs = m->D / (2 * log(theta));
+    double turns = m->original_context / (2 * acos(-1));
+    double low = pairs * log(turns / json_number(config, "beta_fast", 32));
+    double high = pairs * log(turns / json_number(config, "beta_slow", 1));
+    if (!json_is(json_get(config, "truncate"), "false")) low = floor(low), high = ceil(high);
+    low = fmax(low, 0), high = fmin(high, m->D - 1);
     if (low == high) high += 0.001;
     for (int i = 0; i < m->D / 2; i++) {
         double slowed = fmin(fmax((i - low) / (high - low), 0), 1);
         m->inv_freq[i] *= (float)(1 - slowed + slowed / factor);
     }
-    double mscale = json_number(rope, "mscale", 0), all_dim = json_number(rope, "mscale_all_dim", 0);
-    if (mscale == 0 || all_dim == 0) mscale = 1, all_dim = 0;
-    double quotient = (0.1 * mscale * log(factor) + 1) / (0.1 * all_dim * log(factor) + 1);
-    m->attention_factor = json_number(rope, "attention_factor", quotient); /* Ministral 3: 1 */
+    double a = json_number(config, "mscale", 0), b = json_number(config, "mscale_all_dim", 0);
+    double quotient = (0.1 * a * log(factor) + 1) / (0.1 * b * log(factor) + 1);
+    if (a == 0 || b == 0) quotient = 0.1 * log(factor) + 1; /* not Ministral 3, which has 1 and 1 */
+    m->attention_factor = json_number(config, "attention_factor", quotient);
 }
 
-/* The weights and the cache of layer n. Its kind is "sliding_attention" if the file names none. */
+/* The weights and the cache of layer n, whose kind is "full_attention" or "sliding_attention". */
 static void read_layer(Model *m, int n, const char *kind, double sliding_window) {
     int E = m->E, F = m->F, Q = m->H * m->D, K = m->G * m->D;
     Layer *layer = &m->layers[n];
     layer->window = (int)fmin(m->T, sliding_window);
     if (json_is(kind, "\"full_attention\"")) layer->window = m->T;
-    else if (*kind != '\0' && !json_is(kind, "\"sliding_attention\"")) fail("layer_types has %.20s", kind);
+    else if (!json_is(kind, "\"sliding_attention\"")) fail("layer_types: %.20s", kind);
     layer->keys = allocate((size_t)layer->window * K * 2, sizeof(float));
     layer->values = layer->keys + (size_t)layer->window * K;
     layer->input_layernorm = tensor(m, n, "input_layernorm", 1, E);
@@ -211,31 +174,34 @@ static void read_layer(Model *m, int n, const char *kind, double sliding_window)
 }
 
 static Model read_model(const char *directory, int tokens) {
-    uint64_t size;
-    const char *config = json_space(read_file(directory, "config.json", &size));
+    uint64_t size, header_size;
+    const char *config = read_file(directory, "config.json", &size);
     if (!json_is(json_get(config, "model_type"), "\"ministral3\""))
         expect(config, "model_type", "\"ministral\"");
     expect(config, "hidden_act", "\"silu\"");
-    expect(config, "attention_bias", "false");
-    expect(config, "mlp_bias", "false");
+    expect(config, "attention_bias", "false"), expect(config, "mlp_bias", "false");
     Model m = {
         .E = json_size(config, "hidden_size"), .F = json_size(config, "intermediate_size"),
         .V = json_size(config, "vocab_size"), .L = json_size(config, "num_hidden_layers"),
-        .H = json_size(config, "num_attention_heads"), .G = json_size(config, "num_key_value_heads"),
-        .D = json_size(config, "head_dim"), .rms_norm_eps = json_number(config, "rms_norm_eps", NAN),
-        .T = tokens, .layer = -1,
+        .H = json_size(config, "num_attention_heads"), .D = json_size(config, "head_dim"),
+        .G = json_size(config, "num_key_value_heads"),
+        .rms_norm_eps = json_number(config, "rms_norm_eps", NAN), .attention_factor = 1,
+        .original_context = INFINITY, .T = tokens, .layer = -1,
     };
     if (m.H % m.G != 0 || m.D % 2 != 0) fail("%d heads, %d key heads of size %d", m.H, m.G, m.D);
     read_rope_parameters(&m, config);
-    m.file = read_file(directory, "model.safetensors", &m.file_size);
-    memcpy(&m.header_size, m.file, 8);
-    if (m.file_size < 8 || m.header_size > m.file_size - 8) fail("model.safetensors is cut off");
+    m.header = read_file(directory, "model.safetensors", &size) + 8;
+    memcpy(&header_size, m.header - 8, 8);
+    if (size < 8 || header_size > size - 8) fail("model.safetensors is cut off");
+    if (strstr(m.header, ".bias\"") != NULL) fail("biases in model.safetensors are not supported");
+    m.numbers = m.header + header_size, m.numbers_size = size - 8 - header_size;
     m.layers = allocate(m.L, sizeof(Layer));
-    const char *kind = json_get(config, "layer_types");
+    const char *kind = json_get(config, "layer_types"), *next = kind;
     for (int n = 0; n < m.L; n++) {
-        if (*kind != '\0') kind = json_space(kind + 1); /* after "[" or the end of the last one */
-        read_layer(&m, n, kind, json_number(config, "sliding_window", m.T));
-        if (*kind != '\0') kind = json_end(kind) - 1;
+        if (*kind == '[') next += 1 + strcspn(next + 1, "\"]"); /* a name, or the end */
+        else next = "\"sliding_attention\""; /* without a list, all layers slide */
+        read_layer(&m, n, next, json_number(config, "sliding_window", m.T));
+        if (*kind == '[') next += 1 + strcspn(next + 1, "\"");
     }
     m.norm = tensor(&m, -1, "model.norm", 1, m.E);
     m.embed_tokens = m.lm_head = tensor(&m, -1, "model.embed_tokens", m.V, m.E);
@@ -254,8 +220,7 @@ static void record(Model *m, const char *point, int size, const float *numbers) 
         if (m->layer >= 0) snprintf(prefix, sizeof prefix, "layers.%d.", m->layer);
         sprintf(end, ",\"%s%s\":{\"dtype\":\"F32\",\"shape\":[1,%d,%d],\"data_offsets\":[%zu,%zu]}",
                 prefix, point, m->T, size, 4 * start, 4 * m->trace_size);
-        m->trace = realloc(m->trace, 4 * m->trace_size);
-        if (m->trace == NULL) fail("no memory for the trace");
+        if ((m->trace = realloc(m->trace, 4 * m->trace_size)) == NULL) fail("no memory left");
     }
     memcpy(m->trace + start + (size_t)m->position * size, numbers, 4 * (size_t)size);
 }
@@ -276,11 +241,10 @@ static float dot(const float *a, const float *b, int n) {
     return sum;
 }
 
-/* out (rows,) = w (rows, columns) x (columns,) */
-static void linear(Model *m, const char *stage, float *out, const float *w, const float *x,
-                   int rows, int columns) {
-    for (int i = 0; i < rows; i++) out[i] = dot(w + (size_t)i * columns, x, columns);
-    record(m, stage, rows, out);
+/* out (rows,) = w (rows, cols) x (cols,) */
+static void linear(Model *m, const char *name, float *out, float *w, float *x, int rows, int cols) {
+    for (int i = 0; i < rows; i++) out[i] = dot(w + (size_t)i * cols, x, cols);
+    record(m, name, rows, out);
 }
 
 /* out = x / sqrt(mean(x^2) + eps) * weight, each (E,) */
@@ -309,7 +273,8 @@ static void apply_rotary_pos_emb(Model *m, const char *stage, float *x, int head
 static void attention(Model *m, const Layer *layer, float *x, float *out) {
     int D = m->D, T = m->T, Q = m->H * D, K = m->G * D, window = layer->window, last = m->position;
     int first = (int)fmax(0, last - window + 1); /* the first visible key */
-    float q[Q], *k = layer->keys + (size_t)(last % window) * K, *v = layer->values + (k - layer->keys);
+    size_t slot = (size_t)(last % window) * K; /* overwrites the key that has left the window */
+    float q[Q], *k = layer->keys + slot, *v = layer->values + slot;
     linear(m, "attention.q", q, layer->q_proj, x, Q, m->E);
     linear(m, "attention.k", k, layer->k_proj, x, K, m->E);
     linear(m, "attention.v", v, layer->v_proj, x, K, m->E);
@@ -318,7 +283,6 @@ static void attention(Model *m, const Layer *layer, float *x, float *out) {
     double scale = 1 + m->llama_4_scaling_beta * log(1 + floor(last / m->original_context));
     for (int i = 0; i < Q; i++) q[i] *= (float)scale;
     record(m, "attention.q_scaled", Q, q);
-
     float *scores = allocate((size_t)m->H * T * 2 + Q, sizeof(float)); /* 0 for hidden keys */
     float *probs = scores + (size_t)m->H * T, *heads = probs + (size_t)m->H * T;
     for (int h = 0; h < m->H; h++) {
@@ -352,9 +316,7 @@ static void decoder_layer(Model *m, const Layer *layer, float *x) {
     rms_norm(m, "post_attention_norm", normed, layer->post_attention_layernorm, x);
     linear(m, "mlp.gate", gate, layer->gate_proj, normed, m->F, m->E);
     linear(m, "mlp.up", up, layer->up_proj, normed, m->F, m->E);
-    for (int i = 0; i < m->F; i++) gate[i] /= 1 + expf(-gate[i]);
-    record(m, "mlp.activation", m->F, gate);
-    for (int i = 0; i < m->F; i++) gate[i] *= up[i];
+    for (int i = 0; i < m->F; i++) gate[i] = gate[i] / (1 + expf(-gate[i])) * up[i];
     record(m, "mlp.product", m->F, gate);
     linear(m, "mlp.down", result, layer->down_proj, gate, m->E, m->F);
     for (int i = 0; i < m->E; i++) x[i] += result[i];
@@ -364,8 +326,7 @@ static void decoder_layer(Model *m, const Layer *layer, float *x) {
 /* The logits (V,) of the token after `id`, which is at `position`: 0, 1, 2, ..., one per call. */
 static void forward(Model *m, int id, int position, float *logits) {
     float x[m->E], normed[m->E];
-    m->position = position;
-    m->trace_size = 0;
+    m->position = position, m->trace_size = 0;
     memcpy(x, m->embed_tokens + (size_t)id * m->E, sizeof x);
     record(m, "embedding", m->E, x);
     for (m->layer = 0; m->layer < m->L; m->layer++) decoder_layer(m, &m->layers[m->layer], x);
@@ -394,11 +355,13 @@ static int sample(const float *logits, int V, double temperature, uint64_t *stat
     return best;
 }
 
-/* The number at *text, from 0 to `most`, and the comma behind it if there is one; moves *text on. */
+/* The number at *text, from 0 to `most`; *text moves behind it and behind a comma. */
 static double argument(const char *option, const char **text, double most) {
     char *end;
     double number = strtod(*text, &end);
-    if (end == *text || (*end != ',' && *end != '\0') || !(number >= 0 && number <= most))
+    int is_list = strcmp(option, "--ids") == 0, has_end = *end == '\0' || (is_list && *end == ',');
+    int is_whole = number == floor(number) || strcmp(option, "--temperature") == 0;
+    if (end == *text || !has_end || !is_whole || !(number >= 0 && number <= most))
         fail("%s %.40s is not supported; supported: from 0 to %.0f", option, *text, most);
     *text = end + (*end == ',');
     return number;
@@ -430,10 +393,8 @@ int main(int argc, char **argv) {
         forward(&m, id, i, logits);
         if (output != NULL || i + 1 < given) continue;
         id = sample(logits, m.V, temperature, &seed);
-        if (i >= given) putchar(',');
-        printf("%d", id);
+        printf("%d\n", id);
     }
     if (output != NULL) write_trace(&m, output);
-    else putchar('\n');
     return 0;
 }
