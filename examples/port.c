@@ -113,10 +113,10 @@ static float *tensor(const Model *m, int layer, const char *part, int rows, int 
     size_t width = 4, count = (size_t)rows * columns;
     if (json_is(dtype, "\"BF16\"")) width = 2;
     else if (!json_is(dtype, "\"F32\"")) fail("%s is %.6s; supported: F32, BF16", name, dtype);
-    const char *source = m->numbers + (size_t)fmax(start, 0);
     int is_cut_off = start < 0 || end - start != count * width || end > m->numbers_size;
     if (a != rows || b != columns || is_cut_off)
         fail("%s is cut off, or not (%d, %d), as config.json says", name, rows, columns);
+    const char *source = m->numbers + (size_t)start;
     float *numbers = allocate(count, sizeof(float));
     for (size_t i = 0; i < count; i++) /* a bfloat16 is the upper half of a float32 */
         memcpy((char *)(numbers + i) + 4 - width, source + i * width, width);
