@@ -160,6 +160,7 @@ static void read_layer(Model *m, int n, const char *kind, double sliding_window)
     layer->window = (int)fmin(m->T, sliding_window);
     if (json_is(kind, "\"full_attention\"")) layer->window = m->T;
     else if (!json_is(kind, "\"sliding_attention\"")) fail("layer_types: %.20s", kind);
+    if (layer->window < 1) fail("sliding_window=%g; supported: 1 and above", sliding_window);
     layer->keys = allocate((size_t)layer->window * K * 2, sizeof(float));
     layer->values = layer->keys + (size_t)layer->window * K;
     layer->input_layernorm = tensor(m, n, "input_layernorm", 1, E);
@@ -180,13 +181,12 @@ static Model read_model(const char *directory, int tokens) {
         expect(config, "model_type", "\"ministral\"");
     expect(config, "hidden_act", "\"silu\"");
     expect(config, "attention_bias", "false"), expect(config, "mlp_bias", "false");
-    Model m = {
+    Model m = {.T = tokens,
         .E = json_size(config, "hidden_size"), .F = json_size(config, "intermediate_size"),
         .V = json_size(config, "vocab_size"), .L = json_size(config, "num_hidden_layers"),
         .H = json_size(config, "num_attention_heads"), .D = json_size(config, "head_dim"),
-        .G = json_size(config, "num_key_value_heads"),
-        .rms_norm_eps = json_number(config, "rms_norm_eps", NAN), .attention_factor = 1,
-        .original_context = INFINITY, .T = tokens, .layer = -1,
+        .G = json_size(config, "num_key_value_heads"), .layer = -1, .attention_factor = 1,
+        .rms_norm_eps = json_number(config, "rms_norm_eps", NAN), .original_context = INFINITY,
     };
     if (m.H % m.G != 0 || m.D % 2 != 0) fail("%d heads, %d key heads of size %d", m.H, m.G, m.D);
     read_rope_parameters(&m, config);

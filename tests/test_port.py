@@ -218,6 +218,7 @@ def test_draws_have_the_probabilities_of_softmax(port):
     ({"hidden_size": 0}, "hidden_size=0 is not supported; supported: sizes above 0"),
     ({"hidden_size": "many"}, 'hidden_size="many" is not supported; supported: a number'),
     ({"rms_norm_eps": None}, "config.json has no rms_norm_eps"),
+    ({"sliding_window": 0}, "sliding_window=0; supported: 1 and above"),
     ({"head_dim": 7}, "4 heads, 2 key heads of size 7"),
     ({"layer_types": ["full_attention"]}, "layer_types: ]"),
     ({"layer_types": ["full_attention", "chunked_attention", "x"]}, 'layer_types: "chunked_attention"'),
