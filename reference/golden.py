@@ -304,7 +304,8 @@ def noise(directory: Path = HERE) -> dict[str, dict[str, float]]:
 def tolerances(directory: Path = HERE) -> dict[str, Any]:
     """`noise` for tolerances.json, with the type float64, the dimensions of each stage, and masks, which are exact."""
     about = {
-        "stages": "N is a layer; for each type, the error of this implementation over the largest number of the stage",
+        "stages": "in the order of computing; N is a layer; for each type, the largest error of this implementation "
+        "against float64 in the golden models, over the largest number of the stage",
         "margin": "a right port has at most this many times that error",
         "hidden": "the largest probability of a hidden key, in every type",
     }
@@ -314,7 +315,7 @@ def tolerances(directory: Path = HERE) -> dict[str, Any]:
         entry = {"float64": LEAST, **measured.get(name, {})}
         if name.endswith(".mask"):
             entry = dict.fromkeys(DTYPES, 0.0)
-        stages[name] = {"dimensions": dims, **entry}
+        stages[name] = {"dimensions": dims.split(), **entry}
     return {"about": about, "margin": MARGIN_OF_ONE_RUN, "hidden": LEAK, "stages": stages}
 
 

@@ -13,7 +13,6 @@ from reference import golden
 from reference.published import ministral3
 
 
-
 def quantize(directory: Path, scale_dtype: torch.dtype = torch.float32, grid: tuple[int, int] | None = None) -> None:
     """`golden.quantize`, with the quantization_config of the published files."""
     golden.quantize(directory, scale_dtype, grid)
