@@ -304,8 +304,8 @@ def noise(directory: Path = HERE) -> dict[str, dict[str, float]]:
 def tolerances(directory: Path = HERE) -> dict[str, Any]:
     """`noise` for tolerances.json, with the type float64, the dimensions of each stage, and masks, which are exact."""
     about = {
-        "stages": "in the order of computing; N is a layer; for each type, the largest error of this implementation "
-        "against float64 in the golden models, over the largest number of the stage",
+        "stages": "in the order of computing; N is a layer; for each type, the largest error of this "
+        "implementation against float64 in the golden models, over the largest number of the stage",
         "margin": "a right port has at most this many times that error",
         "hidden": "the largest probability of a hidden key, in every type",
     }

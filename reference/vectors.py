@@ -42,8 +42,8 @@ ABOUT_TABLES = {
     "attention_factor": "the factor that the cosines and sines below contain",
     "positions": "P positions: those of the list that the context has, and its last",
     "inverse_frequencies": "[D/2] radians that pair i turns by from one position to the next",
-    "cosines": "[P, D/2] cos(position * inverse frequency) * attention_factor; in float32, the angle is rounded, which "
-    "changes a cosine by up to position * inverse frequency * 2**-22",
+    "cosines": "[P, D/2] cos(position * inverse frequency) * attention_factor; in float32, the angle is "
+    "rounded, which changes a cosine by up to position * inverse frequency * 2**-22",
     "sines": "[P, D/2] sines of the same angles",
     "query_scales": "[P] the factor of the rotated queries",
 }
@@ -59,21 +59,21 @@ ABOUT_TEXTS = {
 ABOUT_CHAT = {
     "vocabulary": "chat_vocabulary.json, in the format of tekken.json",
     "version": "the layout: v3 (Ministral-8B-Instruct-2410), v7, v11 or v13 (Ministral 3)",
-    "image_sizes": "the height and width in pixels of the images, with patches of 14 pixels that are merged 2 x 2",
+    "image_sizes": "height and width of the images in pixels; patches have 14 pixels and are merged 2 x 2",
     "ids": "the ids of the conversation, up to where the answer begins",
     "text": "the same ids as text; encoding that text is not the way to get them",
 }
 ABOUT_SAMPLER = {
     "order": "repetition_penalty, temperature, top_k, top_p, min_p; then softmax of the tokens that are kept",
-    "repetition_penalty": "for each id in previous_ids, once: logit / penalty if it is positive, else logit * penalty",
-    "temperature": "logits / temperature; 0 is greedy: the largest logit after the penalty, the lowest id of a tie",
+    "repetition_penalty": "each id of previous_ids, once: logit / penalty if positive, else logit * penalty",
+    "temperature": "logits / temperature; 0 is greedy: the largest logit after the penalty, of ties the lowest id",
     "top_k": "keeps the logits that are at least the k-th largest, with all ties; null and 0 keep all",
-    "top_p": "drops the least likely tokens whose probabilities sum to at most 1 - top_p, never the most likely one",
+    "top_p": "drops the least likely tokens whose sum is at most 1 - top_p, but never the most likely one",
     "min_p": "drops tokens less likely than min_p times the most likely one",
     "kept": "the ids that are kept, ascending",
     "probabilities": "those of the kept ids",
-    "draws": "inverse of the cumulative distribution over ascending ids: the token is the lowest id whose probability "
-    "and those of all lower ids sum to more than the number, which is random in [0, 1) in a sampler",
+    "draws": "inverse of the cumulative distribution over ascending ids: the token is the lowest id whose "
+    "probability and those of lower ids sum to more than the number; a sampler draws it from [0, 1)",
 }
 NUMBERS = (0.0, 0.1234, 0.3141, 0.5772, 0.8128, 0.9999)
 
@@ -105,7 +105,8 @@ def tables() -> dict[str, Any]:
     for size in ("3B", "8B", "14B"):
         config = Ministral3Config.from_dict(ministral3(size)["text_config"])
         models[f"Ministral-3-{size}-2512"] = rotary_table(YarnRotaryEmbedding(config))
-    models["Ministral-8B-Instruct-2410"] = rotary_table(RotaryEmbedding(MinistralConfig.from_dict(MINISTRAL_8B)))
+    plain = RotaryEmbedding(MinistralConfig.from_dict(MINISTRAL_8B))
+    models["Ministral-8B-Instruct-2410"] = rotary_table(plain)
     return {"about": ABOUT_TABLES, "models": models}
 
 

@@ -32,7 +32,7 @@ from reference.mutants import MUTANTS
 from reference.published import MINISTRAL_8B, ministral3
 from reference.trace import LAYER, POINTS, load, record
 from reference.vectors import as_lines, published_vocabulary, sha256, write
-from tests.test_reference import golden_inputs, numpy
+from tests.test_reference import ROOT, TINY, golden_inputs, numpy
 from tokenizer import SPECIAL_TOKENS, VERSIONS
 
 VECTORS = HERE / "vectors"
@@ -60,6 +60,15 @@ def test_names_of_vectors_are_not_those_of_a_tokenizer():
     assert not names & {"tekken.json", "tokenizer.json", "tokenizer_config.json", "config.json"}
 
 
+def test_the_documentation_counts_and_lists_them():
+    page = (ROOT / "docs" / "numerics.md").read_text().partition("## Test vectors\n")[2].partition("\n## ")[0]
+    listed = re.findall(r"^\| `([^`]+)`", page, re.MULTILINE)
+    files = json.loads((HERE / "manifest.json").read_text())["files"]
+    assert {*listed} == {"manifest.json", *(name for name in files if name.split("/")[0] not in TINY)}
+    texts = json.loads((VECTORS / "texts.json").read_text())["cases"]
+    assert f"{len(texts)} texts" in page and f"{len(CHAT['cases'])} conversations" in page
+
+
 # ------------------------------------------------------------------------------------------------------- tables
 
 
@@ -79,8 +88,8 @@ def test_the_tables_equal_the_oracle(name):
     np.testing.assert_allclose(frequencies, oracle.angles_per_position(config), rtol=1e-14)
     assert table["attention_factor"] == oracle.magnitude(config) == 1.0
     angles = positions[:, None] * frequencies
-    np.testing.assert_allclose(table["cosines"], np.cos(angles), atol=1e-15)
-    np.testing.assert_allclose(table["sines"], np.sin(angles), atol=1e-15)
+    np.testing.assert_allclose(table["cosines"], np.cos(angles), rtol=0, atol=1e-15)
+    np.testing.assert_allclose(table["sines"], np.sin(angles), rtol=0, atol=1e-15)
     scales = [oracle.query_scale(config, position) for position in table["positions"]]
     np.testing.assert_allclose(table["query_scales"], scales, rtol=1e-15)
 
@@ -349,8 +358,8 @@ def changed_trace(path, **changes):
     save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path)
 
 
-@pytest.mark.parametrize("name, dtype", [(name, dtype) for name in ("ministral", "ministral3", "mistral3")
-                                         for dtype in ("float64", "float32", "bfloat16")])  # fmt: skip
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+@pytest.mark.parametrize("name", TINY)
 def test_right_traces_agree(answer, tmp_path, name, dtype):
     trace, _ = load(HERE / name / f"{dtype}.safetensors")
     arrays = {}
@@ -433,7 +442,7 @@ def test_another_reference_than_float64_is_refused(script, monkeypatch, capsys):
 def test_known_mistakes_are_found_from_logits(script):
     """In float32 all that change the logits; in bfloat16 the tolerances hide many. docs/numerics.md says so."""
     found = {"float64": set(), "float32": set(), "bfloat16": set()}
-    for name in ("ministral", "ministral3", "mistral3"):
+    for name in TINY:
         trace, given, _ = golden_inputs(name)
         reference = numpy(trace) | {f"input.{key}": tensor.numpy() for key, tensor in given.items()}
         for kind in found:
