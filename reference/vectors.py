@@ -66,9 +66,9 @@ ABOUT_CHAT = {
 ABOUT_SAMPLER = {
     "order": "repetition_penalty, temperature, top_k, top_p, min_p; then softmax of the tokens that are kept",
     "repetition_penalty": "each id of previous_ids, once: logit / penalty if positive, else logit * penalty",
-    "temperature": "logits / temperature; 0 is greedy: the largest logit after the penalty, of ties the lowest id",
+    "temperature": "logits / it; 0 is greedy: the largest logit after the penalty, the lowest id of a tie",
     "top_k": "keeps the logits that are at least the k-th largest, with all ties; null and 0 keep all",
-    "top_p": "drops the least likely tokens whose sum is at most 1 - top_p, but never the most likely one",
+    "top_p": "drops the least likely tokens, which sum to at most 1 - top_p, but never the most likely one",
     "min_p": "drops tokens less likely than min_p times the most likely one",
     "kept": "the ids that are kept, ascending",
     "probabilities": "those of the kept ids",
