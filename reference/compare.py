@@ -28,6 +28,8 @@ SAMPLES, MARGIN = 8, 3.0
 MARGIN_OF_ONE_RUN = 12.0
 # The relative error that float64 may have anywhere: this implementation and the oracle differ by that.
 LEAST = 1e-12
+# The largest probability that a right port may give to a hidden key.
+LEAK = 1e-6
 WORDS = {
     "B": "text", "T": "key", "H": "head", "G": "key head",
     "V": "token", "P": "patch", "M": "merged patch",
@@ -448,7 +450,7 @@ def check_leak(stage: Stage, probabilities: Tensor, counted: Tensor, mask: Tenso
     """Make probabilities of hidden keys, however small, the stage's error."""
     leaked = torch.where(counted & ~mask[:, None], probabilities.double().abs(), 0.0)
     largest = float(leaked.max())
-    if largest > 1e-6:
+    if largest > LEAK:
         stage.where = tuple(int(i) for i in torch.unravel_index(leaked.argmax(), leaked.shape))
         stage.value = largest
         stage.expected = 0.0

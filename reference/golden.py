@@ -12,6 +12,10 @@ Mistral write them, and everything they compute in float64, float32 and bfloat16
         mistral/   the same in Mistral's layout, as bfloat16, which is how both are published
         fp8/       another model, hf/ in FP8, and float64.safetensors and bfloat16.safetensors: its input and logits
 
+    tolerances.json      how exact a right port is at every stage
+    compare.py           a comparison with the traces that needs no PyTorch (this one is written by hand)
+    tables.json, vectors/        test vectors: see `reference/vectors.py`
+
 `python -m reference golden` builds them again: bit for bit on x86-64, with the torch that the manifest names.
 """
 
@@ -38,8 +42,9 @@ from ministral import MinistralConfig, MinistralForCausalLM
 from ministral3 import Ministral3Config, Ministral3ForCausalLM
 from model_types import load_model
 from pretrained import PreTrainedModel
-from reference.compare import compare
+from reference.compare import LEAK, LEAST, MARGIN_OF_ONE_RUN, compare
 from reference.trace import LAYER, POINTS, dimensions, load, record, save
+from reference.vectors import write, write_vectors
 from vision import Mistral3ForConditionalGeneration
 from vision_config import Mistral3Config, PixtralVisionConfig
 
@@ -197,6 +202,9 @@ def build(directory: Path) -> None:
     """Write all files of the golden traces."""
     for name, model in models().items():
         build_model(directory / name, model, inputs(name, model))
+    write(directory / "tolerances.json", tolerances(directory), depth=2)
+    write_vectors(directory)
+    shutil.copyfile(HERE / "compare.py", directory / "compare.py")
     checkpoint.write_json(directory / "manifest.json", manifest(directory))
 
 
@@ -291,6 +299,24 @@ def noise(directory: Path = HERE) -> dict[str, dict[str, float]]:
                 entry = worst.setdefault(LAYER.sub("N", stage.name), {})
                 entry[kind] = max(entry.get(kind, 0.0), stage.relative)
     return {name: worst[name] for name in POINTS if name in worst and not name.endswith(".mask")}
+
+
+def tolerances(directory: Path = HERE) -> dict[str, Any]:
+    """`noise` for tolerances.json, with the type float64, the dimensions of each stage, and masks, which are exact."""
+    about = {
+        "stages": "in the order of computing; N is a layer; for each type, the largest error of this "
+        "implementation against float64 in the golden models, over the largest number of the stage",
+        "margin": "a right port has at most this many times that error",
+        "hidden": "the largest probability of a hidden key, in every type",
+    }
+    measured = noise(directory)
+    stages: dict[str, dict[str, Any]] = {}
+    for name, (dims, _) in POINTS.items():
+        entry = {"float64": LEAST, **measured.get(name, {})}
+        if name.endswith(".mask"):
+            entry = dict.fromkeys(DTYPES, 0.0)
+        stages[name] = {"dimensions": dims.split(), **entry}
+    return {"about": about, "margin": MARGIN_OF_ONE_RUN, "hidden": LEAK, "stages": stages}
 
 
 def noise_table(directory: Path = HERE) -> str:

@@ -15,8 +15,8 @@ from generate import generate
 from ministral import KVCache, MinistralConfig, MinistralForCausalLM, MinistralModel
 from ministral3 import Ministral3Config, Ministral3ForCausalLM
 from model_types import MODELS, model_class
+from reference.published import MINISTRAL3_3B, MINISTRAL_8B
 from tests.cases import draw_case, draw_config, pair, their_arguments
-from tests.published import MINISTRAL3_3B, MINISTRAL_8B
 from tests.test_parity import assert_same
 
 rngs = st.randoms(use_true_random=False)

@@ -45,9 +45,10 @@ from heads import Ministral3ForSequenceClassification
 from ministral import MinistralConfig, MinistralForCausalLM
 from ministral3 import Ministral3Config, Ministral3ForCausalLM, Ministral3Model, YarnRotaryEmbedding
 from model_types import BUNDLED, load_model
+from reference.published import MINISTRAL3_8B_PARAMS, MINISTRAL_8B, MINISTRAL_8B_PARAMS, ministral3
 from tests.cases import VOCAB, draw_config
 from tests.conftest import at_most
-from tests.published import MINISTRAL3_8B_PARAMS, MINISTRAL_8B, MINISTRAL_8B_PARAMS, hub_names, ministral3, quantize
+from tests.published import hub_names, quantize
 from tests.test_checkpoint import assert_same_weights
 from tests.test_parity import assert_same
 from vision import Mistral3Config, Mistral3ForConditionalGeneration, PixtralVisionConfig
