@@ -28,8 +28,7 @@ SETTINGS: tuple[dict[str, str], ...] = (
     {"ONEDNN_MAX_CPU_ISA": "AVX2"},
 )
 NUMERICAL = (
-    "parity", "cache", "heads", "vision", "generate", "fast", "blockwise", "products", "recorded_step", "reference",
-    "diff", "explain",
+    "parity", "cache", "heads", "vision", "generate", "fast", "blockwise", "products", "reference", "diff", "explain",
 )  # fmt: skip
 # Not of numbers, or slow: the network, the command line, compilers.
 LEFT_OUT = " and ".join(f"not {word}" for word in (
