@@ -149,7 +149,8 @@ def as_dumped(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Iterator[Rea
     numbers that are added to scores for a mask, and True for hidden.
     """
     dims = dimensions(name).split()
-    if dims[-1:] == ["T"] and tensor.shape[-1:] > shape[-1:] and tensor.shape[-2:-1] == shape[-2:-1]:
+    more_keys = tensor.shape[-1:] > shape[-1:] and tensor.shape[-2:-1] == shape[-2:-1]
+    if dims[-1:] == ["T"] and more_keys and tensor.numel() != math.prod(shape):  # and no heads that are joined
         for how, part in as_dumped(name, tensor[..., : shape[-1]], shape):
             yield joined(f"the first {shape[-1]} keys", how), part
     elif name.endswith(".mask"):
