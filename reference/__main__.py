@@ -26,6 +26,7 @@ from model_types import BUNDLED, GenerativeModel, load_model
 from reference import golden
 from reference.diff import diff
 from reference.mutants import MUTANTS
+from reference.names import KNOWN_MAPS
 from reference.trace import record, save
 from tokenizer import Tokenizer
 
@@ -51,7 +52,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     two.add_argument("mine", type=Path, metavar="MINE", help=".safetensors, .npz, or .npy (logits)")
     two.add_argument("reference", type=Path, metavar="REFERENCE", help="a float64 trace")
     two.add_argument("--model", metavar="DIR", help="of the reference; default: the one that the trace names")
-    two.add_argument("--map", type=Path, metavar="FILE.json", help="an object: your name -> the reference's")
+    maps = f"an object, your name -> the reference's; or {', '.join(KNOWN_MAPS)}: the names of their dumps"
+    two.add_argument("--map", type=Path, metavar="FILE.json", help=maps)
     two.add_argument("--dtype", choices=DTYPES, help="the port's type at all stages; default: what its numbers show")
     one_of_several = "compare only this text of the reference, counted from 0, without its padding"
     two.add_argument("--text", type=int, metavar="N", help=one_of_several)

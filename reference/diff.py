@@ -31,6 +31,7 @@ from reference.compare import (
 )
 from reference.explain import explain
 from reference.mutants import MUTANTS
+from reference.names import KNOWN_MAPS, advice, translate
 from reference.texts import choose_text, one_text, texts_in_words
 from reference.trace import LAYER, load, record
 
@@ -45,17 +46,18 @@ Types = Mapping[str, torch.dtype]
 
 
 def read_map(path: Path, given: Collection[str]) -> dict[str, str]:
-    """A port's names -> the reference's.
+    """A port's names -> the reference's, by a file or by one of `KNOWN_MAPS`.
 
     Names that are not given are left out, so that one map is enough for all dumps. If none is given, it is the wrong
     map.
     """
-    try:
-        names = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} must hold a JSON object: your name -> the reference's") from error
-    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-        raise ValueError(f"{path} must hold a JSON object: your name -> the reference's")
+    if str(path) in KNOWN_MAPS:
+        names = translate(str(path), given)
+        if not names:
+            first = next(iter(given), "no tensor")
+            raise ValueError(f"--map {path} knows none of your names, {first!r} for example; give --map FILE.json")
+    else:
+        names = read_map_file(path)
     if names and not names.keys() & set(given):
         raise ValueError(f"{path} names {next(iter(names))!r} and others; allowed: some that your file holds")
     renamed = [names.get(name, name) for name in given]
@@ -63,6 +65,19 @@ def read_map(path: Path, given: Collection[str]) -> dict[str, str]:
     if twice:
         raise ValueError(f"{path} gives several tensors the name {twice[0]!r}; allowed: one")
     return dict(zip(given, renamed))
+
+
+def read_map_file(path: Path) -> dict[str, str]:
+    """The object of a JSON file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"--map {path}: no such file; allowed: a JSON file, or {', '.join(KNOWN_MAPS)}")
+    try:
+        names = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} must hold a JSON object: your name -> the reference's") from error
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise ValueError(f"{path} must hold a JSON object: your name -> the reference's")
+    return names
 
 
 def read_port(options: argparse.Namespace) -> dict[str, Tensor]:
@@ -402,7 +417,8 @@ def show(report: Report) -> None:
     for reason in report.misshapen:
         print(f"cannot be compared: {reason}")
     if report.unknown:
-        print(f"names that the reference does not have: {', '.join(report.unknown[:8])} (see --map)")
+        cure = advice(report.unknown, [*report.missing, *(stage.name for stage in report.stages)])
+        print(f"names that the reference does not have: {', '.join(report.unknown[:8])} ({cure})")
     if report.missing and report.stages:
         print(f"not given: {len(report.missing)} stages, {', '.join(report.missing[:4])}, ...")
     print()

@@ -117,7 +117,7 @@ def test_other_shapes_names_types_and_files(capsys, mutated, tmp_path):
     hows = {stage["name"]: stage["how"] for stage in report["stages"]}
     assert hows["layers.0.attention.k"] == "heads split" and hows["layers.0.attention.heads"] == "heads joined"
     code, out, _ = diff(capsys, tmp_path / "mine.npz", reference)
-    assert code == 0 and "names that the reference does not have: my.logits (see --map)" in out
+    assert code == 0 and "names that the reference does not have: my.logits (my.logits: is it logits?)" in out
 
 
 def test_heads_of_a_text_of_one_token():

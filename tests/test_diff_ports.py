@@ -14,6 +14,7 @@ from model_types import load_model
 from reference import golden
 from reference.golden import HERE
 from reference.mutants import MUTANTS
+from reference.names import LLAMA_CPP, module_output
 from reference.texts import choose_text, one_text
 from reference.trace import load, record
 from tests.test_diff import diff
@@ -238,3 +239,83 @@ def test_the_headline_of_a_failure_does_not_say_that_all_agrees(capsys, tmp_path
     save_file(trace, tmp_path / "mine.safetensors")
     code, out, _ = diff(capsys, tmp_path / "mine.safetensors", reference("ministral"), "--text", 0)
     assert code == 1 and out.startswith(f"1 of {len(trace)} stages cannot be compared: final_norm is [1, 20, 3]")
+
+
+# ------------------------------------------------------------------------------------------------------------ names
+
+
+def hooked(name, text):
+    """What forward hooks of Transformers' module names see of one text."""
+    model, dump = load_model(HERE / name / "hf", torch.float32), {}
+
+    def note(label):
+        def hook(module, arguments, output):
+            if torch.is_tensor(output):
+                dump[label] = output.detach().contiguous()
+
+        return hook
+
+    for label, module in model.named_modules():
+        if label:
+            module.register_forward_hook(note(label))
+    with torch.no_grad():
+        model(row_of(name, text)[None], use_cache=False)
+    return {label: tensor for label, tensor in dump.items() if module_output(label)}
+
+
+@pytest.mark.parametrize("program", ["transformers", "mlx"])
+@pytest.mark.parametrize("name", TEXT_MODELS)
+def test_the_names_of_modules(capsys, tmp_path, name, program):
+    """Outputs of modules, with and without what stands before their names in a vision model."""
+    dump = hooked(name, 0)
+    for prefix in ("", "language_model."):
+        save_file({prefix + label: tensor for label, tensor in dump.items()}, tmp_path / "mine.safetensors")
+        code, out, _ = diff(capsys, tmp_path / "mine.safetensors", reference(name), "--text", 0, "--map", program)
+        assert code == 0 and f"{len(dump)} stages agree" in out and len(dump) > 15, out
+
+
+def test_the_names_of_llama_cpp(capsys, tmp_path):
+    """As its callback gives them: tokens before heads, keys up to a round number, scores before they are scaled."""
+    trace = port_of("ministral", 0)
+    dump = {}
+    D = trace["layers.0.attention.q"].shape[-1]
+    for label, point in LLAMA_CPP.items():
+        for layer in range(2):
+            tensor = trace[point.replace("N", str(layer))][0]
+            if "cur" in label:
+                tensor = tensor.transpose(0, 1)
+            if label.startswith(("kq-", "kq_soft")):
+                tensor = torch.nn.functional.pad(tensor, (0, 256 - tensor.shape[-1]))
+            if label == "kq-N":
+                tensor = tensor * D**0.5
+            if label not in ("embd", "kq_soft_max_ext-N", "ffn_swiglu-N"):  # other names of the same
+                dump[label.replace("N", str(layer))] = tensor.contiguous()
+    save_file(dump, tmp_path / "mine.safetensors")
+    code, out, _ = diff(
+        capsys, tmp_path / "mine.safetensors", reference("ministral"), "--text", 0, "--map", "llama.cpp"
+    )
+    assert code == 0 and f"{len(dump)} stages agree" in out, out
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["logit"], "logit: is it logits?"),
+        (["layers.0.attention.qs"], "layers.0.attention.qs: is it layers.0.attention.q?"),
+        (["l_out-0"], "they look like those of llama.cpp: give --map llama.cpp"),
+        (["model.layers.0.mlp.up_proj"], "they look like those of transformers: give --map transformers"),
+        (["xyzzy"], "give --map FILE.json, or --map transformers, mlx or llama.cpp"),
+    ],
+)
+def test_other_names_get_advice(capsys, tmp_path, names, words):
+    tensors = {name: torch.zeros(3) for name in names}
+    save_file(tensors, tmp_path / "mine.safetensors")
+    code, out, _ = diff(capsys, tmp_path / "mine.safetensors", reference("ministral"))
+    assert code == 1 and f"names that the reference does not have: {names[0]} ({words})" in out
+
+
+def test_a_map_that_does_not_fit(capsys, tmp_path):
+    save_file({"xyzzy": torch.zeros(3)}, tmp_path / "mine.safetensors")
+    for given, words in (("llama.cpp", "knows none of your names, 'xyzzy' for example"), ("none.json", "no such file")):
+        code, _, err = diff(capsys, tmp_path / "mine.safetensors", reference("ministral"), "--map", given)
+        assert code == 2 and f"--map {given}" in err and words in err and err.count("\n") == 1
