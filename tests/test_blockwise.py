@@ -94,6 +94,7 @@ def blockwise_model(case):
 
 
 @given(rngs)
+@at_most(100)
 def test_a_model_equals_the_eager_one(rng):
     """Whole texts, padding, chunks of any length through rings."""
     case = draw_case(rng)
