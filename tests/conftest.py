@@ -15,7 +15,7 @@ if not any(argument.startswith("--weights") for argument in sys.argv):
 
 # 100 examples by default, more in CI (where the variable CI is set) or with `pytest --hypothesis-profile=ci`. Few where
 # the same tests run many times (tests/processors.py).
-for name, examples in (("default", 100), ("ci", 150), ("quick", 5)):
+for name, examples in (("default", 100), ("ci", 120), ("quick", 5)):
     hypothesis.settings.register_profile(
         name,
         max_examples=examples,
