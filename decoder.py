@@ -86,13 +86,15 @@ def choose_forward(model: Any, fast: bool | str) -> Forward:
     """
     if fast != "auto" and not isinstance(fast, bool):
         raise ValueError(f"fast={fast!r} is impossible; allowed: True, False, 'auto'")
-    reason = why_not(model)
-    if fast and reason is None:
-        return FlatModel(model)
+    reason = None
+    if fast:
+        reason = why_not(model)
+        if reason is None:
+            return FlatModel(model)
     if fast is True:
         raise ValueError(f"fast=True is not supported: {reason}; give fast=False, or change the model")
-    if fast and reason not in WARNED_REASONS:
-        WARNED_REASONS.add(str(reason))
+    if reason is not None and reason not in WARNED_REASONS:
+        WARNED_REASONS.add(reason)
         message = f"generate runs model(...), which is slower: {reason}; fast=False hides this warning"
         warnings.warn(message, stacklevel=3)
 

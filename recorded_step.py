@@ -216,8 +216,8 @@ def choose_room(cache: KVCache, expected: int, compile: bool) -> int:
     slots = cache.get_seq_length() + 1
     if compile:
         slots = max(slots, expected)
-        step = max(power_of_two(slots) // 8, SMALLEST_ROOM)
-        return (slots + step - 1) // step * step
+        unit = max(power_of_two(slots) // 8, SMALLEST_ROOM)
+        return (slots + unit - 1) // unit * unit
     capacity = max(layer.capacity for layer in cache.layers)
     if slots <= capacity:
         return min(power_of_two(slots), capacity)

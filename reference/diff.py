@@ -191,8 +191,8 @@ def traces_beside(
         if ids is None or given is None or about.get("dtype") != kind:
             continue
         if given.equal(ids):
-            inputs = {name.removeprefix("input."): trace[name] for name in trace if name.startswith("input.")}
             if text is not None:
+                inputs = {name.removeprefix("input."): trace[name] for name in trace if name.startswith("input.")}
                 trace, _ = one_text(trace, inputs, text)
             traces[kind] = trace
     return traces

@@ -141,6 +141,13 @@ def talk(model, cache, calls, **settings):
     return text
 
 
+def assert_goes_on(model, cache, text):
+    """The next call with this cache gives the tokens of the readable path."""
+    arguments = dict(max_new_tokens=9, eos_token_id=())
+    expected = generate(model, text, fast=False, past_key_values=copy.deepcopy(cache), **arguments)
+    assert torch.equal(generate(model, text, past_key_values=cache, **arguments), expected)
+
+
 @pytest.mark.parametrize("modes", [(False, True, False), (True, True)])
 @pytest.mark.parametrize("recorded", [False, True])
 def test_a_cache_is_used_in_and_outside_of_inference_mode(recorded, modes):
@@ -182,10 +189,7 @@ def test_a_step_is_made_anew_if_weights_have_moved(change):
         if change is not None:
             change(model)
             model.double()
-        arguments = dict(max_new_tokens=9, eos_token_id=())
-        expected = generate(model, text, fast=False, past_key_values=copy.deepcopy(cache), **arguments)
-        found = generate(model, text, past_key_values=cache, **arguments)
-    assert torch.equal(found, expected)
+        assert_goes_on(model, cache, text)
     in_place = change in (None, scale_in_place, scale_loaded, torch.nn.Module.double)
     readable = change in (adapt, replace_forward)
     assert made == ([64] if in_place or readable else [64, 64])
@@ -204,9 +208,7 @@ def test_a_single_weight_that_has_moved_is_noticed(name):
         text = talk(model, cache, 2)
         module = model.get_submodule(name)
         module.weight.data = module.weight.data * 0.5
-        arguments = dict(max_new_tokens=9, eos_token_id=())
-        expected = generate(model, text, fast=False, past_key_values=copy.deepcopy(cache), **arguments)
-        assert torch.equal(generate(model, text, past_key_values=cache, **arguments), expected)
+        assert_goes_on(model, cache, text)
     assert made == [64, 64]
 
 
@@ -217,9 +219,7 @@ def test_a_replaced_rotation_is_noticed():
         text = talk(model, cache, 2)
         other = tiny(layer_types=model.config.layer_types, rope_theta=3.0).double()
         model.model.rotary_emb = other.model.rotary_emb
-        arguments = dict(max_new_tokens=9, eos_token_id=())
-        expected = generate(model, text, fast=False, past_key_values=copy.deepcopy(cache), **arguments)
-        assert torch.equal(generate(model, text, past_key_values=cache, **arguments), expected)
+        assert_goes_on(model, cache, text)
     assert made == [64, 64]
 
 
@@ -321,9 +321,7 @@ def test_a_changed_setting_is_used():
     with recording(smallest_room=64) as made:
         text = talk(model, cache, 2)
         model.config.rope_parameters["llama_4_scaling_beta"] = 3.0
-        arguments = dict(max_new_tokens=9, eos_token_id=())
-        expected = generate(model, text, fast=False, past_key_values=copy.deepcopy(cache), **arguments)
-        assert torch.equal(generate(model, text, past_key_values=cache, **arguments), expected)
+        assert_goes_on(model, cache, text)
     assert made == [64, 64]
 
 
