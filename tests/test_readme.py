@@ -43,8 +43,8 @@ def blocks(page, language):
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
-def test_python_blocks_run_in_order(monkeypatch, capsys, page):
-    monkeypatch.chdir(ROOT)
+def test_python_blocks_run_in_order(monkeypatch, capsys, working_copy, page):
+    monkeypatch.chdir(working_copy)
     names = {}
     for number, block in enumerate(blocks(page, "python"), 1):
         exec(compile(block, f"{page}, Python block {number}", "exec"), names)
