@@ -21,7 +21,7 @@ PARITY = ["tests/test_parity.py", "-k", "cpu and identical"]
 VISION, GENERATE = (["tests/test_vision.py", "-k", "cpu and (equal or identical or image)"],
                     ["tests/test_generate.py", "-k", "alone or greedy"])  # fmt: skip
 CACHE = ["tests/test_cache.py", "-k", "cpu and any_chunks"]
-FP8 = ["tests/test_diff.py", "-k", "fp8_copies"]
+FP8 = ["tests/test_diff.py", "-k", "fp8_copies and ministral3"]
 TESTS = {
     "merger_patch_by_patch": VISION,
     "vision_axes_swapped": VISION,
