@@ -19,9 +19,9 @@ they make a forward pass equal to Transformers' to the last bit (tests/test_pari
 are computed in float32, or in float64 if the weights are float64.
 
 Other files rely on names here (tests/test_layout.py): `fast.py` reads the cache and the submodules of a layer, and
-`reference/mutants.py` replaces `F`, `ATTENTION`, `repeat_kv`, `apply_rotary_pos_emb`, `RMSNorm.forward`,
-`RotaryEmbedding.forward`, `MinistralAttention.forward`, `MinistralModel._mask`, `MinistralForCausalLM.forward`; it also
-calls `MinistralAttention.rotate` and `RotaryEmbedding.inverse_frequencies`.
+`reference/mutants` replaces `F`, `ATTENTION`, `repeat_kv`, `apply_rotary_pos_emb`, `SlidingLayerCache.update`, `_mask`
+and `_choose_cache` of `MinistralModel`, and `forward` of `RMSNorm`, `RotaryEmbedding`, `MinistralAttention`,
+`MinistralMLP`, `MinistralForCausalLM`; it calls `MinistralAttention.rotate`, `RotaryEmbedding.inverse_frequencies`.
 """
 
 from __future__ import annotations

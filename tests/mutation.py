@@ -20,13 +20,19 @@ PARITY = ["tests/test_parity.py", "-k", "cpu and identical"]
 # Where parity cannot see it, as in the whole of a text without padding, another test must.
 VISION, GENERATE = (["tests/test_vision.py", "-k", "cpu and (equal or identical or image)"],
                     ["tests/test_generate.py", "-k", "alone or greedy"])  # fmt: skip
+CACHE = ["tests/test_cache.py", "-k", "cpu and any_chunks"]
+FP8 = ["tests/test_diff.py", "-k", "fp8_copies and ministral3"]
 TESTS = {
     "merger_patch_by_patch": VISION,
     "vision_axes_swapped": VISION,
     "positions_through_padding": GENERATE,
     "query_scale_by_cache_position": GENERATE,
+    "ring_slot_off_by_one": CACHE,
+    "fp8_bytes_as_numbers": FP8,
+    "fp8_scale_ignored": FP8,
+    "fp8_scale_divided": FP8,
 }
-RIGHT = {"parity": PARITY, "vision": VISION, "generate": GENERATE}  # without a mistake
+RIGHT = {"parity": PARITY, "vision": VISION, "generate": GENERATE, "cache": CACHE, "fp8": FP8}  # without a mistake
 QUIET = ["-x", "-q", "-p", "no:cacheprovider", "--hypothesis-profile=mutants"]
 FORKING = threading.Lock()
 
@@ -54,7 +60,7 @@ def red(mutant):
 def main():
     importlib.import_module("tests.conftest")
     hypothesis.settings.load_profile("mutants")  # which tests take when they are imported
-    for name in ("parity", "vision", "generate"):
+    for name in ("parity", "vision", "generate", "cache", "diff"):
         importlib.import_module(f"tests.test_{name}")
     torch.set_num_threads(1)
     names = [*RIGHT, *MUTANTS]
