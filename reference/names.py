@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+from pretrained import PreTrainedModel
 from reference.trace import LAYER, MODULES
+from vision_config import Mistral3Config
 
 # Names of the callback of a llama.cpp graph. N is the number of the layer. Some names are given to several tensors, one
 # after the other, and a dump holds the last of them, such as queries and keys that are rotated already. In the last
@@ -52,6 +54,35 @@ def translate(program: str, names: Iterable[str]) -> dict[str, str]:
         if point is not None:
             points[name] = point
     return points
+
+
+def map_of(program: str, model: PreTrainedModel) -> dict[str, str]:
+    """All names that a program gives to tensors of a model -> points. `translate` knows the same names.
+
+    Args:
+        program: one of `KNOWN_MAPS`. "mlx" and "llama.cpp" have the language model only.
+        model: any causal language model of this project, or the vision model.
+    """
+    modules = [name for name, _ in model.named_modules()]
+    is_vision_model = isinstance(model.config, Mistral3Config)
+    if is_vision_model:  # embeddings, whose places of images other embeddings take
+        modules = [name for name in modules if not name.endswith("embed_tokens")]
+    if program == "transformers":
+        return translate(program, modules)
+    if program == "mlx":
+        if is_vision_model:
+            language_model = "model.language_model."
+            text = [name.removeprefix(language_model) for name in modules if name.startswith(language_model)]
+            modules = [f"language_model.model.{name}" for name in text] + ["language_model.lm_head"]
+        return translate(program, modules)
+    names = []
+    for name in LLAMA_CPP:
+        if name.endswith("-N"):
+            layers = range(model.config.get_text_config().num_hidden_layers)
+            names += [f"{name.removesuffix('N')}{layer}" for layer in layers]
+        else:
+            names.append(name)
+    return translate(program, names)
 
 
 def llama_cpp_point(name: str) -> str | None:
