@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 
 from pretrained import PreTrainedModel
-from reference.trace import LAYER, MODULES
+from reference.trace import LAYER, MODULES, order
 from vision_config import Mistral3Config
 
 # Names of the callback of a llama.cpp graph. N is the number of the layer. Some names are given to several tensors, one
@@ -57,32 +57,28 @@ def translate(program: str, names: Iterable[str]) -> dict[str, str]:
 
 
 def map_of(program: str, model: PreTrainedModel) -> dict[str, str]:
-    """All names that a program gives to tensors of a model -> points. `translate` knows the same names.
+    """All names that a program gives to tensors of a model -> points, in the order of computing.
 
     Args:
         program: one of `KNOWN_MAPS`. "mlx" and "llama.cpp" have the language model only.
         model: any causal language model of this project, or the vision model.
     """
-    modules = [name for name, _ in model.named_modules()]
-    is_vision_model = isinstance(model.config, Mistral3Config)
-    if is_vision_model:  # embeddings, whose places of images other embeddings take
-        modules = [name for name in modules if not name.endswith("embed_tokens")]
-    if program == "transformers":
-        return translate(program, modules)
-    if program == "mlx":
-        if is_vision_model:
+    layers = range(model.config.get_text_config().num_hidden_layers)
+    names = [name for name, _ in model.named_modules()]
+    if isinstance(model.config, Mistral3Config):
+        # The output of embed_tokens has no embeddings of images yet, so it is not the point "embedding".
+        names = [name for name in names if not name.endswith("embed_tokens")]
+        if program == "mlx":
             language_model = "model.language_model."
-            text = [name.removeprefix(language_model) for name in modules if name.startswith(language_model)]
-            modules = [f"language_model.model.{name}" for name in text] + ["language_model.lm_head"]
-        return translate(program, modules)
-    names = []
-    for name in LLAMA_CPP:
-        if name.endswith("-N"):
-            layers = range(model.config.get_text_config().num_hidden_layers)
+            names = [name.replace(language_model, "language_model.model.") for name in names if language_model in name]
+            names.append("language_model.lm_head")
+    if program == "llama.cpp":
+        names = [name for name in LLAMA_CPP if not name.endswith("-N")]
+        for name in LLAMA_CPP.keys() - names:
             names += [f"{name.removesuffix('N')}{layer}" for layer in layers]
-        else:
-            names.append(name)
-    return translate(program, names)
+    points = translate(program, names)
+    places = {point: place for place, point in enumerate(order(points.values()))}
+    return {name: points[name] for name in sorted(points, key=lambda name: (places[points[name]], name))}
 
 
 def llama_cpp_point(name: str) -> str | None:

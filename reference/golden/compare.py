@@ -2,8 +2,7 @@
 
     python compare.py mine.safetensors ministral/float64.safetensors --dtype float32
 
-The port's file is .safetensors or .npz with names and shapes of the trace, or .npy with the logits; `--dtype` is the
-type that it computes in: see tolerances.json. `python -m reference diff` (needs PyTorch) says more.
+The port's file is .safetensors or .npz with names and shapes of the trace, or .npy with the logits; --dtype: its type.
 """
 
 import argparse
