@@ -52,7 +52,7 @@ from model_types import load_model
 from pretrained import PreTrainedModel
 from reference.compare import LEAK, LEAST, MARGIN_OF_ONE_RUN, compare
 from reference.names import KNOWN_MAPS, map_of
-from reference.trace import CACHE_POINTS, LAYER, POINTS, dimensions, is_vision, load, record, save
+from reference.trace import CACHE_POINTS, LAYER, POINTS, dimensions, load, record, save
 from reference.vectors import write, write_vectors
 from vision import Mistral3ForConditionalGeneration
 from vision_config import Mistral3Config, PixtralVisionConfig
@@ -288,7 +288,7 @@ def build_fp8_trace(directory: Path, given: Mapping[str, Tensor], kind: str) -> 
     """Write what the FP8 matrices of a model give, and the logits."""
 
     def keep(name: str) -> bool:
-        return not is_vision(name) and name.endswith((*QUANTIZED, "final_norm", "logits"))
+        return name in ("final_norm", "logits") or (name.startswith("layers.") and name.endswith(QUANTIZED))
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
@@ -391,7 +391,8 @@ def noise(directory: Path = HERE) -> dict[str, dict[str, float]]:
 
 
 def tolerances(directory: Path = HERE) -> dict[str, Any]:
-    """`noise` for tolerances.json, with the type float64, the dimensions of each stage, and masks and positions, which are exact."""
+    """`noise` for tolerances.json, with the type float64, the dimensions of each stage, and masks and positions, which
+    are exact."""
     about = {
         "stages": "in the order of computing; N is a layer; for each type, the largest error of this "
         "implementation against float64 in the golden models, over the largest number of the stage",

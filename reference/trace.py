@@ -1,7 +1,7 @@
 """Record a model's intermediates, tensor by tensor, under names that do not depend on this code.
 
     trace = record(model, input_ids)          # {"embedding": ..., "layers.0.input_norm": ..., ..., "logits": ...}
-    trace = record(model, input_ids, step_lengths=[4, 1, 3])        # {"step.0.embedding": ..., ..., "step.2.logits": ...}
+    trace = record(model, input_ids, step_lengths=[4, 1, 3])  # {"step.0.embedding": ..., ..., "step.2.logits": ...}
 
 The models know nothing of it: most intermediates are outputs (or inputs) of modules, and forward hooks see those. The
 others pass through three functions that can be replaced for a while: the rotation, the scale of queries, and attention
