@@ -46,6 +46,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     one.add_argument("--ids", metavar="1,2,3", help="token ids instead of a text")
     one.add_argument("--image", action="append", default=[], metavar="FILE", help="an image, before the text")
     one.add_argument("--positions", metavar="0,1,2 or 16380-16390", help="rotary positions of the tokens")
+    steps = "decode: how many tokens each step has, through the cache; default: the whole text at once"
+    one.add_argument("--steps", metavar="4,1,1,3", help=steps)
     one.add_argument("--dtype", choices=DTYPES, default="float64", help="default: float64")
     one.add_argument("--keep", default="", metavar="REGEX", help="names to keep; default: all")
     one.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.safetensors")
@@ -105,9 +107,11 @@ def write_trace(options: argparse.Namespace) -> int:
     if options.ids is None:
         inputs = prompt_inputs(options, model, directory)
     else:
-        inputs = {"input_ids": torch.tensor([parse_ids(options.ids)])}
+        inputs = {"input_ids": torch.tensor([parse_numbers("--ids", options.ids)])}
     if options.positions is not None:
         inputs["position_ids"] = parse_positions(options.positions, inputs["input_ids"].shape[1])
+    if options.steps is not None:
+        inputs["step_lengths"] = torch.tensor(parse_numbers("--steps", options.steps))
     try:
         pattern = re.compile(options.keep)
     except re.error as error:
@@ -125,10 +129,10 @@ def write_trace(options: argparse.Namespace) -> int:
     return 0
 
 
-def parse_ids(text: str) -> list[int]:
-    """ "1,2,3" -> ids (raises ValueError)."""
+def parse_numbers(option: str, text: str) -> list[int]:
+    """ "1,2,3" -> the numbers (raises ValueError)."""
     if not re.fullmatch(r"\d+(,\d+)*", text):
-        raise ValueError(f"--ids {text!r} is impossible; allowed: whole numbers with commas between them")
+        raise ValueError(f"{option} {text!r} is impossible; allowed: whole numbers with commas between them")
     return [int(number) for number in text.split(",")]
 
 

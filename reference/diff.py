@@ -33,10 +33,10 @@ from reference.explain import explain
 from reference.mutants import MUTANTS
 from reference.names import KNOWN_MAPS, advice, redundant, translate
 from reference.texts import choose_text, one_text, texts_in_words
-from reference.trace import LAYER, load, record
+from reference.trace import general_name, load, record
 
 SMALL = 10**7  # parameters up to which known mistakes are tried even where nothing diverges
-INPUTS = {"input_ids", "attention_mask", "position_ids", "pixel_values", "image_sizes"}
+INPUTS = {"input_ids", "attention_mask", "position_ids", "pixel_values", "image_sizes", "step_lengths"}
 Models = Callable[[torch.dtype], GenerativeModel]
 Trace = Mapping[str, Tensor]
 Types = Mapping[str, torch.dtype]
@@ -211,7 +211,7 @@ def compare_without_model(
     relative: dict[str, float] = {}
     measured = golden.noise()
     for name, dtype in types.items():
-        general = LAYER.sub("N", name)
+        general = general_name(name)
         kind = "bfloat16"
         if dtype in (torch.float64, torch.float32):
             kind = str(dtype).removeprefix("torch.")

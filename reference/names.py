@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from difflib import get_close_matches
 
-from reference.trace import LAYER, MODULES
+from pretrained import PreTrainedModel
+from reference.trace import LAYER, MODULES, order
+from vision_config import Mistral3Config
 
 # Names of the callback of a llama.cpp graph. N is the number of the layer. Some names are given to several tensors, one
 # after the other, and a dump holds the last of them, such as queries and keys that are rotated already. In the last
@@ -64,6 +66,33 @@ def redundant(names: Collection[str]) -> set[str]:
     """The names of modules that are not known and have parts among `names`. The parts have their outputs."""
     parents = {name.rpartition(".")[0] for name in names}
     return {name for name in parents & set(names) if module_output(name) is None}
+
+
+def map_of(program: str, model: PreTrainedModel) -> dict[str, str]:
+    """All names that a program gives to tensors of a model -> points, in the order of computing.
+
+    Args:
+        program: one of `KNOWN_MAPS`. "mlx" and "llama.cpp" have the language model only.
+        model: any causal language model of this project, or the vision model.
+    """
+    layers = range(model.config.get_text_config().num_hidden_layers)
+    names = [name for name, _ in model.named_modules()]
+    if isinstance(model.config, Mistral3Config):
+        # The output of embed_tokens has no embeddings of images yet, so it is not the point "embedding".
+        names = [name for name in names if not name.endswith("embed_tokens")]
+        if program == "mlx":
+            language_model = "model.language_model."
+            names = [name.replace(language_model, "language_model.model.") for name in names if language_model in name]
+            names.append("language_model.lm_head")
+    if program == "transformers":
+        names += [f"{name}.act_fn" for name in names if name.endswith(".mlp")]
+    if program == "llama.cpp":
+        names = [name for name in LLAMA_CPP if not name.endswith("-N")]
+        for name in LLAMA_CPP.keys() - names:
+            names += [f"{name.removesuffix('N')}{layer}" for layer in layers]
+    points = translate(program, names)
+    places = {point: place for place, point in enumerate(order(points.values()))}
+    return {name: points[name] for name in sorted(points, key=lambda name: (places[points[name]], name))}
 
 
 def llama_cpp_point(name: str) -> str | None:

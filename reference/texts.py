@@ -40,6 +40,8 @@ def choose_text(port: Trace, inputs: Trace, given: int | None) -> int | None:
             raise ValueError(f"--text {given} is impossible; allowed: 0 to {count - 1}, one of the reference's texts")
         if "pixel_values" in inputs:
             raise ValueError(f"--text {given}: the reference has images, which belong to all texts; compare them all")
+        if "step_lengths" in inputs:
+            raise ValueError(f"--text {given}: the reference is a decoding trace; compare all of it")
         return given
     own = port.get("input.input_ids")
     if own is None or "pixel_values" in inputs or own.numel() == ids.numel():

@@ -1,6 +1,7 @@
 """Record a model's intermediates, tensor by tensor, under names that do not depend on this code.
 
     trace = record(model, input_ids)          # {"embedding": ..., "layers.0.input_norm": ..., ..., "logits": ...}
+    trace = record(model, input_ids, step_lengths=[4, 1, 3])  # {"step.0.embedding": ..., ..., "step.2.logits": ...}
 
 The models know nothing of it: most intermediates are outputs (or inputs) of modules, and forward hooks see those. The
 others pass through three functions that can be replaced for a while: the rotation, the scale of queries, and attention
@@ -11,8 +12,9 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -29,7 +31,7 @@ from torch import Tensor, nn
 import checkpoint
 import ministral
 import vision
-from ministral import MinistralDecoderLayer, RMSNorm
+from ministral import KVCache, MinistralDecoderLayer, RMSNorm
 from pretrained import ACTIVATIONS, PreTrainedModel
 from vision import PixtralAttentionLayer
 from vision_config import Mistral3Config
@@ -89,6 +91,13 @@ POINTS: dict[str, tuple[str, str]] = {
     "logits": ("B S V", "scores of the next token"),
 }
 
+# What the cache of a layer holds after a step. T is the number of slots in use.
+CACHE_POINTS: dict[str, tuple[str, str]] = {
+    "cache.layers.N.positions": ("T", "the place in the text of the token in each slot, counted from 0"),
+    "cache.layers.N.k_rotated": ("B G T D", "keys at their positions, slot by slot"),
+    "cache.layers.N.v": ("B G T D", "values, slot by slot"),
+}
+
 # Parts of the modules' names in `ministral.py` and `vision.py` -> (point that is its input, point that is its output).
 MODULES: dict[str, tuple[str | None, str | None]] = {
     "layers.N.input_layernorm": (None, "layers.N.input_norm"),
@@ -123,23 +132,36 @@ MODULES: dict[str, tuple[str | None, str | None]] = {
     "multi_modal_projector.linear_2": (None, "projector.output"),
 }  # fmt: skip
 LAYER = re.compile(r"(?<=layers\.)\d+")
+STEP = re.compile(r"^step\.(\d+)\.")
+
+
+def general_name(name: str) -> str:
+    """The name of a point without its step, and with N for its layer: "step.2.layers.0.mlp.up" -> "layers.N.mlp.up"."""
+    return LAYER.sub("N", STEP.sub("", name))
 
 
 def order(names: Iterable[str]) -> list[str]:
-    """Names of points in the order of computing: layer by layer, the encoder first. Unknown names come last."""
-    places = {name: place for place, name in enumerate(POINTS)}
+    """Names of points in the order of computing: step by step, layer by layer, the encoder first. Unknown names come
+    last."""
+    places = {name: place for place, name in enumerate(POINTS | CACHE_POINTS)}
 
-    def key(name: str) -> tuple[int, int, int, str]:
-        general = LAYER.sub("N", name)
+    def key(name: str) -> tuple[int, int, int, int, str]:
+        general = general_name(name)
         layer = LAYER.search(name)
+        step = STEP.match(name)
+        number = 0
+        if step is not None:
+            number = int(step[1])
         if general not in places:
-            return len(places), 0, 0, name
+            return sys.maxsize, 0, 0, 0, name
         if layer is None:
-            return places[general], 0, 0, name
+            return number, places[general], 0, 0, name
         first = "layers.N.input_norm"
-        if is_vision(name):
+        if is_vision(general):
             first = "vision.layers.N.input_norm"
-        return places[first], int(layer[0]), places[general], name
+        if general in CACHE_POINTS:
+            first = "cache.layers.N.positions"
+        return number, places[first], int(layer[0]), places[general], name
 
     return sorted(names, key=key)
 
@@ -158,12 +180,27 @@ class Recorder:
         self.keep = keep
         self.trace: dict[str, Tensor] = {}
         self.layer = ""  # the one that is running: "layers.3" or "vision.layers.3"
+        self.step = ""  # the one that is running: "step.3."; empty for a whole text
 
     def add(self, point: str, tensor: Tensor) -> None:
         """Keep a copy under the name of a point, whose N becomes the number of the running layer."""
-        name = point.replace("layers.N", self.layer.removeprefix("vision."))
+        name = self.step + point.replace("layers.N", self.layer.removeprefix("vision."))
         if self.keep(name):
             self.trace[name] = tensor.detach().clone()
+
+    def add_cache(self, cache: KVCache) -> None:
+        """Keep a copy of the slots that are in use."""
+        for number, layer in enumerate(cache.layers):
+            self.layer = f"layers.{number}"
+            slots = layer.length
+            if layer.window is not None:
+                slots = min(slots, layer.window)
+            # Slot s of a ring has the newest position p with p % window == s.
+            newest = layer.length - 1
+            positions = newest - (newest - torch.arange(slots)) % slots
+            self.add("cache.layers.N.positions", positions.double())
+            self.add("cache.layers.N.k_rotated", layer.keys[:, :, :slots])
+            self.add("cache.layers.N.v", layer.values[:, :, :slots])
 
     def watch(self, model: PreTrainedModel) -> list[Any]:
         """Put hooks on the modules of MODULES and on the layers; returns their handles."""
@@ -248,17 +285,23 @@ def record(
     model: PreTrainedModel,
     input_ids: Tensor,
     keep: Callable[[str], bool] = lambda name: True,
+    step_lengths: Tensor | Sequence[int] | None = None,
     **arguments: Any,
 ) -> dict[str, Tensor]:
-    """Run a model over whole texts, eager and without cache, and return its intermediates.
+    """Run a model over whole texts, eager and without cache, or step by step, and return its intermediates.
 
-    They are sorted by name in the order of computing, in the model's dtype ("mask" is bool).
+    They are sorted by name in the order of computing, in the model's dtype ("mask" is bool, "positions" float64).
 
     Args:
         model: any causal language model of this project, or the vision model.
         input_ids: (B, S).
         keep: which names are kept.
+        step_lengths: how many tokens each step has, through the cache; None: whole texts. The names of step 2 begin
+            with "step.2."; its keys T are those that the cache returns, in the cache's order.
         arguments: attention_mask, position_ids, pixel_values, image_sizes: see `forward` of the model.
+
+    Raises:
+        ValueError: the steps do not have S tokens together.
     """
     text_config = model.config.get_text_config()
     parts = [text_config]
@@ -279,8 +322,35 @@ def record(
         stack.enter_context(patch.dict(ministral.ATTENTION, eager=attend))
         for handle in recorder.watch(model):
             stack.callback(handle.remove)
-        model(input_ids.to(model.device), use_cache=False, **arguments)
+        if step_lengths is None:
+            model(input_ids.to(model.device), use_cache=False, **arguments)
+        else:
+            lengths = torch.as_tensor(step_lengths).tolist()
+            run_steps(model, recorder, input_ids.to(model.device), lengths, arguments)
     return {name: recorder.trace[name] for name in order(recorder.trace)}
+
+
+def run_steps(
+    model: PreTrainedModel, recorder: Recorder, input_ids: Tensor, lengths: Sequence[int], arguments: dict[str, Any]
+) -> None:  # fmt: skip
+    """Run a model over texts in steps of some lengths; see `record`. Images belong to the first step."""
+    S = input_ids.shape[1]
+    if sum(lengths) != S or min(lengths) < 1:
+        raise ValueError(f"steps of {lengths} tokens are impossible; allowed: at least 1 each, together {S}")
+    cache = KVCache(model.config)
+    mask = arguments.pop("attention_mask")
+    positions = arguments.pop("position_ids", None)
+    end = 0
+    for number, length in enumerate(lengths):
+        start, end = end, end + length
+        recorder.step = f"step.{number}."
+        if positions is not None:
+            arguments["position_ids"] = positions[:, start:end]
+        ids = input_ids[:, start:end]
+        model(ids, attention_mask=mask[:, :end], past_key_values=cache, use_cache=True, **arguments)
+        recorder.add_cache(cache)
+        arguments.pop("pixel_values", None)
+        arguments.pop("image_sizes", None)
 
 
 @contextmanager
@@ -316,7 +386,7 @@ def rounded_differently(model: PreTrainedModel, seed: int) -> Iterator[None]:
 
 def dimensions(name: str) -> str:
     """The names of a tensor's dimensions, "B S E"; empty for an unknown tensor."""
-    return POINTS.get(LAYER.sub("N", name), ("", ""))[0]
+    return (POINTS | CACHE_POINTS).get(general_name(name), ("", ""))[0]
 
 
 def save(
@@ -329,7 +399,7 @@ def save(
     """
     tensors = {name: tensor.cpu().contiguous() for name, tensor in trace.items()}
     tensors |= {f"input.{name}": tensor.cpu().contiguous() for name, tensor in inputs.items()}
-    described = {name: dimensions(name) for name in trace}
+    described = {STEP.sub("", name): dimensions(name) for name in trace}
     content = {**about, "dimensions": described, "torch": torch.__version__, "format": FORMAT}
     metadata = {"trace": json.dumps(content, ensure_ascii=False)}
     checkpoint.replace_file(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))

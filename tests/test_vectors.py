@@ -30,7 +30,7 @@ from reference import golden, oracle
 from reference.golden import HERE
 from reference.mutants import MUTANTS
 from reference.published import MINISTRAL_8B, ministral3
-from reference.trace import LAYER, POINTS, load, record
+from reference.trace import CACHE_POINTS, LAYER, POINTS, dimensions, load, record
 from reference.vectors import as_lines, published_vocabulary, sha256, write
 from tests.test_reference import ROOT, TINY, golden_inputs, numpy
 from tokenizer import SPECIAL_TOKENS, VERSIONS
@@ -64,7 +64,7 @@ def test_the_documentation_counts_and_lists_them():
     page = (ROOT / "docs" / "numerics.md").read_text().partition("## Test vectors\n")[2].partition("\n## ")[0]
     listed = re.findall(r"^\| `([^`]+)`", page, re.MULTILINE)
     files = json.loads((HERE / "manifest.json").read_text())["files"]
-    assert {*listed} == {"manifest.json", *(name for name in files if name.split("/")[0] not in TINY)}
+    assert {*listed} == {"manifest.json", *(name for name in files if not (HERE / name.split("/")[0] / "hf").is_dir())}
     texts = json.loads((VECTORS / "texts.json").read_text())["cases"]
     assert f"{len(texts)} texts" in page and f"{len(CHAT['cases'])} conversations" in page
 
@@ -282,11 +282,11 @@ def warped_without(case, key):
 def test_the_tolerances_are_the_measured_noise():
     """The numbers of the table in docs/numerics.md, which test_reference.py compares with `golden.noise`."""
     content = json.loads((HERE / "tolerances.json").read_text())
-    assert list(content["stages"]) == list(POINTS)
+    assert list(content["stages"]) == [*POINTS, *CACHE_POINTS]
     noise = golden.noise()
     for name, entry in content["stages"].items():
-        assert entry.pop("dimensions") == POINTS[name][0].split()
-        if name.endswith(".mask"):
+        assert entry.pop("dimensions") == dimensions(name).split()
+        if name.endswith((".mask", ".positions")):
             assert set(entry.values()) == {0.0}
         else:
             assert entry == {"float64": 1e-12, **noise[name]}

@@ -2,9 +2,7 @@
 
     python compare.py mine.safetensors ministral/float64.safetensors --dtype float32
 
-The port's file is .safetensors or .npz with names and shapes of the trace, or .npy with the logits. `--dtype` is the
-type that it computes in: see tolerances.json. Rows of padding and scores of hidden keys are not compared. Exit code: 0
-all agree, 1 a stage differs, 2 nothing could be compared. `python -m reference diff` (needs PyTorch) says more.
+The port's file is .safetensors or .npz with names and shapes of the trace, or .npy with the logits; --dtype: its type.
 """
 
 import argparse
@@ -20,8 +18,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 TOLERANCES = json.loads((Path(__file__).resolve().parent / "tolerances.json").read_text())
-STAGES = TOLERANCES["stages"]  # in the order of computing
-LAYER = re.compile(r"(?<=layers\.)\d+")
+ORDER = list(TOLERANCES["stages"])  # of computing
+NUMBER = re.compile(r"(?<=^step\.)\d+|(?<=layers\.)\d+")
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -36,20 +34,23 @@ def read(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: {error}; allowed: bfloat16 stored as float32") from error
 
 
-def place(name: str) -> tuple[int, int, int]:
+def general(name: str) -> str:
+    """The name of a stage in tolerances.json: without its step, and with N for its layer."""
+    return NUMBER.sub("N", name).removeprefix("step.N.")
+
+
+def place(name: str) -> list[int]:
     """The key that sorts names in the order of computing."""
-    order = list(STAGES)
-    point = LAYER.sub("N", name)
-    layer = LAYER.search(name)
-    if layer is None:
-        return order.index(point), 0, 0
-    return order.index(point.partition(".N.")[0] + ".N.input_norm"), int(layer[0]), order.index(point)
+    first = next(stage for stage in ORDER if stage.startswith(general(name).partition(".N.")[0]))
+    numbers = list(map(int, NUMBER.findall(name)))
+    numbers.insert(name.count("step."), ORDER.index(first))
+    return [*numbers, ORDER.index(general(name))]
 
 
 def difference(name: str, mine: Any, reference: dict[str, Any], dtype: str) -> str | None:
-    """A line about the largest error of a stage; None if the stage agrees."""
+    """A line about the largest error of a stage, but for padding and scores of hidden keys; None if it agrees."""
     exact = reference[name].astype(np.float64)
-    stage = STAGES[LAYER.sub("N", name)]
+    stage = TOLERANCES["stages"][general(name)]
     if mine.shape != exact.shape or mine.dtype.kind not in "biuf":
         raise ValueError(f"{name} is {mine.dtype} {list(mine.shape)}; allowed: real, {list(exact.shape)}")
     counted = np.ones(exact.shape, bool)
@@ -72,7 +73,7 @@ def difference(name: str, mine: Any, reference: dict[str, Any], dtype: str) -> s
 
 
 def main() -> int:
-    """Compare the files of the command line; return the exit code."""
+    """Compare two files; return 0 if all stages agree, 1 if one differs, 2 if nothing could be compared."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("mine", type=Path)
     parser.add_argument("reference", type=Path, help="a float64 trace")
@@ -80,11 +81,10 @@ def main() -> int:
     options = parser.parse_args()
     try:
         mine, reference = read(options.mine), read(options.reference)
-        names = [name for name in mine if name in reference]
-        inputs = [name for name in names if name.startswith("input.")]
-        if any(mine[name].tolist() != reference[name].tolist() for name in inputs):
+        both = mine.keys() & reference.keys()
+        if any(mine[name].tolist() != reference[name].tolist() for name in both if name.startswith("input.")):
             raise ValueError(f"{options.mine} is about other inputs than {options.reference}")
-        stages = sorted(set(names) - set(inputs), key=place)
+        stages = sorted((name for name in both if general(name) in ORDER), key=place)
         if not stages or reference[stages[-1]].dtype not in (np.float64, bool):
             raise ValueError("nothing can be compared; allowed: stages of a float64 trace")
         lines = [difference(name, mine[name], reference, options.dtype) for name in stages]
