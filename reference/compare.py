@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pretrained import PreTrainedModel
-from reference.layouts import fits, in_other_layouts
+from reference.layouts import REVERSED, fits, hidden_keys, in_other_layouts, joined
 from reference.trace import LAYER, dimensions, order, record, rounded_differently
 
 # The largest error of a right port, over the floor of these many more runs: measured in tests/test_explain.py.
@@ -246,6 +246,7 @@ class Target:
         margin: how many floors of noise an error may be.
         dtype: the port's type, in words.
         head_dim: D, 0 if unknown.
+        mask: of scores: bool (B, S, T), False for hidden keys, if it is known.
     """
 
     name: str
@@ -256,13 +257,18 @@ class Target:
     margin: float
     dtype: str
     head_dim: int
+    mask: Tensor | None
+
+    def size(self, counted: Tensor) -> float:
+        """The largest absolute value of the reference."""
+        return float(torch.where(counted, self.reference.double().abs(), 0.0).max())
 
     def floor(self, counted: Tensor) -> float:
         """The largest error that a right port of the type makes; NaN if unknown."""
         if self.name.endswith(".mask"):
             return 0.0
         exact = self.reference.double()
-        size = float(torch.where(counted, exact.abs(), 0.0).max())
+        size = self.size(counted)
         if self.noise is None:
             return self.relative * size
         noise = torch.where(counted, (self.noise.double() - exact).abs(), 0.0)
@@ -275,7 +281,7 @@ class Target:
         error = torch.where(counted, (tensor - exact).abs(), 0.0).nan_to_num(nan=math.inf, posinf=math.inf)
         where = tuple(int(i) for i in torch.unravel_index(error.argmax(), exact.shape))
         largest = float(error.max())
-        size = float(torch.where(counted, exact.abs(), 0.0).max())
+        size = self.size(counted)
         relative = largest
         if size:
             relative = largest / size
@@ -286,6 +292,49 @@ class Target:
         return Stage(
             self.name, largest, relative, floor, where, value, expected, self.dtype, how, diverges
         )  # fmt: skip
+
+    def fit(self, how: str, tensor: Tensor, given: Tensor) -> Fit:
+        """The comparison with one tensor that fits. Scores are not compared where the port hides the key; which keys
+        these are is compared as the mask."""
+        hidden = None
+        if self.mask is not None:
+            hidden = hidden_keys(tensor, self.counted, self.size(self.counted))
+        if hidden is None or self.mask is None:
+            stage = self.stage(tensor, given, how)
+            return Fit(stage, tensor, given, self.counted & given)
+        seen = given & ~hidden[:, None]
+        stage = self.stage(tensor, seen, how)
+        queries = self.counted.any(1).any(-1)[..., None]
+        lacking = int((hidden & self.mask & queries).sum())
+        additional = int((~hidden & ~self.mask & queries).sum())
+        return Fit(stage, tensor, given, self.counted & seen, ~hidden, lacking, additional)
+
+
+@dataclass
+class Fit:
+    """One way to read a port's tensor in the reference's shape.
+
+    Attributes:
+        stage: the comparison.
+        tensor: in the reference's shape.
+        given: which of its entries the port gives.
+        counted: which of them are compared.
+        visible: bool (B, S, T), the mask that scores show; None: none.
+        lacking, additional: the numbers of keys that are visible in the reference's mask only, and in this one only.
+    """
+
+    stage: Stage
+    tensor: Tensor
+    given: Tensor
+    counted: Tensor
+    visible: Tensor | None = None
+    lacking: int = 0
+    additional: int = 0
+
+    @property
+    def wrong_keys(self) -> int:
+        """The number of keys in which the mask that scores show is another one than the reference's."""
+        return self.lacking + self.additional
 
 
 def check_leak(stage: Stage, probabilities: Tensor, counted: Tensor, mask: Tensor) -> None:
@@ -302,30 +351,104 @@ def check_leak(stage: Stage, probabilities: Tensor, counted: Tensor, mask: Tenso
 
 
 def compare_stage(
-    target: Target, tensor: Tensor, padding_mask: Tensor | None
-) -> tuple[Stage, Tensor, Tensor] | None:  # fmt: skip
-    """The comparison of one tensor, the tensor in the reference's shape, and which of its entries count.
+    target: Target, tensor: Tensor, padding_mask: Tensor | None, layouts: set[str]
+) -> Fit | None:  # fmt: skip
+    """The comparison of one tensor, or None if it has no shape that can be brought to the reference's.
 
-    Several rearrangements may fit. If the first one diverges, the one with the smallest error is taken. The result is
-    None if none fits.
+    Several rearrangements may fit. If the first one diverges, the one with the smallest error is taken. If that one
+    diverges, too, other layouts are tried. If all diverge, the tensor has the layout of the others.
+
+    Args:
+        target: the reference.
+        tensor: the port's.
+        padding_mask: bool (B, S), False at padding.
+        layouts: those of the port's tensors before. That of this tensor is added.
     """
     reference = target.reference
-    candidates = list(fits(target.name, tensor, tuple(reference.shape), padding_mask))
-    if not candidates:
+    fitting = list(fits(target.name, tensor, tuple(reference.shape), padding_mask))
+    if not fitting:
         return None
-    stages = [target.stage(fit, given, how) for how, fit, given in candidates]
-    best = 0
-    if stages[0].diverges:
-        different = [int((fit != reference).sum()) for _, fit, _ in candidates]
-        errors = [stage.error for stage in stages]
-        best = min(range(len(stages)), key=lambda i: (errors[i], different[i]))
-    stage = stages[best]
-    how, fit, given = candidates[best]
-    if stage.diverges:
-        for layout, other in in_other_layouts(target.name, fit, target.head_dim):
-            if not target.stage(other, given, how).diverges:
-                stage.equal_after = layout
-    return stage, fit, target.counted & given
+    best = target.fit(*fitting[0])
+    if not best.stage.diverges and not best.wrong_keys:
+        return best
+    ways = [target.fit(*way) for way in fitting]
+    ways.sort(key=lambda way: (way.wrong_keys, way.stage.error, int((way.tensor != reference).sum())))
+    best = ways[0]
+    if not best.stage.diverges:
+        layouts.update(order for order in REVERSED if best.stage.how.startswith(order))
+        return best
+    ways = likely_orders(ways, layouts)
+    best = ways[0]
+    known = None
+    for way in ways:
+        for layout, other in in_other_layouts(target.name, way.tensor, target.head_dim):
+            changed = target.fit(way.stage.how, other, way.given)
+            if not changed.stage.diverges:
+                way.stage.equal_after = layout
+                layouts.add(layout)
+                return replace(changed, stage=way.stage)
+            if layout in layouts and (known is None or changed.stage.error < known.stage.error):
+                changed.stage.how = joined(way.stage.how, layout)
+                known = changed
+    if known is not None:
+        return known
+    return best
+
+
+def likely_orders(ways: list[Fit], layouts: set[str]) -> list[Fit]:
+    """Those of some fits that have the order of dimensions of the port's other tensors, or else the usual one."""
+    reversed_before = tuple(REVERSED & layouts)
+    if reversed_before:
+        likely = [way for way in ways if way.stage.how.startswith(reversed_before)]
+    else:
+        likely = [way for way in ways if not way.stage.how.startswith(tuple(REVERSED))]
+    if likely:
+        return likely
+    return ways
+
+
+def compare_stages(
+    port: Trace, targets: Mapping[str, Target], padding_mask: Tensor | None
+) -> tuple[dict[str, Fit], list[str]]:  # fmt: skip
+    """The comparisons of all tensors of a port, and of masks that its scores show; and what has another shape."""
+    found: dict[str, Fit] = {}
+    misshapen: list[str] = []
+    layouts: set[str] = set()
+    for name in order(targets.keys() & port.keys()):
+        target = targets[name]
+        fit = compare_stage(target, port[name], padding_mask, layouts)
+        if fit is None:
+            misshapen.append(f"{name} is {list(port[name].shape)}, the reference {list(target.reference.shape)}")
+            continue
+        mask = targets.get(name.replace("probabilities", "mask"))
+        if name.endswith(".probabilities") and mask is not None:
+            check_leak(fit.stage, fit.tensor, target.counted, mask.reference.bool())
+        found[name] = fit
+    for name, visible in masks_to_compare(found):
+        found[name] = targets[name].fit("read from the scores", visible, torch.ones_like(visible))
+    return found, misshapen
+
+
+def masks_to_compare(found: Mapping[str, Fit]) -> list[tuple[str, Tensor]]:
+    """The names of masks that scores show and that are wrong, and these masks.
+
+    Scores may be computed for more keys than those that are visible, and have marks for some of the others only, as
+    blocks have. So keys that are visible in addition prove nothing if the next stage is right.
+    """
+    names = order(found)
+    wrong = []
+    for place, name in enumerate(names):
+        visible = found[name].visible
+        mask = name.replace("scores", "mask")
+        if visible is None or found[name].wrong_keys == 0:
+            continue
+        if mask in found and found[mask].stage.diverges:
+            continue
+        later = [found[other].stage for other in names[place + 1 :]]
+        next_is_right = bool(later) and later[0].judged and not later[0].diverges
+        if not next_is_right or found[name].lacking:
+            wrong.append((mask, visible))
+    return wrong
 
 
 def compare(
@@ -349,29 +472,20 @@ def compare(
     if types is None:
         types = {name: tensor.dtype for name, tensor in noise.items()}
     masks = {name: tensor.bool() for name, tensor in reference.items() if name.endswith(".mask")}
-    stages: list[Stage] = []
-    misshapen: list[str] = []
-    fitted: dict[str, tuple[Tensor, Tensor]] = {}
-    for name in order(reference.keys() & port.keys()):
-        exact = reference[name]
-        counted = counts(name, exact.shape, masks, padding_mask)
-        dtype = ""
-        if name in types:
-            dtype = str(types[name]).removeprefix("torch.")
-        target = Target(
-            name, exact, noise.get(name), relative.get(name, math.nan), counted, margin, dtype, head_dim(reference)
+    targets = {}
+    for name in reference:
+        counted = counts(name, reference[name].shape, masks, padding_mask)
+        dtype = str(types.get(name, "")).removeprefix("torch.")
+        mask = None
+        if name.endswith(".scores"):
+            mask = masks.get(name.replace("scores", "mask"))
+        targets[name] = Target(
+            name, reference[name], noise.get(name), relative.get(name, math.nan), counted, margin, dtype,
+            head_dim(reference), mask,
         )  # fmt: skip
-        result = compare_stage(target, port[name], padding_mask)
-        if result is None:
-            misshapen.append(f"{name} is {list(port[name].shape)}, the reference {list(exact.shape)}")
-            continue
-        stage, fit, fit_counted = result
-        mask = masks.get(name.replace("probabilities", "mask"))
-        if name.endswith(".probabilities") and mask is not None:
-            check_leak(stage, fit, counted, mask)
-        stages.append(stage)
-        fitted[name] = (fit, fit_counted)
+    found, misshapen = compare_stages(port, targets, padding_mask)
 
+    stages = [found[name].stage for name in order(found)]
     missing = [name for name in order(reference) if name not in port and not name.startswith("input.")]
     unknown = sorted(name for name in port if name not in reference and not name.startswith("input."))
     wrong = next((stage for stage in stages if stage.diverges and not stage.equal_after), None)
@@ -381,6 +495,7 @@ def compare(
     if wrong is not None:
         first = wrong.name
     sentence = summary(stages, misshapen, wrong)
+    fitted = {name: (fit.tensor, fit.counted) for name, fit in found.items()}
     return Report(stages, missing, unknown, misshapen, first, agrees, sentence, fitted=fitted)
 
 

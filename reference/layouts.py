@@ -12,6 +12,10 @@ from torch import Tensor
 from checkpoint import half_split, interleave
 from reference.trace import dimensions
 
+# How many times the largest right score a mark is below 0, at least.
+FAR_BELOW = 100.0
+TRANSPOSED, SIZES_REVERSED = "dimensions in reverse order", "sizes in reverse order"
+REVERSED = {TRANSPOSED, SIZES_REVERSED}
 Rearranged = tuple[str, Tensor]  # by which rearrangement, in words, and the result
 
 
@@ -109,11 +113,25 @@ def fits(
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
     """All ways to bring a port's tensor to the reference's shape: how, the tensor, and which entries are given."""
     everything = torch.ones(shape, dtype=torch.bool)
-    for dumped, part in as_dumped(name, tensor, shape):
-        for how, fit in rearranged(part, shape):
-            yield joined(dumped, how), fit, everything
-        if name == "logits":
-            yield from last_logits(dumped, part, shape, padding_mask)
+    for axes, turned in axis_orders(tensor):
+        for dumped, part in as_dumped(name, turned, shape):
+            before = joined(axes, dumped)
+            for how, fit in rearranged(part, shape):
+                yield joined(before, how), fit, everything
+            if name == "logits":
+                yield from last_logits(before, part, shape, padding_mask)
+
+
+def axis_orders(tensor: Tensor) -> Iterator[Rearranged]:
+    """A tensor as it is, then with its dimensions in reverse order, as ggml counts them: [D, S, H, B] for (B, H, S, D).
+
+    A dump of ggml's may be transposed, or only have the sizes of its dimensions in that order: the numbers lie as in
+    (B, H, S, D), and the shape says [D, S, H, B].
+    """
+    yield "", tensor
+    if tensor.ndim > 1:
+        yield TRANSPOSED, tensor.permute(*reversed(range(tensor.ndim)))
+        yield SIZES_REVERSED, tensor.reshape(tensor.shape[::-1])
 
 
 def joined(*words: str) -> str:
@@ -167,3 +185,25 @@ def in_other_layouts(name: str, tensor: Tensor, head_dim: int) -> Iterator[Rearr
     rows = torch.arange(D)[:, None]
     yield "half-split -> interleaved", tensor[..., interleave(rows, 1)[:, 0]]
     yield "interleaved -> half-split", tensor[..., half_split(rows, 1)[:, 0]]
+
+
+def hidden_keys(scores: Tensor, counted: Tensor, size: float) -> Tensor | None:
+    """bool (B, S, T): the keys that a port's scores mark as hidden, which are those that it does not look at.
+
+    A mark is the same for all heads: 0, NaN, -inf, or a number far below all scores, such as -3.4e38 or -10000. The
+    result is None if there are no marks, or if a query would see no key.
+
+    Args:
+        scores: (B, H, S, T).
+        counted: the same shape, False at padding.
+        size: the largest absolute value of the right scores.
+    """
+    if scores.ndim != 4:
+        return None
+    marked = scores.isnan() | (scores == 0) | (scores < -FAR_BELOW * max(size, 1.0))
+    hidden = marked.all(1)
+    queries = counted.any(1).any(-1)  # (B, S)
+    sees_nothing = hidden.all(-1) & queries
+    if not bool(hidden.any()) or bool(sees_nothing.any()):
+        return None
+    return hidden
