@@ -113,6 +113,8 @@ class Report:
         agrees: whether something was compared, and all of it is right.
         sentence: the same in words.
         verdict, mutant: the known mistake that explains it, if one does.
+        parts: the known mistakes that explain a part of it, or all of it together.
+        hints: what is suspicious about the inputs, in sentences.
         fitted: the port's tensors in the reference's shapes, and which of their entries count.
     """
 
@@ -125,6 +127,8 @@ class Report:
     sentence: str
     verdict: str = ""
     mutant: str | None = None
+    parts: list[str] = field(default_factory=list)
+    hints: list[str] = field(default_factory=list)
     fitted: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
     def to_json(self) -> str:
@@ -162,7 +166,7 @@ def coarser(a: torch.dtype, b: torch.dtype) -> torch.dtype:
 
 def least(dtype: torch.dtype) -> float:
     """The relative error that a right port may have anywhere, however exact this implementation happens to be."""
-    if dtype == torch.float64:
+    if dtype in (torch.float64, torch.bool):
         return LEAST
     return torch.finfo(dtype).eps
 
@@ -495,7 +499,7 @@ def compare(
     if wrong is not None:
         first = wrong.name
     sentence = summary(stages, misshapen, wrong)
-    fitted = {name: (fit.tensor, fit.counted) for name, fit in found.items()}
+    fitted = {name: (found[name].tensor, found[name].counted) for name in order(found)}
     return Report(stages, missing, unknown, misshapen, first, agrees, sentence, fitted=fitted)
 
 
