@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import permutations
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from checkpoint import half_split, interleave
 from pretrained import PreTrainedModel
+from reference.layouts import REVERSED, fits, hidden_keys, in_other_layouts, joined
 from reference.trace import LAYER, dimensions, order, record, rounded_differently
 
 # The largest error of a right port, over the floor of these many more runs: measured in tests/test_explain.py.
@@ -36,7 +35,6 @@ WORDS = {
 }  # fmt: skip
 
 Trace = Mapping[str, Tensor]
-Rearranged = tuple[str, Tensor]  # by which rearrangement, in words, and the result
 
 
 @dataclass
@@ -115,6 +113,8 @@ class Report:
         agrees: whether something was compared, and all of it is right.
         sentence: the same in words.
         verdict, mutant: the known mistake that explains it, if one does.
+        parts: the known mistakes that explain a part of it, or all of it together.
+        hints: what is suspicious about the inputs, in sentences.
         fitted: the port's tensors in the reference's shapes, and which of their entries count.
     """
 
@@ -127,6 +127,8 @@ class Report:
     sentence: str
     verdict: str = ""
     mutant: str | None = None
+    parts: list[str] = field(default_factory=list)
+    hints: list[str] = field(default_factory=list)
     fitted: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
     def to_json(self) -> str:
@@ -137,163 +139,6 @@ class Report:
                 if isinstance(value, float) and not math.isfinite(value):
                     entry[key] = None
         return json.dumps(content, indent=2, allow_nan=False)
-
-
-# ------------------------------------------------------------------------------------------------------- shapes
-
-
-def as_dumped(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Iterator[Rearranged]:
-    """A port's tensor without what dumps often have in addition.
-
-    These are heads that repeat a mask or a key head, columns of a padded vocabulary, keys up to a round number, the
-    numbers that are added to scores for a mask, and True for hidden.
-    """
-    dims = dimensions(name).split()
-    more_keys = tensor.shape[-1:] > shape[-1:] and tensor.shape[-2:-1] == shape[-2:-1]
-    if dims[-1:] == ["T"] and more_keys and tensor.numel() != math.prod(shape):  # and no heads that are joined
-        for how, part in as_dumped(name, tensor[..., : shape[-1]], shape):
-            yield joined(f"the first {shape[-1]} keys", how), part
-    elif name.endswith(".mask"):
-        yield from as_masks(tensor)
-    elif name == "logits" and tensor.shape[-1:] > shape[-1:]:
-        yield f"the first {shape[-1]} columns", tensor[..., : shape[-1]]
-    else:
-        if repeats_heads(name, tensor, shape):
-            axis = dims.index("G")
-            groups = tensor.reshape(*tensor.shape[:axis], shape[axis], -1, *tensor.shape[axis + 1 :])
-            once = groups.narrow(axis + 1, 0, 1)
-            if bool((groups == once).all()):
-                yield "one of each repeated head", once.squeeze(axis + 1)
-                return
-        yield "", tensor
-
-
-def as_masks(tensor: Tensor) -> Iterator[Rearranged]:
-    """A mask as bool, True for visible; from numbers that are added to scores, and from True for hidden."""
-    if tensor.ndim == 4 and bool((tensor == tensor[:, :1]).all()):
-        tensor = tensor[:, 0]
-    if tensor.is_floating_point() and bool((tensor < 0).any()):
-        visible = tensor == 0
-        yield "as added to scores", visible
-    else:
-        visible = tensor != 0
-        yield "", visible
-    yield "True is hidden", ~visible
-
-
-def repeats_heads(name: str, tensor: Tensor, shape: tuple[int, ...]) -> bool:
-    """True if a tensor has a multiple of the key heads that it should have."""
-    if " G " not in dimensions(name) or tensor.ndim != len(shape):
-        return False
-    axis = dimensions(name).split().index("G")
-    count, wanted = tensor.shape[axis], shape[axis]
-    return count > wanted and count % wanted == 0
-
-
-def rearranged(tensor: Tensor, shape: tuple[int, ...]) -> Iterator[Rearranged]:
-    """The ways in which a tensor can be brought to a shape.
-
-    These are: as it is, without or with a dimension of one, with its dimensions in another order, heads joined or
-    split.
-    """
-    if tensor.shape == shape:
-        yield "", tensor
-    squeezed = tensor.squeeze()
-    wanted = [n for n in shape if n != 1]
-    same_size = tensor.numel() == math.prod(shape)
-    if squeezed.ndim == len(wanted) <= 4:
-        yield from transposed(squeezed, shape, skip_identity=tensor.shape == shape)
-    if len(shape) >= 3 and squeezed.ndim == len(wanted) - 1 and same_size:  # (B, S, H * D) for (B, H, S, D)
-        *batch, H, S, D = shape
-        if squeezed.shape[-2:] == (S, H * D):
-            yield "heads split", squeezed.reshape(*batch, S, H, D).transpose(-3, -2)
-    if same_size and tensor.ndim != len(shape) and tensor.shape[-1:] != shape[-1:]:
-        yield "last dimensions joined", tensor.reshape(shape)  # (B, S, H, D) for (B, S, H * D)
-    if tensor.ndim == len(shape) - 1 > 1 and tensor.shape == (shape[0] * shape[1], *shape[2:]):
-        yield "texts split", tensor.reshape(shape)  # (B * S, E) for (B, S, E), (B * H, S, D) for (B, H, S, D)
-    if len(shape) >= 2 and squeezed.ndim == len(wanted) + 1 and same_size:
-        heads = squeezed
-        if heads.ndim >= 3:  # (H, D) has one token only
-            heads = heads.transpose(-3, -2)
-        yield "heads joined", heads.reshape(shape)  # (B, H, S, D) for (B, S, H * D)
-
-
-def transposed(squeezed: Tensor, shape: tuple[int, ...], skip_identity: bool) -> Iterator[Rearranged]:
-    """All orders of the dimensions of a tensor (which has none of one) that give a shape, dimensions of one aside."""
-    wanted = [n for n in shape if n != 1]
-    identity = tuple(range(squeezed.ndim))
-    for axes in permutations(identity):
-        if [squeezed.shape[axis] for axis in axes] != wanted:
-            continue
-        if axes != identity:
-            yield f"transposed {list(axes)}", squeezed.permute(axes).reshape(shape)
-        elif not skip_identity:
-            yield "without dimensions of one", squeezed.reshape(shape)
-
-
-def fits(
-    name: str, tensor: Tensor, shape: tuple[int, ...], padding_mask: Tensor | None
-) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """All ways to bring a port's tensor to the reference's shape: how, the tensor, and which entries are given."""
-    everything = torch.ones(shape, dtype=torch.bool)
-    for dumped, part in as_dumped(name, tensor, shape):
-        for how, fit in rearranged(part, shape):
-            yield joined(dumped, how), fit, everything
-        if name == "logits":
-            yield from last_logits(dumped, part, shape, padding_mask)
-
-
-def joined(*words: str) -> str:
-    """The words that are not empty, with commas between them."""
-    return ", ".join(word for word in words if word)
-
-
-def last_logits(
-    dumped: str, logits: Tensor, shape: tuple[int, ...], padding_mask: Tensor | None
-) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Logits of the last n tokens of each text, put to their places in (B, S, V): how, the tensor, and which of its
-    entries are given. Nothing if the reference has no more tokens than that."""
-    if len(shape) != 3 or logits.ndim > 3 or logits.shape[-1:] != shape[-1:]:
-        return
-    B, S, V = shape
-    n = logits.numel() // (B * V)
-    shapes: list[tuple[int, ...]] = [(B, n, V)]
-    if n == 1:
-        shapes.append((B, V))
-    if B == 1:
-        shapes += [(n, V), (V,)]
-    if not 0 < n < S or logits.shape not in shapes:
-        return
-    last = torch.full((B,), S - 1)
-    first_text = torch.zeros(B, dtype=torch.int64)
-    if padding_mask is not None:
-        last = torch.where(padding_mask, torch.arange(S), 0).amax(1)
-        first_text = padding_mask.int().argmax(1)
-    if bool((last - n + 1 < first_text).any()):  # a text is shorter
-        return
-    places = last[:, None] + torch.arange(1 - n, 1)  # (B, n)
-    rows = torch.arange(B)[:, None]
-    full = torch.zeros(shape, dtype=logits.dtype)
-    full[rows, places] = logits.reshape(B, n, V)
-    given = torch.zeros(shape, dtype=torch.bool)
-    given[rows, places] = True
-    tokens = "of the last token"
-    if n > 1:
-        tokens = f"of the last {n} tokens"
-    yield joined(dumped, tokens), full, given
-
-
-def in_other_layouts(name: str, tensor: Tensor, head_dim: int) -> Iterator[Rearranged]:
-    """Other forms of a tensor: queries and keys with rotary pairs as neighbours, or as halves; scores before they are
-    scaled."""
-    if name.endswith(".scores") and head_dim:
-        yield f"division by sqrt({head_dim})", tensor.double() / math.sqrt(head_dim)
-    if not name.endswith((".q", ".k", "_rotated", ".q_scaled")):
-        return
-    D = tensor.shape[-1]
-    rows = torch.arange(D)[:, None]
-    yield "half-split -> interleaved", tensor[..., interleave(rows, 1)[:, 0]]
-    yield "interleaved -> half-split", tensor[..., half_split(rows, 1)[:, 0]]
 
 
 # -------------------------------------------------------------------------------------------------------- types
@@ -321,7 +166,7 @@ def coarser(a: torch.dtype, b: torch.dtype) -> torch.dtype:
 
 def least(dtype: torch.dtype) -> float:
     """The relative error that a right port may have anywhere, however exact this implementation happens to be."""
-    if dtype == torch.float64:
+    if dtype in (torch.float64, torch.bool):
         return LEAST
     return torch.finfo(dtype).eps
 
@@ -405,6 +250,7 @@ class Target:
         margin: how many floors of noise an error may be.
         dtype: the port's type, in words.
         head_dim: D, 0 if unknown.
+        mask: of scores: bool (B, S, T), False for hidden keys, if it is known.
     """
 
     name: str
@@ -415,13 +261,18 @@ class Target:
     margin: float
     dtype: str
     head_dim: int
+    mask: Tensor | None
+
+    def size(self, counted: Tensor) -> float:
+        """The largest absolute value of the reference."""
+        return float(torch.where(counted, self.reference.double().abs(), 0.0).max())
 
     def floor(self, counted: Tensor) -> float:
         """The largest error that a right port of the type makes; NaN if unknown."""
         if self.name.endswith(".mask"):
             return 0.0
         exact = self.reference.double()
-        size = float(torch.where(counted, exact.abs(), 0.0).max())
+        size = self.size(counted)
         if self.noise is None:
             return self.relative * size
         noise = torch.where(counted, (self.noise.double() - exact).abs(), 0.0)
@@ -434,7 +285,7 @@ class Target:
         error = torch.where(counted, (tensor - exact).abs(), 0.0).nan_to_num(nan=math.inf, posinf=math.inf)
         where = tuple(int(i) for i in torch.unravel_index(error.argmax(), exact.shape))
         largest = float(error.max())
-        size = float(torch.where(counted, exact.abs(), 0.0).max())
+        size = self.size(counted)
         relative = largest
         if size:
             relative = largest / size
@@ -445,6 +296,49 @@ class Target:
         return Stage(
             self.name, largest, relative, floor, where, value, expected, self.dtype, how, diverges
         )  # fmt: skip
+
+    def fit(self, how: str, tensor: Tensor, given: Tensor) -> Fit:
+        """The comparison with one tensor that fits. Scores are not compared where the port hides the key; which keys
+        these are is compared as the mask."""
+        hidden = None
+        if self.mask is not None:
+            hidden = hidden_keys(tensor, self.counted, self.size(self.counted))
+        if hidden is None or self.mask is None:
+            stage = self.stage(tensor, given, how)
+            return Fit(stage, tensor, given, self.counted & given)
+        seen = given & ~hidden[:, None]
+        stage = self.stage(tensor, seen, how)
+        queries = self.counted.any(1).any(-1)[..., None]
+        lacking = int((hidden & self.mask & queries).sum())
+        additional = int((~hidden & ~self.mask & queries).sum())
+        return Fit(stage, tensor, given, self.counted & seen, ~hidden, lacking, additional)
+
+
+@dataclass
+class Fit:
+    """One way to read a port's tensor in the reference's shape.
+
+    Attributes:
+        stage: the comparison.
+        tensor: in the reference's shape.
+        given: which of its entries the port gives.
+        counted: which of them are compared.
+        visible: bool (B, S, T), the mask that scores show; None: none.
+        lacking, additional: the numbers of keys that are visible in the reference's mask only, and in this one only.
+    """
+
+    stage: Stage
+    tensor: Tensor
+    given: Tensor
+    counted: Tensor
+    visible: Tensor | None = None
+    lacking: int = 0
+    additional: int = 0
+
+    @property
+    def wrong_keys(self) -> int:
+        """The number of keys in which the mask that scores show is another one than the reference's."""
+        return self.lacking + self.additional
 
 
 def check_leak(stage: Stage, probabilities: Tensor, counted: Tensor, mask: Tensor) -> None:
@@ -461,30 +355,104 @@ def check_leak(stage: Stage, probabilities: Tensor, counted: Tensor, mask: Tenso
 
 
 def compare_stage(
-    target: Target, tensor: Tensor, padding_mask: Tensor | None
-) -> tuple[Stage, Tensor, Tensor] | None:  # fmt: skip
-    """The comparison of one tensor, the tensor in the reference's shape, and which of its entries count.
+    target: Target, tensor: Tensor, padding_mask: Tensor | None, layouts: set[str]
+) -> Fit | None:  # fmt: skip
+    """The comparison of one tensor, or None if it has no shape that can be brought to the reference's.
 
-    Several rearrangements may fit. If the first one diverges, the one with the smallest error is taken. The result is
-    None if none fits.
+    Several rearrangements may fit. If the first one diverges, the one with the smallest error is taken. If that one
+    diverges, too, other layouts are tried. If all diverge, the tensor has the layout of the others.
+
+    Args:
+        target: the reference.
+        tensor: the port's.
+        padding_mask: bool (B, S), False at padding.
+        layouts: those of the port's tensors before. That of this tensor is added.
     """
     reference = target.reference
-    candidates = list(fits(target.name, tensor, tuple(reference.shape), padding_mask))
-    if not candidates:
+    fitting = list(fits(target.name, tensor, tuple(reference.shape), padding_mask))
+    if not fitting:
         return None
-    stages = [target.stage(fit, given, how) for how, fit, given in candidates]
-    best = 0
-    if stages[0].diverges:
-        different = [int((fit != reference).sum()) for _, fit, _ in candidates]
-        errors = [stage.error for stage in stages]
-        best = min(range(len(stages)), key=lambda i: (errors[i], different[i]))
-    stage = stages[best]
-    how, fit, given = candidates[best]
-    if stage.diverges:
-        for layout, other in in_other_layouts(target.name, fit, target.head_dim):
-            if not target.stage(other, given, how).diverges:
-                stage.equal_after = layout
-    return stage, fit, target.counted & given
+    best = target.fit(*fitting[0])
+    if not best.stage.diverges and not best.wrong_keys:
+        return best
+    ways = [target.fit(*way) for way in fitting]
+    ways.sort(key=lambda way: (way.wrong_keys, way.stage.error, int((way.tensor != reference).sum())))
+    best = ways[0]
+    if not best.stage.diverges:
+        layouts.update(order for order in REVERSED if best.stage.how.startswith(order))
+        return best
+    ways = likely_orders(ways, layouts)
+    best = ways[0]
+    known = None
+    for way in ways:
+        for layout, other in in_other_layouts(target.name, way.tensor, target.head_dim):
+            changed = target.fit(way.stage.how, other, way.given)
+            if not changed.stage.diverges:
+                way.stage.equal_after = layout
+                layouts.add(layout)
+                return replace(changed, stage=way.stage)
+            if layout in layouts and (known is None or changed.stage.error < known.stage.error):
+                changed.stage.how = joined(way.stage.how, layout)
+                known = changed
+    if known is not None:
+        return known
+    return best
+
+
+def likely_orders(ways: list[Fit], layouts: set[str]) -> list[Fit]:
+    """Those of some fits that have the order of dimensions of the port's other tensors, or else the usual one."""
+    reversed_before = tuple(REVERSED & layouts)
+    if reversed_before:
+        likely = [way for way in ways if way.stage.how.startswith(reversed_before)]
+    else:
+        likely = [way for way in ways if not way.stage.how.startswith(tuple(REVERSED))]
+    if likely:
+        return likely
+    return ways
+
+
+def compare_stages(
+    port: Trace, targets: Mapping[str, Target], padding_mask: Tensor | None
+) -> tuple[dict[str, Fit], list[str]]:  # fmt: skip
+    """The comparisons of all tensors of a port, and of masks that its scores show; and what has another shape."""
+    found: dict[str, Fit] = {}
+    misshapen: list[str] = []
+    layouts: set[str] = set()
+    for name in order(targets.keys() & port.keys()):
+        target = targets[name]
+        fit = compare_stage(target, port[name], padding_mask, layouts)
+        if fit is None:
+            misshapen.append(f"{name} is {list(port[name].shape)}, the reference {list(target.reference.shape)}")
+            continue
+        mask = targets.get(name.replace("probabilities", "mask"))
+        if name.endswith(".probabilities") and mask is not None:
+            check_leak(fit.stage, fit.tensor, target.counted, mask.reference.bool())
+        found[name] = fit
+    for name, visible in masks_to_compare(found):
+        found[name] = targets[name].fit("read from the scores", visible, torch.ones_like(visible))
+    return found, misshapen
+
+
+def masks_to_compare(found: Mapping[str, Fit]) -> list[tuple[str, Tensor]]:
+    """The names of masks that scores show and that are wrong, and these masks.
+
+    Scores may be computed for more keys than those that are visible, and have marks for some of the others only, as
+    blocks have. So keys that are visible in addition prove nothing if the next stage is right.
+    """
+    names = order(found)
+    wrong = []
+    for place, name in enumerate(names):
+        visible = found[name].visible
+        mask = name.replace("scores", "mask")
+        if visible is None or found[name].wrong_keys == 0:
+            continue
+        if mask in found and found[mask].stage.diverges:
+            continue
+        later = [found[other].stage for other in names[place + 1 :]]
+        next_is_right = bool(later) and later[0].judged and not later[0].diverges
+        if not next_is_right or found[name].lacking:
+            wrong.append((mask, visible))
+    return wrong
 
 
 def compare(
@@ -508,29 +476,20 @@ def compare(
     if types is None:
         types = {name: tensor.dtype for name, tensor in noise.items()}
     masks = {name: tensor.bool() for name, tensor in reference.items() if name.endswith(".mask")}
-    stages: list[Stage] = []
-    misshapen: list[str] = []
-    fitted: dict[str, tuple[Tensor, Tensor]] = {}
-    for name in order(reference.keys() & port.keys()):
-        exact = reference[name]
-        counted = counts(name, exact.shape, masks, padding_mask)
-        dtype = ""
-        if name in types:
-            dtype = str(types[name]).removeprefix("torch.")
-        target = Target(
-            name, exact, noise.get(name), relative.get(name, math.nan), counted, margin, dtype, head_dim(reference)
+    targets = {}
+    for name in reference:
+        counted = counts(name, reference[name].shape, masks, padding_mask)
+        dtype = str(types.get(name, "")).removeprefix("torch.")
+        mask = None
+        if name.endswith(".scores"):
+            mask = masks.get(name.replace("scores", "mask"))
+        targets[name] = Target(
+            name, reference[name], noise.get(name), relative.get(name, math.nan), counted, margin, dtype,
+            head_dim(reference), mask,
         )  # fmt: skip
-        result = compare_stage(target, port[name], padding_mask)
-        if result is None:
-            misshapen.append(f"{name} is {list(port[name].shape)}, the reference {list(exact.shape)}")
-            continue
-        stage, fit, fit_counted = result
-        mask = masks.get(name.replace("probabilities", "mask"))
-        if name.endswith(".probabilities") and mask is not None:
-            check_leak(stage, fit, counted, mask)
-        stages.append(stage)
-        fitted[name] = (fit, fit_counted)
+    found, misshapen = compare_stages(port, targets, padding_mask)
 
+    stages = [found[name].stage for name in order(found)]
     missing = [name for name in order(reference) if name not in port and not name.startswith("input.")]
     unknown = sorted(name for name in port if name not in reference and not name.startswith("input."))
     wrong = next((stage for stage in stages if stage.diverges and not stage.equal_after), None)
@@ -540,6 +499,7 @@ def compare(
     if wrong is not None:
         first = wrong.name
     sentence = summary(stages, misshapen, wrong)
+    fitted = {name: (found[name].tensor, found[name].counted) for name in order(found)}
     return Report(stages, missing, unknown, misshapen, first, agrees, sentence, fitted=fitted)
 
 

@@ -6,8 +6,7 @@ import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -16,28 +15,24 @@ import torch
 from torch import Tensor
 
 from checkpoint import DTYPES
-from model_types import GenerativeModel, load_model
+from model_types import load_model
 from reference import golden
 from reference.compare import (
     LEAST,
     MARGIN_OF_ONE_RUN,
     Report,
-    coarser,
     compare,
     computed_in,
-    measure_noise,
     plot,
     table,
 )
-from reference.explain import explain
+from reference.judge import Judge, Models
 from reference.mutants import MUTANTS
 from reference.names import KNOWN_MAPS, advice, redundant, translate
 from reference.texts import choose_text, one_text, texts_in_words
 from reference.trace import general_name, load, record
 
-SMALL = 10**7  # parameters up to which known mistakes are tried even where nothing diverges
 INPUTS = {"input_ids", "attention_mask", "position_ids", "pixel_values", "image_sizes", "step_lengths"}
-Models = Callable[[torch.dtype], GenerativeModel]
 Trace = Mapping[str, Tensor]
 Types = Mapping[str, torch.dtype]
 
@@ -238,112 +233,6 @@ def compare_without_model(
     return compare(port, reference, noise, padding_mask, relative, MARGIN_OF_ONE_RUN, types)
 
 
-@dataclass
-class Judge:
-    """A port, the reference, and the model that made it.
-
-    Attributes:
-        port, reference: their tensors.
-        inputs: of both.
-        padding_mask: bool (B, S), False at padding; None: there is none.
-        model: the model in any type.
-        noise: what was measured before, for the types of the stages.
-    """
-
-    port: Trace
-    reference: Trace
-    inputs: Trace
-    padding_mask: Tensor | None
-    model: Models
-    noise: dict[Any, Trace] = field(default_factory=dict)
-
-    def compare(self, types: Types, port: Trace | None = None) -> Report:
-        """The report, with the noise of the model in a type for each stage. `port`: other tensors than the port's."""
-        if port is None:
-            port = self.port
-        key = tuple(types.items())
-        if key not in self.noise:
-            noise: dict[str, Tensor] = {}
-            for dtype in set(types.values()):
-                stages = {name: self.reference[name] for name in types if types[name] == dtype}
-                noise |= measure_noise(self.model(dtype), stages, golden.arguments(self.inputs, dtype))
-            self.noise[key] = noise
-        return compare(port, self.reference, self.noise[key], self.padding_mask)
-
-    def name_mistake(self, report: Report, types: Types) -> None:
-        """Look for the known mistake behind a divergence, or, in small models, behind numbers within the noise."""
-        exact = self.model(torch.float64)
-        diverges = not report.agrees
-        if not diverges and not is_small(exact):
-            return
-        given = golden.arguments(self.inputs, torch.float64)
-        compared = [name for name in report.fitted if name in types]
-        names = compared[-1:]
-        if report.first in compared:
-            names.append(report.first)
-        names.append("logits")
-        for name in dict.fromkeys(names):
-            if name not in types or report.mutant is not None:
-                continue
-            tensor, counted = report.fitted.get(name, (self.port[name], None))
-            mutant, verdict = explain(
-                tensor, self.model(types[name]), exact, given, name, counted, report.first
-            )  # fmt: skip
-            report.mutant = mutant
-            if mutant or report.first or verdict.endswith("bit for bit"):
-                report.verdict = verdict
-        if report.mutant and not diverges:
-            report.verdict = f"within the noise of its type, but {report.verdict}"
-
-    def look_in_16_bits(self, report: Report, types: Types) -> None:
-        """Look again for the known mistake, with the noise of 16 bits. The logits of a port with a 16-bit cache are
-        float32, and do not show it."""
-        for kind in ("float16", "bfloat16"):
-            coarse = {name: coarser(dtype, DTYPES[kind]) for name, dtype in types.items()}
-            if coarse == types:
-                continue
-            other = self.compare(coarse)
-            if other.agrees:
-                report.verdict += f"; the error is no larger than the noise of {kind}, which proves nothing: "
-                report.verdict += f"compare with --dtype {kind} only if your port computes or stores anything in it"
-                return
-            self.name_mistake(other, coarse)
-            if other.mutant is not None:
-                report.mutant = other.mutant
-                report.verdict = f"{other.verdict}; found with the noise of {kind}, as of a port with a {kind} cache"
-                return
-
-    def hidden_mistakes(self, types: Types) -> list[str]:
-        """The known mistakes that change the numbers of the given stages, and that the noise of these types hides."""
-        exact = self.model(torch.float64)
-        if not is_small(exact):
-            return []
-        given = golden.arguments(self.inputs, torch.float64)
-        hidden = []
-        for mutant in MUTANTS.values():
-            with mutant.applied():
-                try:
-                    mistaken = record(exact, keep=types.__contains__, **given)
-                except ValueError:  # it makes this input impossible
-                    continue
-            acts = any(changes(mistaken[name], self.reference[name]) for name in types if name in mistaken)
-            if acts and self.compare(types, mistaken).agrees:
-                hidden.append(mutant.name)
-        return hidden
-
-
-def is_small(model: GenerativeModel) -> bool:
-    """Whether known mistakes are tried even where nothing diverges."""
-    return sum(parameter.numel() for parameter in model.parameters()) <= SMALL
-
-
-def changes(mistaken: Tensor, exact: Tensor) -> bool:
-    """Whether a tensor has another shape or other numbers, beyond the rounding of float64."""
-    if mistaken.shape != exact.shape:
-        return True
-    return not torch.allclose(mistaken.double(), exact.double(), rtol=1e-9, atol=1e-9, equal_nan=True)
-
-
 def compare_with_model(options: argparse.Namespace, judge: Judge, types: Types, place: str) -> Report:
     """Compare with the noise that the model has, and look for the known mistake."""
     known = {name: judge.reference[name] for name in judge.port if name in judge.reference}
@@ -352,9 +241,12 @@ def compare_with_model(options: argparse.Namespace, judge: Judge, types: Types, 
     check_model(place, options.reference, computed, known)
 
     report = judge.compare(types)
-    judge.name_mistake(report, types)
-    if options.dtype is None and not report.agrees and not report.mutant:
-        judge.look_in_16_bits(report, types)
+    tried = judge.name_mistake(report, types)
+    explained = report.agrees or report.mutant is not None
+    if options.dtype is None and not explained:
+        explained = judge.look_in_16_bits(report, types)
+    if not explained:
+        judge.name_parts(report, types, tried)
     if options.dtype in ("float16", "bfloat16") and report.agrees and shows_no_16_bits(judge.port, judge.reference):
         report.verdict = weaker_test(options.dtype, judge.hidden_mistakes(types))
     return report

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pretrained import PreTrainedModel
@@ -21,6 +21,10 @@ ENOUGH = 16  # numbers in which a mistake must show, so that equal bits are no a
 # round their sums in another way: where the effect is 3 times the noise or more, none was above 2.1 in the first, or
 # outside 0.87 to 1.07 in the second.
 RESIDUAL, SHARE = 2.5, 1 / 8
+# Mistakes that only inputs with padding, or with images, allow to make.
+NEEDS_PADDING = {"positions_through_padding", "padding_visible"}
+NEEDS_IMAGES = {"merger_patch_by_patch", "vision_axes_swapped"}
+SMALLEST = torch.finfo(torch.float64).tiny  # the least noise, which divides
 
 
 @dataclass
@@ -57,37 +61,87 @@ def unchanged(before: Mapping[str, Tensor], after: Mapping[str, Tensor], name: s
     return before[name].equal(after[name])
 
 
+@dataclass
+class Findings:
+    """What the known mistakes make of one tensor.
+
+    Attributes:
+        name: of the tensor.
+        sentence: about a tensor that is not looked at; empty otherwise.
+        suspects: the mistakes that explain it, the likeliest first.
+        before: the distance of the port from the right numbers, in norms of the noise.
+        after: the same from the numbers of each mistake that was tried.
+        contradicted: the mistakes that explain it, but not another tensor that is given -> that tensor.
+    """
+
+    name: str
+    sentence: str = ""
+    suspects: list[Suspect] = field(default_factory=list)
+    before: float = 0.0
+    after: dict[str, float] = field(default_factory=dict)
+    contradicted: dict[str, str] = field(default_factory=dict)
+
+
 class Case:
     """A port's tensor and the right ones, as vectors of the entries that count.
 
+    Tensors of fewer tokens hold the last ones: logits may be given for these only, and a mistake may leave tokens out.
+
     Args:
-        port: the port's tensor, in the reference's shape; logits may lack first tokens.
+        port: the port's tensor, in the reference's shape; it may lack first tokens.
         right, exact: this implementation's, in the port's type and in float64.
         counted: which entries count, in the reference's shape.
     """
 
     def __init__(self, port: Tensor, right: Tensor, exact: Tensor, counted: Tensor) -> None:
-        self.port, self.right, self.counted = port, right, counted
-        if port.ndim == exact.ndim == 3:
-            lacking = max(exact.shape[1] - port.shape[1], 0)
-            right = right[:, lacking:]
+        self.port, self.right = port, right
+        self.counted = counted.expand_as(exact)
+        if port.ndim == exact.ndim == 3 and port.shape[1] < exact.shape[1]:
+            lacking = exact.shape[1] - port.shape[1]
+            self.right = right[:, lacking:]
+            self.counted = self.counted[:, lacking:]
+            if lacking == 1:  # the text without its first token, which is not the first column of a padded text
+                self.counted = self.counted & counted.expand_as(exact)[:, :-1]
             exact = exact[:, lacking:]
         self.fits = port.shape == exact.shape
         if self.fits:
             self.exact = self.vector(exact)
-            self.noise = self.vector(right) - self.exact
+            self.right_pair = self.right, exact
+            self.noise = self.vector(self.right) - self.exact
             self.error = self.vector(port) - self.exact
 
     def vector(self, tensor: Tensor) -> Tensor:
         """The entries that count, in float64."""
-        counted = self.counted[:, -tensor.shape[1] :]
-        return tensor.double()[counted.expand_as(tensor)]
+        return tensor.double()[self.counted]
+
+    def aligned(self, tensor: Tensor) -> Tensor | None:
+        """A mistake's tensor with as many tokens as the port's; None if that is impossible."""
+        if tensor.shape == self.port.shape:
+            return tensor
+        if tensor.ndim != 3 or self.port.ndim != 3:
+            return None
+        lacking = self.port.shape[1] - tensor.shape[1]
+        if lacking > 0 and not bool(self.counted[:, :lacking].any()):
+            tensor = F.pad(tensor, (0, 0, lacking, 0))
+        elif lacking < 0:
+            tensor = tensor[:, -lacking:]
+        if tensor.shape != self.port.shape:
+            return None
+        return tensor
 
     def changed(self, mistaken: Tensor) -> float:
-        """The number of entries that a mistake changes in the port's type; infinite if it changes the shape."""
-        if mistaken.shape != self.right.shape:
-            return math.inf
+        """The number of entries that a mistake changes in the port's type."""
         return differences(torch.where(self.counted, mistaken, 0), torch.where(self.counted, self.right, 0))
+
+    def distances(self, mistaken: Tensor, mistaken_exact: Tensor) -> tuple[float, float]:
+        """The norms of the port's difference to a mistake's numbers in float64, and of the noise."""
+        numbers, exact = self.vector(mistaken), self.vector(mistaken_exact)
+        noises = (
+            self.noise.norm(),
+            (numbers - exact).norm(),
+            least(mistaken.dtype) * self.exact.norm(),
+        )
+        return float((self.vector(self.port) - exact).norm()), float(max(*noises, SMALLEST))
 
     def suspect(self, mutant: Mutant, mistaken: Tensor, mistaken_exact: Tensor) -> Suspect | None:
         """The mistake, if it explains the port's numbers.
@@ -98,11 +152,9 @@ class Case:
 
         Args:
             mutant: the mistake.
-            mistaken: the tensor that the mistake makes in the port's type.
+            mistaken: the tensor that the mistake makes in the port's type, in the port's shape.
             mistaken_exact: the same in float64.
         """
-        if mistaken.shape != self.port.shape:
-            return None
         # Equal bits.
         port, numbers, exact = (self.vector(tensor) for tensor in (self.port, mistaken, mistaken_exact))
         effect = exact - self.exact
@@ -112,18 +164,13 @@ class Case:
         bits = (matters or rounds) and self.changed(mistaken) >= ENOUGH and numbers.equal(port)
 
         # Equal but for noise.
-        residual = float((self.error - effect).norm())
-        noises = (
-            self.noise.norm(),
-            (numbers - exact).norm(),
-            least(mistaken.dtype) * self.exact.norm(),
-        )
+        residual, noise = self.distances(mistaken, mistaken_exact)
         share = 0.0
         if matters:
             share = float(self.error @ effect) / size**2
         as_long = abs(share - 1) < SHARE
         straight = share * size > 0.9 * float(self.error.norm())
-        nothing_left = residual <= RESIDUAL * float(max(noises))
+        nothing_left = residual <= RESIDUAL * noise
         if not bits and not (as_long and straight and nothing_left):
             return None
         cosine = float(torch.cosine_similarity(exact, port, 0))
@@ -139,10 +186,27 @@ def explain(
     counted: Tensor | None = None,
     first: str | None = None,
 ) -> tuple[str | None, str]:
-    """The known mistake that reproduces a port's tensor, if any, and a sentence about it.
+    """The known mistake that reproduces a port's tensor, if any, and a sentence about it. Arguments: see `examine`.
 
     The sentence also names the mistakes that cannot be told from it. Neither a right port is accused nor one with a
     mistake that the catalogue does not have.
+    """
+    findings = examine(port, model, exact, inputs, name, counted, first)
+    if findings.sentence:
+        return None, findings.sentence
+    return verdict(name, findings.suspects)
+
+
+def examine(
+    port: Tensor,
+    model: PreTrainedModel,
+    exact: PreTrainedModel,
+    inputs: Mapping[str, Any],
+    name: str = "logits",
+    counted: Tensor | None = None,
+    first: str | None = None,
+) -> Findings:
+    """Try all known mistakes on a port's tensor.
 
     Args:
         port: the port's tensor of that name.
@@ -162,19 +226,16 @@ def explain(
 
     right, right_exact = run(model), run(exact)
     if name not in right_exact:
-        return None, f"the reference has no {name}"
+        return Findings(name, f"the reference has no {name}")
     if counted is None:
-        mask = inputs.get("attention_mask")
-        if mask is not None:
-            mask = mask.bool()
-        counted = counts(name, right_exact[name].shape, {}, mask)
+        counted = counts(name, right_exact[name].shape, {}, mask_of(inputs))
     case = Case(port, right[name], right_exact[name], counted)
     if port.shape == right[name].shape and case.vector(port).equal(case.vector(right[name])):
-        return None, f"your {name} are this implementation's, bit for bit"
+        return Findings(name, f"your {name} are this implementation's, bit for bit")
+    findings = Findings(name)
     if not case.fits:
-        return verdict(name, [])
+        return findings
 
-    suspects = []
     for mutant in MUTANTS.values():
         if not mutant.concerns(exact):
             continue
@@ -189,17 +250,41 @@ def explain(
         too_late = unchanged(right, mistaken, first) and unchanged(right_exact, mistaken_exact, first)
         if too_late:  # it changes nothing where the port diverges first
             continue
-        suspect = case.suspect(mutant, mistaken[name], mistaken_exact[name])
+        numbers, numbers_exact = case.aligned(mistaken[name]), case.aligned(mistaken_exact[name])
+        if numbers is None or numbers_exact is None:
+            continue
+        distance, noise = case.distances(numbers, numbers_exact)
+        findings.after[mutant.name] = distance / noise
+        suspect = case.suspect(mutant, numbers, numbers_exact)
         if suspect is not None:
-            suspects.append(suspect)
-    return verdict(name, suspects)
+            findings.suspects.append(suspect)
+    distance, noise = case.distances(*case.right_pair)
+    findings.before = distance / noise
+    findings.suspects.sort(key=lambda suspect: (impossible(suspect.name, inputs), not suspect.bits, suspect.residual))
+    return findings
+
+
+def mask_of(inputs: Mapping[str, Any]) -> Tensor | None:
+    """bool (B, S), False at padding; None without one."""
+    mask = inputs.get("attention_mask")
+    if mask is None:
+        return None
+    return torch.as_tensor(mask).bool()
+
+
+def impossible(name: str, inputs: Mapping[str, Any]) -> bool:
+    """Whether nobody can make a mistake with these inputs: one of padding where there is none, or one of images."""
+    mask = mask_of(inputs)
+    if name in NEEDS_PADDING:
+        return mask is None or bool(mask.all())
+    return name in NEEDS_IMAGES and inputs.get("pixel_values") is None
 
 
 def verdict(name: str, suspects: list[Suspect]) -> tuple[str | None, str]:
-    """The most likely mistake, and a sentence about it and those that do the same."""
+    """The most likely mistake, which is the first one, and a sentence about it and those that do the same."""
     if not suspects:
         return None, f"no known mistake reproduces your {name}"
-    best = min(suspects, key=lambda suspect: (not suspect.bits, suspect.residual))
+    best = suspects[0]
     if best.bits:
         how = "bit for bit"
         alike = [suspect for suspect in suspects if suspect.bits]

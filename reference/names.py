@@ -50,11 +50,16 @@ def translate(program: str, names: Iterable[str]) -> dict[str, str]:
     Args:
         program: one of `KNOWN_MAPS`. The names of "transformers" and "mlx" are those of modules, whose outputs are
             dumped, as forward hooks see them.
-        names: those of a dump.
+        names: those of a dump. If it has the vision modules, the output of embed_tokens is not the point "embedding",
+            because the embeddings of the images are not in it yet.
     """
+    names = list(names)
+    has_images = any("multi_modal_projector" in name for name in names)
     points = {}
     for name in names:
         point = module_output(name)
+        if has_images and name.endswith("embed_tokens"):
+            point = None
         if program == "llama.cpp":
             point = llama_cpp_point(name)
         if point is not None:

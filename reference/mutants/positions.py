@@ -187,9 +187,11 @@ def bos_missing(stack: ExitStack) -> None:
         def changed(self: Any, input_ids: Tensor | None = None, *rest: Any, **named: Any) -> Any:
             if input_ids is None or input_ids.shape[1] == 1:
                 return right(self, input_ids, *rest, **named)
-            for name in ("attention_mask", "position_ids"):
-                if named.get(name) is not None:
-                    named[name] = named[name][:, 1:]
+            mask, positions = named.get("attention_mask"), named.get("position_ids")
+            if mask is not None:  # in a padded text, <s> becomes padding
+                named["attention_mask"] = mask[:, 1:] * mask[:, :-1]
+            if positions is not None:
+                named["position_ids"] = (positions[:, 1:] - 1).clamp(min=0)
             return right(self, input_ids[:, 1:], *rest, **named)
 
         return changed
