@@ -102,14 +102,16 @@ def test_the_decoding_trace_is_the_whole_text_in_pieces(name):
     model = load_model(HERE / name / "hf", torch.float64)
     computed = record(model, **given)
     assert list(trace) == [key for key in computed if key in trace] == order(reversed(trace))
+    numbers = [int(key.split(".")[1]) for key in trace]
+    assert numbers == sorted(numbers) and list(trace)[-1] == f"step.7.cache.layers.{len(model.model.layers) - 1}.v"
     assert len(trace) == len(steps) * (len(stages) + 3 * len(model.model.layers))
     assert all((computed[key] - trace[key]).abs().max() < 1e-11 for key in trace)
 
 
 @torch.no_grad()
 def test_steps_of_a_padded_batch_are_recorded():
-    whole, given, _ = golden_inputs("ministral")
-    model = load_model(HERE / "ministral" / "hf", torch.float64)
+    whole, given, _ = golden_inputs("ministral3")
+    model = load_model(HERE / "ministral3" / "hf", torch.float64)
     trace = record(model, keep=lambda name: name.endswith("logits"), step_lengths=[7, 1, 12], **given)
     joined = torch.cat([trace[f"step.{step}.logits"] for step in range(3)], 1)
     padding_mask = given["attention_mask"].bool()
@@ -157,8 +159,9 @@ def test_diff_compares_steps(tmp_path, capsys, mistaken):
     alone = tmp_path / "elsewhere" / "reference.safetensors"
     alone.parent.mkdir()
     alone.write_bytes(reference.read_bytes())
+    assert capsys.readouterr().out.startswith("72 stages agree\n")
     assert main(["diff", str(mine), str(alone)]) == 0
-    assert "72 stages agree\n" in capsys.readouterr().out
+    assert capsys.readouterr().out.startswith("72 stages agree\n")  # all are judged
 
     assert main(["diff", str(mistaken), str(reference)]) == 1
     said = capsys.readouterr().out
@@ -166,8 +169,10 @@ def test_diff_compares_steps(tmp_path, capsys, mistaken):
     assert "match mutant 'window_plus_1', bit for bit" in said
 
 
-def test_the_comparison_without_pytorch_compares_steps(tmp_path, mistaken):
+def test_the_comparison_without_pytorch_compares_steps(script, tmp_path, mistaken):  # noqa: F811
     reference = HERE / "ministral" / "decoding.safetensors"
+    names = list(decoding("ministral")[0])
+    assert sorted(reversed(names), key=script.place) == names
     code, said = run(mistaken, reference)
     assert code == 1 and said.startswith("step.5.layers.1.attention.heads differs first, at [0, 1,")
     trace, _ = load(reference)
