@@ -19,7 +19,7 @@ from reference.mutants import MUTANTS
 from reference.names import KNOWN_MAPS, translate
 from reference.oracle import forward
 from reference.trace import LAYER, MODULES, dimensions, load, order, record, save
-from tests.test_reference import ROOT, TINY, golden_inputs, numpy
+from tests.test_reference import ROOT, TINY, documented_readers, golden_inputs, numpy
 from tests.test_vectors import answer, run, script  # noqa: F401
 
 TEXT_MODELS = ("ministral", "ministral3")
@@ -214,8 +214,7 @@ def test_commands_about_steps_say_what_is_wrong(arguments, message, tmp_path, ca
 @pytest.mark.parametrize("name", ALL_MODELS)
 def test_the_dequantized_matrices(name):
     """From the bytes, by the lines of docs/numerics.md and NumPy; they are the weights of the model that is read."""
-    read = {}
-    exec(re.search(r"```python\n(.*?)```", (ROOT / "docs" / "numerics.md").read_text(), re.DOTALL)[1], read)
+    read = documented_readers()
     stored = load_file(HERE / name / "fp8" / "model.safetensors")
     steps = numpy(load_file(HERE / name / "fp8" / "dequantized.safetensors"))
     with pytest.warns(UserWarning, match="FP8 weights become"):
@@ -319,7 +318,7 @@ def test_the_maps_are_those_of_the_names(name):
 def test_the_map_of_transformers_has_the_names_of_its_modules(name):
     """All outputs of modules that are points, under the names that Transformers has."""
     kind = transformers.AutoModelForCausalLM
-    points = {after for _, after in MODULES.values() if after is not None}
+    points = {after for _, after in MODULES.values() if after is not None} | {"layers.N.mlp.activation"}
     if name == "mistral3":
         kind = transformers.AutoModelForImageTextToText
     else:

@@ -218,12 +218,18 @@ def test_the_golden_weights_give_the_golden_traces(name):
     assert (logits - trace["logits"])[padding_mask].abs().max() > 1e-3  # FP8 is another model
 
 
-@pytest.mark.parametrize("name", TINY)
-def test_numpy_alone_reads_the_golden_weights(name):
-    """Transformers' layout as it is; bfloat16 and FP8 with the lines of docs/numerics.md, which are run here."""
+def documented_readers():
+    """The functions of docs/numerics.md that read 16-bit and 8-bit numbers, {"bfloat16": ..., "fp8": ...}."""
     read = {}
     page = (ROOT / "docs" / "numerics.md").read_text()
     exec(re.search(r"```python\n(import numpy .*?)```", page, re.DOTALL)[1], read)
+    return read
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_numpy_alone_reads_the_golden_weights(name):
+    """Transformers' layout as it is; bfloat16 and FP8 with the lines of docs/numerics.md, which are run here."""
+    read = documented_readers()
     assert np.isnan(read["fp8"](b"\x7f\xff")).all()
     ours = load_file(HERE / name / "hf" / "model.safetensors")
     for key, array in load_numpy(HERE / name / "hf" / "model.safetensors").items():

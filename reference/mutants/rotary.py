@@ -69,11 +69,12 @@ def rope_keys_permuted_by_query_heads(stack: ExitStack) -> None:
 
 
 def theta(stack: ExitStack, value: float) -> None:
-    """Compute the frequencies of the text with another theta (anew: modules keep them)."""
+    """Compute the frequencies of the text with another theta."""
 
     def make(right: Any) -> Any:
         def changed(self: RotaryEmbedding, *arguments: Any) -> Any:
-            with patch.object(self.config, "rope_theta", value), patch.object(self, "_frequencies", {}):
+            parameters = {**self.config.rope_parameters, "rope_theta": value}
+            with patch.multiple(self.config, rope_theta=value, rope_parameters=parameters):
                 return right(self, *arguments)
 
         return changed
