@@ -1,7 +1,6 @@
 """The golden files of one text, of decoding, of FP8 weights, of the wide model and of names."""
 
 import json
-import re
 
 import numpy as np
 import pytest
@@ -19,7 +18,7 @@ from reference.mutants import MUTANTS
 from reference.names import KNOWN_MAPS, translate
 from reference.oracle import forward
 from reference.trace import LAYER, MODULES, dimensions, load, order, record, save
-from tests.test_reference import ROOT, TINY, documented_readers, golden_inputs, numpy
+from tests.test_reference import TINY, documented_readers, golden_inputs, numpy
 from tests.test_vectors import answer, run, script  # noqa: F401
 
 TEXT_MODELS = ("ministral", "ministral3")
