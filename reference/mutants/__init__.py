@@ -17,7 +17,8 @@ port's numbers, and the tests are checked with them: each must turn one red.
 
 from __future__ import annotations
 
-# isort: off  # the order in which mistakes are listed
+# In the order in which mistakes are listed.
+# isort: off
 from . import rotary, yarn, positions, layers, weights  # noqa: F401
 
 # isort: on
