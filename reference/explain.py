@@ -241,8 +241,7 @@ def examine(
             continue
         with mutant.applied():
             mistaken_exact = run(exact)
-            same = name in mistaken_exact and mistaken_exact[name].equal(right_exact[name])
-            if same and mutant.name not in ROUNDING:  # it changes nothing here
+            if unchanged(right_exact, mistaken_exact, name) and mutant.name not in ROUNDING:
                 continue
             mistaken = run(model)
         if name not in mistaken or name not in mistaken_exact:

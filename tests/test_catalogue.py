@@ -22,8 +22,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*FP8 weights become")
 def compare(capsys, tmp_path, directory, given, mistake, keep=lambda name: True):
     """The first line and the verdict of `diff` for a float32 port of a model directory that makes a mistake."""
     about = {"model": str(directory), "dtype": "float64"}
-    arguments = golden.arguments(given, torch.float64)
-    save(tmp_path / "truth.safetensors", record(load_model(directory, torch.float64), **arguments), given, about)
+    exact = load_model(directory, torch.float64)
+    truth = record(exact, **golden.arguments(given, torch.float64))
+    save(tmp_path / "truth.safetensors", truth, given, about)
     arguments = golden.arguments(given, torch.float32)
     model = load_model(directory, torch.float32)
     with MUTANTS[mistake].applied():

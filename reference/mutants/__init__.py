@@ -17,9 +17,11 @@ port's numbers, and the tests are checked with them: each must turn one red.
 
 from __future__ import annotations
 
-# Mistakes are listed in the order of these imports.
+# In the order in which mistakes are listed.
 # isort: off
 from . import rotary, yarn, positions, layers, weights  # noqa: F401
+
+# isort: on
 from .catalogue import MUTANTS, ROUNDING, Mutant, Namespace, mutant, replace
 from .rotary import rows
 

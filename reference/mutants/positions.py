@@ -211,7 +211,7 @@ def padding_visible(stack: ExitStack) -> None:
     """Lets texts see their padding."""
 
     def make(right: Any) -> Any:
-        def changed(self: Any, kind: str, queries: Tensor, keys: Tensor, padding_mask: Any, text_mask: Any) -> Any:
+        def changed(self: Any, kind: str, queries: Tensor, keys: Tensor, _: Any, text_mask: Any) -> Any:
             return right(self, kind, queries, keys, None, text_mask)
 
         return changed

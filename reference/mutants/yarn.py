@@ -68,8 +68,8 @@ def yarn_mscale_all_dim_ignored(stack: ExitStack) -> None:
     def make(right: Any) -> Any:
         def changed(self: YarnRotaryEmbedding) -> float:
             mscale = self.rope.get("mscale")
-            # With mscale 1 it is another mistake, yarn_magnitude_1_277.
-            if self.rope["rope_type"] == "default" or self.rope.get("attention_factor") or mscale in (None, 0, 1):
+            is_plain = self.rope["rope_type"] == "default" or self.rope.get("attention_factor") is not None
+            if is_plain or mscale in (None, 0, 1):  # with 1 it is another mistake, yarn_magnitude_1_277
                 return right(self)
             return 0.1 * mscale * math.log(self.rope["factor"]) + 1
 
