@@ -335,6 +335,12 @@ class Fit:
     lacking: int = 0
     additional: int = 0
 
+    def distance(self, reference: Tensor) -> float:
+        """The norm of the error. Of several readings that are all wrong, that of a port with a mistake is the nearest:
+        a mistake may make one number very wrong, a wrong reading makes all numbers wrong."""
+        error = self.tensor.double() - reference.double()
+        return float(error[self.counted].nan_to_num(nan=math.inf).norm())
+
     @property
     def wrong_keys(self) -> int:
         """The number of keys in which the mask that scores show is another one than the reference's."""
@@ -359,8 +365,8 @@ def compare_stage(
 ) -> Fit | None:  # fmt: skip
     """The comparison of one tensor, or None if it has no shape that can be brought to the reference's.
 
-    Several rearrangements may fit. If the first one diverges, the one with the smallest error is taken. If that one
-    diverges, too, other layouts are tried. If all diverge, the tensor has the layout of the others.
+    Several rearrangements may fit. If the first one diverges, another one is taken, if it does not. If all diverge,
+    other layouts are tried. If these diverge, too, the tensor is read like the others.
 
     Args:
         target: the reference.
@@ -376,7 +382,7 @@ def compare_stage(
     if not best.stage.diverges and not best.wrong_keys:
         return best
     ways = [target.fit(*way) for way in fitting]
-    ways.sort(key=lambda way: (way.wrong_keys, way.stage.error, int((way.tensor != reference).sum())))
+    ways.sort(key=lambda way: (way.wrong_keys, way.stage.diverges, way.distance(reference)))
     best = ways[0]
     if not best.stage.diverges:
         layouts.update(order for order in REVERSED if best.stage.how.startswith(order))
@@ -391,7 +397,7 @@ def compare_stage(
                 way.stage.equal_after = layout
                 layouts.add(layout)
                 return replace(changed, stage=way.stage)
-            if layout in layouts and (known is None or changed.stage.error < known.stage.error):
+            if layout in layouts and (known is None or changed.distance(reference) < known.distance(reference)):
                 changed.stage.how = joined(way.stage.how, layout)
                 known = changed
     if known is not None:

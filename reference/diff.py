@@ -242,10 +242,12 @@ def compare_with_model(options: argparse.Namespace, judge: Judge, types: Types, 
     report = judge.compare(types)
     tried = judge.name_mistake(report, types)
     explained = report.agrees or report.mutant is not None
-    if options.dtype is None and not explained:
+    if not explained and tried:
+        explained = judge.name_pair(report, types, tried)
+    if not explained and options.dtype is None:
         explained = judge.look_in_16_bits(report, types)
-    if not explained:
-        judge.name_parts(report, types, tried)
+    if not explained and tried:
+        judge.name_part(report, tried)
     if options.dtype in ("float16", "bfloat16") and report.agrees and shows_no_16_bits(judge.port, judge.reference):
         report.verdict = weaker_test(options.dtype, judge.hidden_mistakes(types))
     return report

@@ -170,28 +170,26 @@ class Judge:
 
     # --------------------------------------------------------------------------------------------- several mistakes
 
-    def name_parts(self, report: Report, types: Types, tried: list[Findings]) -> None:
-        """Say which mistakes explain a part of the port's numbers, where none explains all that is given."""
-        if not tried:
-            return
-        last = tried[0]
-        parts = {mistake: findings for findings in tried for mistake in findings.contradicted}
-        for mistake in sorted(last.after, key=lambda name: last.after[name]):
-            if last.after[mistake] <= NEARER * last.before and math.isfinite(last.before):
-                parts.setdefault(mistake, last)
-        for part in list(parts)[:TRIED]:
-            other = self.second_mistake(part, last.name, report, types)
+    def name_pair(self, report: Report, types: Types, tried: list[Findings]) -> bool:
+        """Look for two mistakes that together explain all that is given. Returns whether there are two."""
+        for part in parts(tried, 1.0):
+            name = tried[0].name
+            other = self.second_mistake(part, name, report, types)
             if other is not None:
                 report.parts = [part, other.name]
                 report.verdict = (
-                    f"a combination: mutants {part!r} and {other.name!r} together give your {last.name}, "
+                    f"a combination: mutants {part!r} and {other.name!r} together give your {name}, "
                     f"cosine {other.cosine:.6f}: {MUTANTS[part].mistake}; {MUTANTS[other.name].mistake}"
                 )
-                return
-        if parts:
-            part = next(iter(parts))
+                return True
+        return False
+
+    def name_part(self, report: Report, tried: list[Findings]) -> None:
+        """Say which mistake explains a part of the port's numbers."""
+        for part, findings in parts(tried, NEARER).items():
             report.parts = [part]
-            report.verdict = part_in_words(part, parts[part], last)
+            report.verdict = part_in_words(part, findings, tried[0])
+            return
 
     def second_mistake(self, part: str, name: str, report: Report, types: Types) -> Suspect | None:
         """The mistake that explains a tensor together with another one; in small models only."""
@@ -234,6 +232,17 @@ def names_to_explain(report: Report, types: Types) -> list[str]:
     if "logits" in types:
         names.append("logits")
     return list(dict.fromkeys(names))
+
+
+def parts(tried: list[Findings], share: float) -> dict[str, Findings]:
+    """The mistakes that explain a part of a port's numbers, the likeliest first, and what they explain: a tensor, but
+    not another one, or all but a share of the distance of the last tensor."""
+    found = {mistake: findings for findings in tried for mistake in findings.contradicted}
+    last = tried[0]
+    for mistake in sorted(last.after, key=lambda name: last.after[name]):
+        if last.after[mistake] < share * last.before and math.isfinite(last.before):
+            found.setdefault(mistake, last)
+    return dict(list(found.items())[:TRIED])
 
 
 def part_in_words(part: str, findings: Findings, last: Findings) -> str:
