@@ -360,8 +360,30 @@ def check_leak(stage: Stage, probabilities: Tensor, counted: Tensor, mask: Tenso
     stage.masked = not mask[text, query, key]
 
 
+@dataclass
+class Seen:
+    """How the tensors of a port that agree were read, for those that diverge in any reading.
+
+    Attributes:
+        readings: by which rearrangements they were made to fit, in words.
+        layouts: in which other layouts they were.
+    """
+
+    readings: set[str] = field(default_factory=set)
+    layouts: set[str] = field(default_factory=set)
+
+    def likely(self, ways: list[Fit]) -> list[Fit]:
+        """Those of some readings that agreeing tensors have, or else those in the usual order of dimensions."""
+        known = [way for way in ways if way.stage.how in self.readings]
+        usual = [way for way in ways if not way.stage.how.startswith(REVERSED)]
+        for some in (known, usual):
+            if some:
+                return some
+        return ways
+
+
 def compare_stage(
-    target: Target, tensor: Tensor, padding_mask: Tensor | None, layouts: set[str]
+    target: Target, tensor: Tensor, padding_mask: Tensor | None, seen: Seen
 ) -> Fit | None:  # fmt: skip
     """The comparison of one tensor, or None if it has no shape that can be brought to the reference's.
 
@@ -372,49 +394,36 @@ def compare_stage(
         target: the reference.
         tensor: the port's.
         padding_mask: bool (B, S), False at padding.
-        layouts: those of the port's tensors before. That of this tensor is added.
+        seen: how the port's tensors before were read. The reading of this tensor is added.
     """
     reference = target.reference
     fitting = list(fits(target.name, tensor, tuple(reference.shape), padding_mask))
     if not fitting:
         return None
     best = target.fit(*fitting[0])
-    if not best.stage.diverges and not best.wrong_keys:
-        return best
-    ways = [target.fit(*way) for way in fitting]
-    ways.sort(key=lambda way: (way.wrong_keys, way.stage.diverges, way.distance(reference)))
-    best = ways[0]
+    if best.stage.diverges or best.wrong_keys:
+        ways = [target.fit(*way) for way in fitting]
+        ways.sort(key=lambda way: (way.wrong_keys, way.stage.diverges, way.distance(reference)))
+        best = ways[0]
     if not best.stage.diverges:
-        layouts.update(order for order in REVERSED if best.stage.how.startswith(order))
+        seen.readings.add(best.stage.how)
         return best
-    ways = likely_orders(ways, layouts)
-    best = ways[0]
+    ways = seen.likely(ways)
     known = None
     for way in ways:
         for layout, other in in_other_layouts(target.name, way.tensor, target.head_dim):
             changed = target.fit(way.stage.how, other, way.given)
             if not changed.stage.diverges:
                 way.stage.equal_after = layout
-                layouts.add(layout)
+                seen.readings.add(way.stage.how)
+                seen.layouts.add(layout)
                 return replace(changed, stage=way.stage)
-            if layout in layouts and (known is None or changed.distance(reference) < known.distance(reference)):
+            if known is None and layout in seen.layouts:
                 changed.stage.how = joined(way.stage.how, layout)
                 known = changed
     if known is not None:
         return known
-    return best
-
-
-def likely_orders(ways: list[Fit], layouts: set[str]) -> list[Fit]:
-    """Those of some fits that have the order of dimensions of the port's other tensors, or else the usual one."""
-    reversed_before = tuple(REVERSED & layouts)
-    if reversed_before:
-        likely = [way for way in ways if way.stage.how.startswith(reversed_before)]
-    else:
-        likely = [way for way in ways if not way.stage.how.startswith(tuple(REVERSED))]
-    if likely:
-        return likely
-    return ways
+    return ways[0]
 
 
 def compare_stages(
@@ -423,10 +432,10 @@ def compare_stages(
     """The comparisons of all tensors of a port, and of masks that its scores show; and what has another shape."""
     found: dict[str, Fit] = {}
     misshapen: list[str] = []
-    layouts: set[str] = set()
+    seen = Seen()
     for name in order(targets.keys() & port.keys()):
         target = targets[name]
-        fit = compare_stage(target, port[name], padding_mask, layouts)
+        fit = compare_stage(target, port[name], padding_mask, seen)
         if fit is None:
             misshapen.append(f"{name} is {list(port[name].shape)}, the reference {list(target.reference.shape)}")
             continue

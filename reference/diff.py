@@ -26,6 +26,8 @@ from reference.compare import (
     plot,
     table,
 )
+from reference.explain import NEEDS_PADDING
+from reference.inputs import check_inputs, suspicions
 from reference.judge import Judge, Models
 from reference.mutants import MUTANTS
 from reference.names import KNOWN_MAPS, advice, translate
@@ -114,32 +116,6 @@ def read_reference(
             kind = str(tensor.dtype).removeprefix("torch.")
             raise ValueError(f"{path}: {name} is {kind}; allowed: a float64 trace (is it the other way?)")
     return reference, inputs, about
-
-
-def check_inputs(options: argparse.Namespace, port: Trace, inputs: Trace) -> None:
-    """Raise ValueError unless the port's inputs, as far as they are given, are the reference's, but at padding."""
-    if "input_ids" not in inputs:
-        return
-    ids = inputs["input_ids"]
-    B, S = ids.shape
-    padding_mask = inputs.get("attention_mask", torch.ones_like(ids)).bool()
-    everything = torch.ones_like(padding_mask)
-    positions = inputs.get("position_ids", torch.arange(S)).expand(B, S)
-    mask = inputs.get("attention_mask", everything)
-    for name, expected, counted in (
-        ("input_ids", ids, everything),
-        ("attention_mask", mask, everything),
-        ("position_ids", positions, padding_mask),
-    ):
-        given = port.get(f"input.{name}")
-        if given is None:
-            continue
-        wrong = f"{options.mine} is about other {name} than {options.reference}"
-        if given.numel() not in (B * S, S):
-            raise ValueError(f"{wrong}: {list(given.shape)}")
-        same = given.reshape(-1, S).expand(B, S).double() == expected.double()
-        if not bool(same[counted].all()):
-            raise ValueError(wrong)
 
 
 # ------------------------------------------------------------------------------------------------ the comparison
@@ -276,7 +252,7 @@ def diff(options: argparse.Namespace) -> int:
     if text is not None:
         print(f"compared with text {text} of the reference, without padding", file=sys.stderr)
         reference, inputs = one_text(reference, inputs, text)
-    check_inputs(options, port, inputs)
+    check_inputs(options.mine, options.reference, port, inputs)
     types = computed_in(port, reference)
     if options.dtype is not None:
         types = dict.fromkeys(types, DTYPES[options.dtype])
@@ -290,6 +266,8 @@ def diff(options: argparse.Namespace) -> int:
     else:
         judge = Judge(port, reference, inputs, padding_mask, model)
         report = compare_with_model(options, judge, types, place)
+        if not report.agrees and report.mutant in (None, *NEEDS_PADDING):
+            report.hints = suspicions(options.reference, judge, report, types, text)
     if not report.stages and ids is not None and len(ids) > 1 and text is None:
         report.sentence += f". The reference has {len(ids)} texts: {texts_in_words(inputs)}; give --text N for one"
     if options.json:
@@ -308,6 +286,8 @@ def show(report: Report) -> None:
     print(report.sentence)
     if report.verdict:
         print(report.verdict)
+    for hint in report.hints:
+        print(hint)
     for reason in report.misshapen:
         print(f"cannot be compared: {reason}")
     if report.unknown:
