@@ -17,20 +17,13 @@ from torch import Tensor
 from checkpoint import DTYPES
 from model_types import load_model
 from reference import golden
-from reference.compare import (
-    LEAST,
-    MARGIN_OF_ONE_RUN,
-    Report,
-    compare,
-    computed_in,
-    plot,
-    table,
-)
+from reference.compare import LEAST, MARGIN_OF_ONE_RUN, Report, compare, computed_in
 from reference.explain import NEEDS_PADDING
 from reference.inputs import check_inputs, suspicions
 from reference.judge import Judge, Models
 from reference.mutants import MUTANTS
-from reference.names import KNOWN_MAPS, advice, translate
+from reference.names import KNOWN_MAPS, translate
+from reference.show import plot, show
 from reference.texts import choose_text, one_text, texts_in_words
 from reference.trace import LAYER, load, record
 
@@ -279,21 +272,3 @@ def diff(options: argparse.Namespace) -> int:
     if report.agrees:
         return 0
     return 1
-
-
-def show(report: Report) -> None:
-    """Print the report: what diverges first, why, and all stages."""
-    print(report.sentence)
-    if report.verdict:
-        print(report.verdict)
-    for hint in report.hints:
-        print(hint)
-    for reason in report.misshapen:
-        print(f"cannot be compared: {reason}")
-    if report.unknown:
-        cure = advice(report.unknown, [*report.missing, *(stage.name for stage in report.stages)])
-        print(f"names that the reference does not have: {', '.join(report.unknown[:8])} ({cure})")
-    if report.missing and report.stages:
-        print(f"not given: {len(report.missing)} stages, {', '.join(report.missing[:4])}, ...")
-    print()
-    print(table(report, sys.stdout.isatty()))

@@ -99,9 +99,11 @@ def other_ids(judge: Judge, report: Report) -> Iterator[str]:
     differs = (found != ids) & visible
     if bool(differs.any()) and bool(alike[visible].all()):
         text, place = differs.nonzero()[0].tolist()
+        wrong, right = int(found[text, place]), int(ids[text, place])
+        count = f"{int(differs.sum())} of {int(visible.sum())} tokens differ"
         yield (
-            f"your embeddings are those of other ids: text {text}, token {place}: {int(found[text, place])}, "
-            f"the reference {int(ids[text, place])} ({int(differs.sum())} of {int(visible.sum())} tokens differ)"
+            f"your embeddings are those of other ids: text {text}, token {place}: {wrong}, the reference {right} "
+            f"({count})"
         )
 
 
@@ -118,8 +120,8 @@ def padded_texts(judge: Judge, types: Types) -> Iterator[str]:
         numbers = ", ".join(map(str, padded))
         count = int((~mask[padded[0]]).sum())
         yield (
-            f"the texts without padding agree; text {numbers} is padded, with {count} tokens of padding: give your "
-            "port input.attention_mask and input.position_ids, or compare one text with --text N"
+            f"the texts without padding agree; text {numbers} is padded, with {count} tokens of padding: give "
+            "your port input.attention_mask and input.position_ids, or compare one text with --text N"
         )
 
 
@@ -130,7 +132,8 @@ def other_models(path: Path, port: Trace, text: int | None) -> Iterator[str]:
         if other.resolve() == path.resolve():
             continue
         reference, _ = load(other)
-        inputs = {name.removeprefix("input."): reference[name] for name in reference if name.startswith("input.")}
+        names = [name for name in reference if name.startswith("input.")]
+        inputs = {name.removeprefix("input."): reference.pop(name) for name in names}
         if text is not None:
             if "pixel_values" in inputs or text >= len(inputs["input_ids"]):
                 continue

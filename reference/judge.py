@@ -193,13 +193,13 @@ class Judge:
 
     def second_mistake(self, part: str, name: str, report: Report, types: Types) -> Suspect | None:
         """The mistake that explains a tensor together with another one; in small models only."""
-        exact = self.model(torch.float64)
+        model, exact = self.model(types.get(name, torch.float64)), self.model(torch.float64)
         if not is_small(exact) or name not in report.fitted:
             return None
         tensor, counted = report.fitted[name]
         given = golden.arguments(self.inputs, torch.float64)
         with MUTANTS[part].applied():
-            findings = examine(tensor, self.model(types.get(name, torch.float64)), exact, given, name, counted)
+            findings = examine(tensor, model, exact, given, name, counted)
         for suspect in findings.suspects[:TRIED]:
             if suspect.name != part and self.contradiction((part, suspect.name), types, name) is None:
                 return suspect
@@ -261,9 +261,11 @@ def part_in_words(part: str, findings: Findings, last: Findings) -> str:
         suspects = [suspect for suspect in findings.suspects if suspect.name == part]
         _, sentence = verdict(findings.name, suspects)
         contradicted = findings.contradicted[part]
-        return f"{sentence}. It explains this stage, not your {contradicted}: {figure}look for a second mistake"
-    start = f"no known mistake reproduces your {last.name}, but a combination may: mutant {part!r} explains part of it"
-    return f"{start} ({MUTANTS[part].mistake}): {figure}look for a second mistake"
+        start = f"{sentence}. It explains this stage, not your {contradicted}"
+    else:
+        start = f"no known mistake reproduces your {last.name}, but a combination may: "
+        start += f"mutant {part!r} explains part of it ({MUTANTS[part].mistake})"
+    return f"{start}: {figure}look for a second mistake"
 
 
 def is_small(model: GenerativeModel) -> bool:
