@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -91,9 +91,10 @@ class Ministral3Config(MinistralConfig):
 class YarnRotaryEmbedding(RotaryEmbedding):
     """Rotary positions with YaRN frequencies, and the scale of each query."""
 
-    def __init__(self, config: MinistralConfig) -> None:
-        super().__init__(config)
-        self.rope = config.rope_parameters
+    @property
+    def rope(self) -> dict[str, Any]:
+        """`rope_parameters` of the configuration. A change of them takes effect in the next call."""
+        return self.config.rope_parameters
 
     def inverse_frequencies(self, dtype: torch.dtype) -> Tensor:
         """YaRN, "NTK-by-parts": a blend of the plain frequencies and the same divided by `factor`, (D/2,).

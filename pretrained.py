@@ -248,11 +248,15 @@ class Embedding(nn.Embedding):
 
 
 class FrequencyCache(nn.Module):
-    """Keep the result of `inverse_frequencies` for each dtype and device. Copies and pickles compute it again."""
+    """Keep the result of `inverse_frequencies` for each dtype and device. Copies and pickles compute it again, and so
+    does the next call after a change of `config.rope_parameters`."""
+
+    config: Any  # with rope_theta and rope_parameters
 
     def __init__(self) -> None:
         super().__init__()
         self._frequencies: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+        self._settings: tuple[Any, ...] = ()  # the values that these frequencies were computed from
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_frequencies": {}}
@@ -262,7 +266,18 @@ class FrequencyCache(nn.Module):
         raise NotImplementedError
 
     def frequencies(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """The inverse frequencies on a device."""
+        """The inverse frequencies on a device.
+
+        Raises:
+            ValueError: the configuration was changed and now has two values of `rope_theta`.
+        """
+        theta, rope = self.config.rope_theta, self.config.rope_parameters
+        if theta != rope["rope_theta"]:
+            two = f"config.rope_theta={theta} and config.rope_parameters['rope_theta']={rope['rope_theta']}"
+            raise ValueError(f"{two} differ; change both")
+        settings = (theta, *rope.items())
+        if settings != self._settings:
+            self._frequencies, self._settings = {}, settings
         cached = self._frequencies.get((dtype, device))
         if cached is not None:
             return cached

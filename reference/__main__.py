@@ -1,10 +1,11 @@
-"""Record traces, compare a port with one, rebuild the golden ones, list the known mistakes.
+"""Record traces, compare a port with one, rebuild the golden ones, list the known mistakes and the stages.
 
     python -m reference record --model DIR --prompt TEXT -o trace.safetensors
     python -m reference diff MINE REFERENCE
     python -m reference golden [--check]
     python -m reference noise
     python -m reference mutants
+    python -m reference stages
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from reference import golden
 from reference.diff import diff
 from reference.mutants import MUTANTS
 from reference.names import KNOWN_MAPS
-from reference.trace import record, save
+from reference.trace import POINTS, record, save
 from tokenizer import Tokenizer
 
 
@@ -64,6 +65,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     three.add_argument("--check", action="store_true", help="only say which files would differ")
     commands.add_parser("noise", help="print how far float32 and bfloat16 are from float64 at every stage")
     commands.add_parser("mutants", help="list the known mistakes")
+    commands.add_parser("stages", help="list the names of the tensors in a trace, as a Markdown table")
     return parser.parse_args(arguments)
 
 
@@ -179,6 +181,11 @@ def run(options: argparse.Namespace) -> int:
     if options.command == "mutants":
         for mutant in MUTANTS.values():
             print(f"{mutant.name:36} {mutant.mistake}")
+        return 0
+    if options.command == "stages":
+        print("| stage | dimensions | meaning |\n|---|---|---|")
+        for name, (dimensions, meaning) in POINTS.items():
+            print(f"| `{name}` | {dimensions} | {meaning} |")
         return 0
     commands = {"record": write_trace, "diff": diff, "golden": build}
     return commands[options.command](options)

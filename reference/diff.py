@@ -22,7 +22,7 @@ from reference.explain import NEEDS_PADDING
 from reference.inputs import check_inputs, suspicions
 from reference.judge import Judge, Models
 from reference.mutants import MUTANTS
-from reference.names import KNOWN_MAPS, translate
+from reference.names import KNOWN_MAPS, redundant, translate
 from reference.show import plot, show
 from reference.texts import choose_text, one_text, texts_in_words
 from reference.trace import LAYER, load, record
@@ -39,10 +39,11 @@ def read_map(path: Path, given: Collection[str]) -> dict[str, str]:
     """A port's names -> the reference's, by a file or by one of `KNOWN_MAPS`.
 
     Names that are not given are left out, so that one map is enough for all dumps. If none is given, it is the wrong
-    map.
+    map. With one of `KNOWN_MAPS`, modules that are not known are left out if their parts are given.
     """
     if str(path) in KNOWN_MAPS:
         names = translate(str(path), given)
+        given = [name for name in given if name not in redundant(given)]
         if not names:
             first = next(iter(given), "no tensor")
             raise ValueError(f"--map {path} knows none of your names, {first!r} for example; give --map FILE.json")
@@ -75,7 +76,7 @@ def read_port(options: argparse.Namespace) -> dict[str, Tensor]:
     port, _ = load(options.mine)
     if options.map is not None:
         names = read_map(options.map, list(port))
-        port = {names[name]: tensor for name, tensor in port.items()}
+        port = {point: port[name] for name, point in names.items()}
     for name in sorted(port):
         if port[name].is_complex() or port[name].numel() == 0:
             raise ValueError(f"{options.mine}: {name} is complex or empty; allowed: real numbers")

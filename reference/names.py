@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from difflib import get_close_matches
 
 from reference.trace import LAYER, MODULES
@@ -34,6 +34,12 @@ LLAMA_CPP = {
     "result_output": "logits",
 }
 KNOWN_MAPS = ("transformers", "mlx", "llama.cpp")
+# Modules of other programs whose outputs are points, and which have no entry in MODULES.
+THEIR_MODULES = {
+    "embed_tokens": "embedding",
+    "layers.N.mlp.act_fn": "layers.N.mlp.activation",
+}
+OUTPUTS = {module: output for module, (_, output) in MODULES.items() if output is not None} | THEIR_MODULES
 
 
 def translate(program: str, names: Iterable[str]) -> dict[str, str]:
@@ -54,6 +60,12 @@ def translate(program: str, names: Iterable[str]) -> dict[str, str]:
     return points
 
 
+def redundant(names: Collection[str]) -> set[str]:
+    """The names of modules that are not known and have parts among `names`. The parts have their outputs."""
+    parents = {name.rpartition(".")[0] for name in names}
+    return {name for name in parents & set(names) if module_output(name) is None}
+
+
 def llama_cpp_point(name: str) -> str | None:
     """ "ffn_inp-3" -> "layers.3.attention_residual"; None for another name."""
     if name in LLAMA_CPP:
@@ -71,13 +83,12 @@ def module_output(name: str) -> str | None:
     parts = LAYER.sub("N", name).split(".")
     for start in range(len(parts)):
         module = ".".join(parts[start:])
-        if module in MODULES and MODULES[module][1] is not None:
-            point = str(MODULES[module][1])
-            if layer is not None:
-                point = point.replace("layers.N", f"layers.{layer[0]}")
-            return point
-    if parts[-1] == "embed_tokens":
-        return "embedding"
+        point = OUTPUTS.get(module)
+        if point is None:
+            continue
+        if layer is not None:
+            point = point.replace("layers.N", f"layers.{layer[0]}")
+        return point
     return None
 
 

@@ -35,7 +35,12 @@ def at_most(examples: int) -> hypothesis.settings:
     return hypothesis.settings(max_examples=min(examples, hypothesis.settings().max_examples))
 
 
-if "OMP_NUM_THREADS" not in os.environ:
+# `pytest -n auto` starts a process for each core. Each takes one thread, also in the commands that tests start: two
+# processes with two threads each on two cores take four times as long.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+elif "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(2)
 
 

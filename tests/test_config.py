@@ -78,6 +78,34 @@ def test_published_yarn_values():
     torch.testing.assert_close(scale, torch.tensor(expected, dtype=torch.float64), rtol=1e-7, atol=0)
 
 
+@pytest.mark.parametrize("family", ["ministral", "ministral3"])
+@pytest.mark.parametrize("in_place", [False, True])
+@torch.no_grad()
+def test_a_change_of_rope_parameters_takes_effect(family, in_place):
+    """At the next call, also of the fast path, whether the dictionary or its values are replaced."""
+    model = MODELS[family](draw_config(random.Random(3), family, attn_implementation="sdpa")).eval()
+    config = model.config
+    ids = torch.randint(3, config.vocab_size, (1, 40), generator=torch.Generator().manual_seed(0))
+    before = model(ids, return_dict=True).logits
+    generate(model, ids, max_new_tokens=4, fast=True)
+    changed = dict(config.rope_parameters, rope_theta=7 * config.rope_theta)
+    if family == "ministral3":
+        changed |= {"factor": 3 * changed["factor"], "original_max_position_embeddings": 5}
+    if in_place:
+        config.rope_parameters.update(changed)
+    else:
+        config.rope_parameters = changed
+    with pytest.raises(ValueError, match=r"rope_theta=.* differ; change both"):
+        model(ids)
+    config.rope_theta = changed["rope_theta"]
+    fresh = MODELS[family](type(config).from_dict(config.to_dict())).eval()
+    fresh.load_state_dict(model.state_dict())
+    after = model(ids, return_dict=True).logits
+    assert after.equal(fresh(ids, return_dict=True).logits) and not after.equal(before)
+    texts = [generate(one, ids, max_new_tokens=8, fast=True) for one in (model, fresh)]
+    assert texts[0].equal(texts[1])
+
+
 @given(rngs)
 def test_to_dict_loads_in_transformers_and_here(rng):
     config = draw_config(rng)

@@ -1,6 +1,7 @@
 """`python -m reference diff` for ports as they are: one text without padding, 16-bit caches, types that do not show."""
 
 import json
+import re
 from contextlib import contextmanager
 from unittest.mock import patch
 
@@ -17,7 +18,9 @@ from reference.mutants import MUTANTS
 from reference.names import LLAMA_CPP, module_output
 from reference.texts import choose_text, one_text
 from reference.trace import load, record
+from tests.conftest import older
 from tests.test_diff import diff
+from tests.test_readme import ROOT
 from tests.test_reference import golden_inputs
 
 TEXT_MODELS = ("ministral", "ministral3")
@@ -319,3 +322,26 @@ def test_a_map_that_does_not_fit(capsys, tmp_path):
     for given, words in (("llama.cpp", "knows none of your names, 'xyzzy' for example"), ("none.json", "no such file")):
         code, _, err = diff(capsys, tmp_path / "mine.safetensors", reference("ministral"), "--map", given)
         assert code == 2 and f"--map {given}" in err and words in err and err.count("\n") == 1
+
+
+# ------------------------------------------------------------------------------------------- the documented comparison
+
+
+@pytest.mark.skipif(older("transformers", 5, 24), reason="the modules of other versions return other things")
+def test_the_first_comparison_of_the_documentation(capsys, tmp_path, monkeypatch):
+    """The script and the command of docs/numerics.md print what stands there. Numbers may differ by the processor."""
+    section = (ROOT / "docs" / "numerics.md").read_text().partition("## A first comparison\n")[2].partition("\n## ")[0]
+    script, command, text = re.findall(r"```\w+\n(.*?)```", section, re.DOTALL)
+    (tmp_path / "reference").symlink_to(ROOT / "reference")
+    monkeypatch.chdir(tmp_path)
+    exec(script, {})
+    code, out, err = diff(capsys, *command.split()[4:])
+    assert code == 1 and "text 0" in err
+
+    def without_numbers(line):
+        return re.sub(r"(?<![\w.])\d[\d.e+-]*", "#", " ".join(line.split()))
+
+    printed = [without_numbers(line) for line in out.splitlines()]
+    shown = [without_numbers(line) for line in text.splitlines() if line != "..."]
+    assert shown == [line for line in printed if line in shown]
+    assert len(script.splitlines()) <= 15 and "window_plus_1" in text

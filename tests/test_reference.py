@@ -222,7 +222,9 @@ def test_the_golden_weights_give_the_golden_traces(name):
 def test_numpy_alone_reads_the_golden_weights(name):
     """Transformers' layout as it is; bfloat16 and FP8 with the lines of docs/numerics.md, which are run here."""
     read = {}
-    exec(re.search(r"```python\n(.*?)```", (ROOT / "docs" / "numerics.md").read_text(), re.DOTALL)[1], read)
+    page = (ROOT / "docs" / "numerics.md").read_text()
+    exec(re.search(r"```python\n(import numpy .*?)```", page, re.DOTALL)[1], read)
+    assert np.isnan(read["fp8"](b"\x7f\xff")).all()
     ours = load_file(HERE / name / "hf" / "model.safetensors")
     for key, array in load_numpy(HERE / name / "hf" / "model.safetensors").items():
         assert array.dtype == np.float32 and torch.from_numpy(array).equal(ours[key].bfloat16().float()), key
@@ -246,8 +248,9 @@ def test_the_noise_of_the_golden_traces(name):
         assert least < worst < most, (kind, worst)
 
 
-def test_the_tolerances_of_the_documentation_are_measured(capsys):
-    assert main(["noise"]) == 0
+@pytest.mark.parametrize("command", ["noise", "stages"])
+def test_the_tables_of_the_documentation_are_printed(capsys, command):
+    assert main([command]) == 0
     assert capsys.readouterr().out.strip() in (ROOT / "docs" / "numerics.md").read_text()
 
 
