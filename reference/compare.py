@@ -11,7 +11,6 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -335,6 +334,12 @@ class Fit:
     lacking: int = 0
     additional: int = 0
 
+    def distance(self, reference: Tensor) -> float:
+        """The norm of the error. Of several readings that are all wrong, that of a port with a mistake is the nearest:
+        a mistake may make one number very wrong, a wrong reading makes all numbers wrong."""
+        error = self.tensor.double() - reference.double()
+        return float(error[self.counted].nan_to_num(nan=math.inf).norm())
+
     @property
     def wrong_keys(self) -> int:
         """The number of keys in which the mask that scores show is another one than the reference's."""
@@ -354,61 +359,70 @@ def check_leak(stage: Stage, probabilities: Tensor, counted: Tensor, mask: Tenso
     stage.masked = not mask[text, query, key]
 
 
+@dataclass
+class Seen:
+    """How the tensors of a port that agree were read, for those that diverge in any reading.
+
+    Attributes:
+        readings: by which rearrangements they were made to fit, in words.
+        layouts: in which other layouts they were.
+    """
+
+    readings: set[str] = field(default_factory=set)
+    layouts: set[str] = field(default_factory=set)
+
+    def likely(self, ways: list[Fit]) -> list[Fit]:
+        """Those of some readings that agreeing tensors have, or else those in the usual order of dimensions."""
+        known = [way for way in ways if way.stage.how in self.readings]
+        usual = [way for way in ways if not way.stage.how.startswith(REVERSED)]
+        for some in (known, usual):
+            if some:
+                return some
+        return ways
+
+
 def compare_stage(
-    target: Target, tensor: Tensor, padding_mask: Tensor | None, layouts: set[str]
+    target: Target, tensor: Tensor, padding_mask: Tensor | None, seen: Seen
 ) -> Fit | None:  # fmt: skip
     """The comparison of one tensor, or None if it has no shape that can be brought to the reference's.
 
-    Several rearrangements may fit. If the first one diverges, the one with the smallest error is taken. If that one
-    diverges, too, other layouts are tried. If all diverge, the tensor has the layout of the others.
+    Several rearrangements may fit. If the first one diverges, another one is taken, if it does not. If all diverge,
+    other layouts are tried. If these diverge, too, the tensor is read like the others.
 
     Args:
         target: the reference.
         tensor: the port's.
         padding_mask: bool (B, S), False at padding.
-        layouts: those of the port's tensors before. That of this tensor is added.
+        seen: how the port's tensors before were read. The reading of this tensor is added.
     """
     reference = target.reference
     fitting = list(fits(target.name, tensor, tuple(reference.shape), padding_mask))
     if not fitting:
         return None
     best = target.fit(*fitting[0])
-    if not best.stage.diverges and not best.wrong_keys:
-        return best
-    ways = [target.fit(*way) for way in fitting]
-    ways.sort(key=lambda way: (way.wrong_keys, way.stage.error, int((way.tensor != reference).sum())))
-    best = ways[0]
+    if best.stage.diverges or best.wrong_keys:
+        ways = [target.fit(*way) for way in fitting]
+        ways.sort(key=lambda way: (way.wrong_keys, way.stage.diverges, way.distance(reference)))
+        best = ways[0]
     if not best.stage.diverges:
-        layouts.update(order for order in REVERSED if best.stage.how.startswith(order))
+        seen.readings.add(best.stage.how)
         return best
-    ways = likely_orders(ways, layouts)
-    best = ways[0]
+    ways = seen.likely(ways)
     known = None
     for way in ways:
         for layout, other in in_other_layouts(target.name, way.tensor, target.head_dim):
             changed = target.fit(way.stage.how, other, way.given)
             if not changed.stage.diverges:
                 way.stage.equal_after = layout
-                layouts.add(layout)
+                seen.readings.add(way.stage.how)
+                seen.layouts.add(layout)
                 return replace(changed, stage=way.stage)
-            if layout in layouts and (known is None or changed.stage.error < known.stage.error):
+            if known is None and layout in seen.layouts:
                 changed.stage.how = joined(way.stage.how, layout)
                 known = changed
     if known is not None:
         return known
-    return best
-
-
-def likely_orders(ways: list[Fit], layouts: set[str]) -> list[Fit]:
-    """Those of some fits that have the order of dimensions of the port's other tensors, or else the usual one."""
-    reversed_before = tuple(REVERSED & layouts)
-    if reversed_before:
-        likely = [way for way in ways if way.stage.how.startswith(reversed_before)]
-    else:
-        likely = [way for way in ways if not way.stage.how.startswith(tuple(REVERSED))]
-    if likely:
-        return likely
-    return ways
+    return ways[0]
 
 
 def compare_stages(
@@ -417,12 +431,13 @@ def compare_stages(
     """The comparisons of all tensors of a port, and of masks that its scores show; and what has another shape."""
     found: dict[str, Fit] = {}
     misshapen: list[str] = []
-    layouts: set[str] = set()
+    seen = Seen()
     for name in order(targets.keys() & port.keys()):
         target = targets[name]
-        fit = compare_stage(target, port[name], padding_mask, layouts)
+        fit = compare_stage(target, port[name], padding_mask, seen)
         if fit is None:
-            misshapen.append(f"{name} is {list(port[name].shape)}, the reference {list(target.reference.shape)}")
+            sizes, expected = list(port[name].shape), list(target.reference.shape)
+            misshapen.append(f"{name} is {sizes}, the reference {expected}")
             continue
         mask = targets.get(name.replace("probabilities", "mask"))
         if name.endswith(".probabilities") and mask is not None:
@@ -536,70 +551,3 @@ def summary(stages: Sequence[Stage], misshapen: Sequence[str], wrong: Stage | No
     if judged < len(stages):
         parts.append(f"{len(stages) - judged} cannot be judged: the noise of their type is not known")
     return begin + ", ".join(parts)
-
-
-# ------------------------------------------------------------------------------------------------------- output
-
-GREEN, RED, PLAIN = "\x1b[32m", "\x1b[31m", "\x1b[0m"
-
-
-def table(report: Report, colour: bool) -> str:
-    """All stages, one line each: largest error, the same relative to the largest value and in floors of noise, and the
-    type that has this noise."""
-    width = max((len(stage.name) for stage in report.stages), default=4)
-    lines = [f"{'stage':{width}}  {'max error':>10}  {'relative':>10}  {'x noise':>10}  {'type':8}"]
-    for stage in report.stages:
-        line = f"{stage.name:{width}}  {stage.error:10.3g}  {stage.relative:10.3g}  {in_floors(stage):>10}"
-        line += f"  {stage.dtype:8}"
-        if colour and stage.diverges:
-            line = f"{RED}{line}{PLAIN}"
-        elif colour:
-            line = f"{GREEN}{line}{PLAIN}"
-        if stage.how:
-            line += f"  ({stage.how})"
-        if stage.equal_after:
-            line += f"  (equal after {stage.equal_after})"
-        lines.append(line)
-    return "\n".join(lines)
-
-
-def in_floors(stage: Stage) -> str:
-    """The error of a stage in floors of noise; empty if the noise is unknown."""
-    if not stage.judged:
-        return ""
-    if stage.floor > 0:
-        return f"{stage.error / stage.floor:.2f}"
-    if stage.error == 0:
-        return "0.00"
-    return "inf"
-
-
-def plot(report: Report, path: Path) -> None:
-    """Draw the error of every stage, and the floor of noise, through the depth of the model (needs matplotlib).
-
-    Raises:
-        ValueError: matplotlib is missing.
-    """
-    try:
-        import matplotlib  # type: ignore[import-not-found,unused-ignore]
-    except ImportError as error:
-        raise ValueError("--plot needs matplotlib: pip install matplotlib") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    stages = report.stages
-    places = list(range(len(stages)))
-    figure, axes = pyplot.subplots(figsize=(max(6, len(stages) / 8), 4), layout="constrained")
-    axes.semilogy(places, above_zero([stage.error for stage in stages]), "o-", ms=3, label="error")
-    floors = above_zero([stage.floor for stage in stages])
-    axes.semilogy(places, floors, "--", label="noise of a right port")
-    axes.set_xticks(places, [stage.name for stage in stages], rotation=90, fontsize=5)
-    axes.set_ylabel("largest error against float64")
-    axes.legend()
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
-
-
-def above_zero(numbers: list[float]) -> list[float]:
-    """The numbers with NaN for 0, which has no place on a logarithmic axis."""
-    return [number if number else math.nan for number in numbers]

@@ -17,18 +17,13 @@ from torch import Tensor
 from checkpoint import DTYPES
 from model_types import load_model
 from reference import golden
-from reference.compare import (
-    LEAST,
-    MARGIN_OF_ONE_RUN,
-    Report,
-    compare,
-    computed_in,
-    plot,
-    table,
-)
+from reference.compare import LEAST, MARGIN_OF_ONE_RUN, Report, compare, computed_in
+from reference.explain import NEEDS_PADDING
+from reference.inputs import check_inputs, suspicions
 from reference.judge import Judge, Models
 from reference.mutants import MUTANTS
-from reference.names import KNOWN_MAPS, advice, redundant, translate
+from reference.names import KNOWN_MAPS, redundant, translate
+from reference.show import plot, show
 from reference.texts import choose_text, one_text, texts_in_words
 from reference.trace import general_name, load, record
 
@@ -115,32 +110,6 @@ def read_reference(
             kind = str(tensor.dtype).removeprefix("torch.")
             raise ValueError(f"{path}: {name} is {kind}; allowed: a float64 trace (is it the other way?)")
     return reference, inputs, about
-
-
-def check_inputs(options: argparse.Namespace, port: Trace, inputs: Trace) -> None:
-    """Raise ValueError unless the port's inputs, as far as they are given, are the reference's, but at padding."""
-    if "input_ids" not in inputs:
-        return
-    ids = inputs["input_ids"]
-    B, S = ids.shape
-    padding_mask = inputs.get("attention_mask", torch.ones_like(ids)).bool()
-    everything = torch.ones_like(padding_mask)
-    positions = inputs.get("position_ids", torch.arange(S)).expand(B, S)
-    mask = inputs.get("attention_mask", everything)
-    for name, expected, counted in (
-        ("input_ids", ids, everything),
-        ("attention_mask", mask, everything),
-        ("position_ids", positions, padding_mask),
-    ):
-        given = port.get(f"input.{name}")
-        if given is None:
-            continue
-        wrong = f"{options.mine} is about other {name} than {options.reference}"
-        if given.numel() not in (B * S, S):
-            raise ValueError(f"{wrong}: {list(given.shape)}")
-        same = given.reshape(-1, S).expand(B, S).double() == expected.double()
-        if not bool(same[counted].all()):
-            raise ValueError(wrong)
 
 
 # ------------------------------------------------------------------------------------------------ the comparison
@@ -243,10 +212,12 @@ def compare_with_model(options: argparse.Namespace, judge: Judge, types: Types, 
     report = judge.compare(types)
     tried = judge.name_mistake(report, types)
     explained = report.agrees or report.mutant is not None
-    if options.dtype is None and not explained:
+    if not explained and tried:
+        explained = judge.name_pair(report, types, tried)
+    if not explained and options.dtype is None:
         explained = judge.look_in_16_bits(report, types)
-    if not explained:
-        judge.name_parts(report, types, tried)
+    if not explained and tried:
+        judge.name_part(report, tried)
     if options.dtype in ("float16", "bfloat16") and report.agrees and shows_no_16_bits(judge.port, judge.reference):
         report.verdict = weaker_test(options.dtype, judge.hidden_mistakes(types))
     return report
@@ -275,7 +246,7 @@ def diff(options: argparse.Namespace) -> int:
     if text is not None:
         print(f"compared with text {text} of the reference, without padding", file=sys.stderr)
         reference, inputs = one_text(reference, inputs, text)
-    check_inputs(options, port, inputs)
+    check_inputs(options.mine, options.reference, port, inputs)
     types = computed_in(port, reference)
     if options.dtype is not None:
         types = dict.fromkeys(types, DTYPES[options.dtype])
@@ -289,6 +260,8 @@ def diff(options: argparse.Namespace) -> int:
     else:
         judge = Judge(port, reference, inputs, padding_mask, model)
         report = compare_with_model(options, judge, types, place)
+        if not report.agrees and report.mutant in (None, *NEEDS_PADDING):
+            report.hints = suspicions(options.reference, judge, report, types, text)
     if not report.stages and ids is not None and len(ids) > 1 and text is None:
         report.sentence += f". The reference has {len(ids)} texts: {texts_in_words(inputs)}; give --text N for one"
     if options.json:
@@ -300,19 +273,3 @@ def diff(options: argparse.Namespace) -> int:
     if report.agrees:
         return 0
     return 1
-
-
-def show(report: Report) -> None:
-    """Print the report: what diverges first, why, and all stages."""
-    print(report.sentence)
-    if report.verdict:
-        print(report.verdict)
-    for reason in report.misshapen:
-        print(f"cannot be compared: {reason}")
-    if report.unknown:
-        cure = advice(report.unknown, [*report.missing, *(stage.name for stage in report.stages)])
-        print(f"names that the reference does not have: {', '.join(report.unknown[:8])} ({cure})")
-    if report.missing and report.stages:
-        print(f"not given: {len(report.missing)} stages, {', '.join(report.missing[:4])}, ...")
-    print()
-    print(table(report, sys.stdout.isatty()))

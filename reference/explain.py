@@ -100,7 +100,7 @@ class Case:
             lacking = exact.shape[1] - port.shape[1]
             self.right = right[:, lacking:]
             self.counted = self.counted[:, lacking:]
-            if lacking == 1:  # the text without its first token, which is not the first column of a padded text
+            if lacking == 1:  # each text without its first token, which padded texts do not have in the first column
                 self.counted = self.counted & counted.expand_as(exact)[:, :-1]
             exact = exact[:, lacking:]
         self.fits = port.shape == exact.shape
@@ -259,7 +259,7 @@ def examine(
             findings.suspects.append(suspect)
     distance, noise = case.distances(*case.right_pair)
     findings.before = distance / noise
-    findings.suspects.sort(key=lambda suspect: (impossible(suspect.name, inputs), not suspect.bits, suspect.residual))
+    findings.suspects.sort(key=lambda best: (impossible(best.name, inputs), not best.bits, best.residual))
     return findings
 
 

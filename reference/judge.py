@@ -170,38 +170,36 @@ class Judge:
 
     # --------------------------------------------------------------------------------------------- several mistakes
 
-    def name_parts(self, report: Report, types: Types, tried: list[Findings]) -> None:
-        """Say which mistakes explain a part of the port's numbers, where none explains all that is given."""
-        if not tried:
-            return
-        last = tried[0]
-        parts = {mistake: findings for findings in tried for mistake in findings.contradicted}
-        for mistake in sorted(last.after, key=lambda name: last.after[name]):
-            if last.after[mistake] <= NEARER * last.before and math.isfinite(last.before):
-                parts.setdefault(mistake, last)
-        for part in list(parts)[:TRIED]:
-            other = self.second_mistake(part, last.name, report, types)
+    def name_pair(self, report: Report, types: Types, tried: list[Findings]) -> bool:
+        """Look for two mistakes that together explain all that is given. Returns whether there are two."""
+        for part in parts(tried, 1.0):
+            name = tried[0].name
+            other = self.second_mistake(part, name, report, types)
             if other is not None:
                 report.parts = [part, other.name]
                 report.verdict = (
-                    f"a combination: mutants {part!r} and {other.name!r} together give your {last.name}, "
+                    f"a combination: mutants {part!r} and {other.name!r} together give your {name}, "
                     f"cosine {other.cosine:.6f}: {MUTANTS[part].mistake}; {MUTANTS[other.name].mistake}"
                 )
-                return
-        if parts:
-            part = next(iter(parts))
+                return True
+        return False
+
+    def name_part(self, report: Report, tried: list[Findings]) -> None:
+        """Say which mistake explains a part of the port's numbers."""
+        for part, findings in parts(tried, NEARER).items():
             report.parts = [part]
-            report.verdict = part_in_words(part, parts[part], last)
+            report.verdict = part_in_words(part, findings, tried[0])
+            return
 
     def second_mistake(self, part: str, name: str, report: Report, types: Types) -> Suspect | None:
         """The mistake that explains a tensor together with another one; in small models only."""
-        exact = self.model(torch.float64)
+        model, exact = self.model(types.get(name, torch.float64)), self.model(torch.float64)
         if not is_small(exact) or name not in report.fitted:
             return None
         tensor, counted = report.fitted[name]
         given = golden.arguments(self.inputs, torch.float64)
         with MUTANTS[part].applied():
-            findings = examine(tensor, self.model(types.get(name, torch.float64)), exact, given, name, counted)
+            findings = examine(tensor, model, exact, given, name, counted)
         for suspect in findings.suspects[:TRIED]:
             if suspect.name != part and self.contradiction((part, suspect.name), types, name) is None:
                 return suspect
@@ -236,6 +234,17 @@ def names_to_explain(report: Report, types: Types) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def parts(tried: list[Findings], share: float) -> dict[str, Findings]:
+    """The mistakes that explain a part of a port's numbers, the likeliest first, and what they explain: a tensor, but
+    not another one, or all but a share of the distance of the last tensor."""
+    found = {mistake: findings for findings in tried for mistake in findings.contradicted}
+    last = tried[0]
+    for mistake in sorted(last.after, key=lambda name: last.after[name]):
+        if last.after[mistake] < share * last.before and math.isfinite(last.before):
+            found.setdefault(mistake, last)
+    return dict(list(found.items())[:TRIED])
+
+
 def part_in_words(part: str, findings: Findings, last: Findings) -> str:
     """The sentence about a mistake that explains a part of a port's numbers.
 
@@ -252,9 +261,11 @@ def part_in_words(part: str, findings: Findings, last: Findings) -> str:
         suspects = [suspect for suspect in findings.suspects if suspect.name == part]
         _, sentence = verdict(findings.name, suspects)
         contradicted = findings.contradicted[part]
-        return f"{sentence}. It explains this stage, not your {contradicted}: {figure}look for a second mistake"
-    start = f"no known mistake reproduces your {last.name}, but a combination may: mutant {part!r} explains part of it"
-    return f"{start} ({MUTANTS[part].mistake}): {figure}look for a second mistake"
+        start = f"{sentence}. It explains this stage, not your {contradicted}"
+    else:
+        start = f"no known mistake reproduces your {last.name}, but a combination may: "
+        start += f"mutant {part!r} explains part of it ({MUTANTS[part].mistake})"
+    return f"{start}: {figure}look for a second mistake"
 
 
 def is_small(model: GenerativeModel) -> bool:

@@ -15,7 +15,7 @@ from reference.trace import dimensions
 # How many times the largest right score a mark is below 0, at least.
 FAR_BELOW = 100.0
 TRANSPOSED, SIZES_REVERSED = "dimensions in reverse order", "sizes in reverse order"
-REVERSED = {TRANSPOSED, SIZES_REVERSED}
+REVERSED = (TRANSPOSED, SIZES_REVERSED)
 Rearranged = tuple[str, Tensor]  # by which rearrangement, in words, and the result
 
 
