@@ -263,7 +263,8 @@ def test_a_right_port_agrees_without_the_model(capsys, tmp_path, name, kind):
 def test_the_fp8_copies_are_references(capsys, tmp_path, name):
     here = HERE / name / "fp8"
     code, out, err = diff(capsys, here / "bfloat16.safetensors", here / "float64.safetensors")
-    assert code == 0 and " stages agree\n" in out and "no model" not in err
+    count = 7 * {"ministral": 3}.get(name, 2) + 2  # matrices of all layers, final_norm, logits
+    assert code == 0 and out.startswith(f"{count} stages agree") and "no model" not in err
     code, out, _ = diff(capsys, HERE / name / "float32.safetensors", here / "float64.safetensors")
     assert code == 1  # FP8 is another model; bfloat16 logits of a right port can be as far away as it is
 
