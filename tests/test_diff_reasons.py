@@ -50,7 +50,8 @@ def report(capsys, tmp_path):
 
 # ------------------------------------------------------------------------------------------------- masks in scores
 
-MARKS = {"zero": 0.0, "infinite": -math.inf, "nan": math.nan, "lowest": torch.finfo(torch.float32).min, "low": -1e4}
+LOWEST = torch.finfo(torch.float32).min
+MARKS = {"zero": 0.0, "infinite": -math.inf, "nan": math.nan, "lowest": LOWEST, "low": -1e4}
 
 
 def marked(trace, mark):
@@ -168,11 +169,15 @@ def interleaved(trace):
 def test_a_mistake_in_the_other_order_of_rotary_pairs_is_named(report, name, mistake, first):
     """From a whole trace, from queries and keys alone, and from the stage that diverges alone."""
     trace = interleaved(port_with(name, mistake))
-    layer = {key: tensor for key, tensor in trace.items() if "layers.0.attention" in key and dimensions(key)[-1] == "D"}
+    names = [key for key in trace if "layers.0.attention" in key and dimensions(key).endswith("S D")]
+    layer = {key: trace[key] for key in names}
     for dump in (trace, layer, {first: trace[first]}):
         code, found = report(dump, name)
         assert code == 1 and found["first"] == first and mistake in found["verdict"], found["verdict"]
-        assert found["mutant"] == mistake or len(dump) == 1
+        if len(dump) > 1:
+            hows = {stage["name"]: stage["how"] for stage in found["stages"]}
+            assert hows[first].endswith("interleaved -> half-split")
+        assert found["mutant"] == mistake or dump is not trace
 
 
 # ----------------------------------------------------------------------------------- names that agree with all given
@@ -186,6 +191,19 @@ def test_a_missing_first_token_is_named_from_the_last_logits(report, name):
         code, found = report({"logits": last}, name)
         assert code == 1 and found["mutant"] == "bos_missing", found["verdict"]
     code, found = report({"logits": logits[0, -1]}, name, "--text", 0)
+    assert code == 1 and found["mutant"] == "bos_missing", found["verdict"]
+
+
+def test_a_missing_first_token_of_a_padded_text_is_padding(report):
+    """A port whose texts have no <s>; positions begin at 0 at the second token of each text."""
+    given = golden_inputs("ministral3")[1]
+    mask = given["attention_mask"].clone()
+    mask[range(2), mask.argmax(1)] = 0
+    mask = mask[:, 1:]
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    ids = given["input_ids"][:, 1:]
+    trace = port_with("ministral3", input_ids=ids, attention_mask=mask, position_ids=positions)
+    code, found = report({"logits": trace["logits"][:, -1]}, "ministral3")
     assert code == 1 and found["mutant"] == "bos_missing", found["verdict"]
 
 
@@ -239,7 +257,7 @@ def test_a_part_of_the_explanation_has_a_figure(report):
     words = found["verdict"].partition("the distance of your logits falls from ")[2].split()
     assert float(words[2]) <= NEARER * float(words[0]) and " ".join(words[3:6]) == "times the noise;"
     trace = port_with("ministral", embeddings_scaled)
-    code, found = report(trace, "ministral")
+    code, found = report({"logits": trace["logits"]}, "ministral")
     assert code == 1 and not found["parts"] and found["verdict"].startswith("no known mistake reproduces")
 
 
