@@ -100,7 +100,7 @@ class Case:
             lacking = exact.shape[1] - port.shape[1]
             self.right = right[:, lacking:]
             self.counted = self.counted[:, lacking:]
-            if lacking == 1:  # each text without its first token, which padded texts do not have in the first column
+            if lacking == 1:  # the first token of each text; a padded text has it in a later column
                 self.counted = self.counted & counted.expand_as(exact)[:, :-1]
             exact = exact[:, lacking:]
         self.fits = port.shape == exact.shape
@@ -197,6 +197,53 @@ def explain(
     return verdict(name, findings.suspects)
 
 
+class Runs:
+    """The numbers of a model, right and with mistakes.
+
+    Args:
+        model: the model in the port's type.
+        exact: the same in float64.
+        inputs: what `record` takes.
+        name: the tensor that is explained.
+        first: where the port diverges first; None: nowhere, or not known.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        exact: PreTrainedModel,
+        inputs: Mapping[str, Any],
+        name: str,
+        first: str | None,
+    ) -> None:
+        self.model, self.exact, self.inputs = model, exact, inputs
+        self.name, self.first = name, first
+        self.right, self.right_exact = self.run(model), self.run(exact)
+
+    def run(self, which: PreTrainedModel) -> dict[str, Tensor]:
+        """The tensors at both places; none if the mistake makes this input impossible."""
+        try:
+            return record(which, keep={self.name, self.first}.__contains__, **self.inputs)
+        except ValueError:  # for example, a text of one token without its first
+            return {}
+
+    def with_mistake(self, mutant: Mutant) -> tuple[Tensor, Tensor] | None:
+        """The tensor in the port's type and in float64. None if the mistake does not change it, or changes nothing
+        where the port diverges first."""
+        if not mutant.concerns(self.exact):
+            return None
+        with mutant.applied():
+            exact = self.run(self.exact)
+            if unchanged(self.right_exact, exact, self.name) and mutant.name not in ROUNDING:
+                return None
+            mistaken = self.run(self.model)
+        if self.name not in mistaken or self.name not in exact:
+            return None
+        if unchanged(self.right, mistaken, self.first) and unchanged(self.right_exact, exact, self.first):
+            return None
+        return mistaken[self.name], exact[self.name]
+
+
 def examine(
     port: Tensor,
     model: PreTrainedModel,
@@ -216,40 +263,24 @@ def examine(
         counted: which entries of the tensor are compared; by default all but padding.
         first: where the port diverges first; mistakes that change nothing there are not tried.
     """
-    names = {name, first}
-
-    def run(which: PreTrainedModel) -> dict[str, Tensor]:
-        try:
-            return record(which, keep=names.__contains__, **inputs)
-        except ValueError:  # the mistake makes this input impossible: a text of one token without its first
-            return {}
-
-    right, right_exact = run(model), run(exact)
-    if name not in right_exact:
+    runs = Runs(model, exact, inputs, name, first)
+    if name not in runs.right_exact:
         return Findings(name, f"the reference has no {name}")
+    right, right_exact = runs.right[name], runs.right_exact[name]
     if counted is None:
-        counted = counts(name, right_exact[name].shape, {}, mask_of(inputs))
-    case = Case(port, right[name], right_exact[name], counted)
-    if port.shape == right[name].shape and case.vector(port).equal(case.vector(right[name])):
+        counted = counts(name, right_exact.shape, {}, mask_of(inputs))
+    case = Case(port, right, right_exact, counted)
+    if port.shape == right.shape and case.vector(port).equal(case.vector(right)):
         return Findings(name, f"your {name} are this implementation's, bit for bit")
     findings = Findings(name)
     if not case.fits:
         return findings
 
     for mutant in MUTANTS.values():
-        if not mutant.concerns(exact):
+        pair = runs.with_mistake(mutant)
+        if pair is None:
             continue
-        with mutant.applied():
-            mistaken_exact = run(exact)
-            if unchanged(right_exact, mistaken_exact, name) and mutant.name not in ROUNDING:
-                continue
-            mistaken = run(model)
-        if name not in mistaken or name not in mistaken_exact:
-            continue
-        too_late = unchanged(right, mistaken, first) and unchanged(right_exact, mistaken_exact, first)
-        if too_late:  # it changes nothing where the port diverges first
-            continue
-        numbers, numbers_exact = case.aligned(mistaken[name]), case.aligned(mistaken_exact[name])
+        numbers, numbers_exact = (case.aligned(tensor) for tensor in pair)
         if numbers is None or numbers_exact is None:
             continue
         distance, noise = case.distances(numbers, numbers_exact)
