@@ -259,7 +259,7 @@ class FrequencyCache(nn.Module):
         self._settings: tuple[Any, ...] = ()  # the values that these frequencies were computed from
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_frequencies": {}}
+        return {**self.__dict__, "_frequencies": {}, "_settings": ()}
 
     def inverse_frequencies(self, dtype: torch.dtype) -> Tensor:
         """The angle per position of each pair, in radians, on the CPU."""
