@@ -21,7 +21,7 @@ from reference.compare import LEAST, MARGIN_OF_ONE_RUN, Report, compare, compute
 from reference.explain import NEEDS_PADDING
 from reference.inputs import check_inputs, suspicions
 from reference.judge import Judge, Models
-from reference.mutants import MUTANTS
+from reference.mutants import MUTANTS, ROUNDING
 from reference.names import KNOWN_MAPS, redundant, translate
 from reference.show import plot, show
 from reference.texts import choose_text, one_text, texts_in_words
@@ -218,8 +218,12 @@ def compare_with_model(options: argparse.Namespace, judge: Judge, types: Types, 
         explained = judge.look_in_16_bits(report, types)
     if not explained and tried:
         judge.name_part(report, tried)
-    if options.dtype in ("float16", "bfloat16") and report.agrees and shows_no_16_bits(judge.port, judge.reference):
-        report.verdict = weaker_test(options.dtype, judge.hidden_mistakes(types))
+    if options.dtype in ("float16", "bfloat16") and report.agrees:
+        start = f"in {options.dtype} this is a weaker test than in float32"
+        if shows_no_16_bits(judge.port, judge.reference):
+            start = f"your numbers have more digits than {options.dtype}, so this is a weaker test than without --dtype"
+        sentences = [report.verdict, f"{start}{weaker_by(judge.hidden_mistakes(types))}"]
+        report.verdict = "\n".join(filter(None, sentences))
     return report
 
 
@@ -229,16 +233,16 @@ def shows_no_16_bits(port: Trace, reference: Trace) -> bool:
     return not {torch.float16, torch.bfloat16} & set(shown)
 
 
-def weaker_test(kind: str, hidden: list[str]) -> str:
-    """The sentence about a comparison in a coarser type than the port's numbers show."""
-    start = f"your numbers have more digits than {kind}, so this is a weaker test than without --dtype"
+def weaker_by(hidden: list[str]) -> str:
+    """The end of the sentence about a comparison in a coarse type: the known mistakes that it cannot see."""
     if not hidden:
-        return f"{start}; it would still find each of the {len(MUTANTS)} known mistakes that acts on them"
-    return f"{start}: its noise hides {', '.join(hidden)}"
+        return f"; it would still find each of the {len(MUTANTS)} known mistakes that acts on your numbers"
+    return f": its noise hides {', '.join(hidden)}"
 
 
 def diff(options: argparse.Namespace) -> int:
-    """Run `diff`: 0 if all stages agree, 1 if one diverges."""
+    """Run `diff`: 0 if all stages agree, 1 if one diverges or a known mistake gives these numbers, and 2 if nothing can
+    be compared."""
     reference, inputs, about = read_reference(options)
     port = read_port(options)
     ids = inputs.get("input_ids")
@@ -270,6 +274,8 @@ def diff(options: argparse.Namespace) -> int:
         show(report)
     if options.plot is not None:
         plot(report, options.plot)
-    if report.agrees:
+    if not report.stages and report.mutant is None:
+        return 2
+    if report.agrees and report.mutant in (None, *ROUNDING):
         return 0
     return 1

@@ -276,6 +276,8 @@ def examine(
     if not case.fits:
         return findings
 
+    distance, noise = case.distances(*case.right_pair)
+    findings.before = distance / noise
     for mutant in MUTANTS.values():
         pair = runs.with_mistake(mutant)
         if pair is None:
@@ -283,13 +285,11 @@ def examine(
         numbers, numbers_exact = (case.aligned(tensor) for tensor in pair)
         if numbers is None or numbers_exact is None:
             continue
-        distance, noise = case.distances(numbers, numbers_exact)
+        distance, _ = case.distances(numbers, numbers_exact)
         findings.after[mutant.name] = distance / noise
         suspect = case.suspect(mutant, numbers, numbers_exact)
         if suspect is not None:
             findings.suspects.append(suspect)
-    distance, noise = case.distances(*case.right_pair)
-    findings.before = distance / noise
     findings.suspects.sort(key=lambda best: (impossible(best.name, inputs), not best.bits, best.residual))
     return findings
 
@@ -325,4 +325,4 @@ def verdict(name: str, suspects: list[Suspect]) -> tuple[str | None, str]:
     if same:
         how += f" (and {same}, which do the same here)"
     mistake = MUTANTS[best.name].mistake
-    return best.name, f"your {name} match mutant {best.name!r}, {how}: {mistake} (see docs/numerics.md)"
+    return best.name, f"your {name} match mutant {best.name!r}, {how}: {mistake} (see python -m reference mutants)"

@@ -66,6 +66,7 @@ def suspicions(path: Path, judge: Judge, report: Report, types: Types, text: int
         text: the one text that is compared.
     """
     hints = [*other_sizes(judge), *other_ids(judge, report), *padded_texts(judge, types)]
+    hints += log_probabilities(judge, report)
     if not hints:
         hints += other_models(path, judge.port, text)
     return hints
@@ -78,7 +79,7 @@ def other_sizes(judge: Judge) -> Iterator[str]:
             continue
         sizes = list(judge.port[name].shape)
         expected = judge.reference[name].shape[-1]
-        if expected not in sizes and max(sizes) < expected:
+        if sizes and expected not in sizes and max(sizes) < expected:
             yield f"your {name} are {sizes}, and the reference's {size} is {expected}: is it another model?"
             return
 
@@ -105,6 +106,18 @@ def other_ids(judge: Judge, report: Report) -> Iterator[str]:
             f"your embeddings are those of other ids: text {text}, token {place}: {wrong}, the reference {right} "
             f"({count})"
         )
+
+
+def log_probabilities(judge: Judge, report: Report) -> Iterator[str]:
+    """A sentence if the port's logits differ from the right ones by one number for each token."""
+    if report.first != "logits":
+        return
+    logits, counted = report.fitted["logits"]
+    right = judge.reference["logits"].double()
+    differences = (logits.double() - right)[counted.all(-1)]  # (tokens, V)
+    allowed = CLOSE * right.abs().max()
+    if len(differences) and bool((differences.std(-1) <= allowed).all()):
+        yield "your logits differ from the right ones by one number for each token: are they log-probabilities?"
 
 
 def padded_texts(judge: Judge, types: Types) -> Iterator[str]:

@@ -254,7 +254,7 @@ def part_in_words(part: str, findings: Findings, last: Findings) -> str:
         last: of the last tensor.
     """
     figure = ""
-    if last.after.get(part, math.inf) < last.before:
+    if last.after.get(part, math.inf) < NEARER * last.before:
         before, after = f"{last.before:.3g}", f"{last.after[part]:.3g}"
         figure = f"the distance of your {last.name} falls from {before} to {after} times the noise; "
     if part in findings.contradicted:

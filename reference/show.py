@@ -87,6 +87,9 @@ def show(report: Report) -> None:
         cure = advice(report.unknown, [*report.missing, *(stage.name for stage in report.stages)])
         print(f"names that the reference does not have: {', '.join(report.unknown[:8])} ({cure})")
     if report.missing and report.stages:
-        print(f"not given: {len(report.missing)} stages, {', '.join(report.missing[:4])}, ...")
+        names = report.missing[:4]
+        if len(report.missing) > len(names):
+            names.append("...")
+        print(f"not given: {len(report.missing)} stages, {', '.join(names)}")
     print()
     print(table(report, sys.stdout.isatty()))

@@ -113,7 +113,7 @@ def test_texts_that_do_not_fit(capsys, tmp_path):
     ids = row_of("ministral", 0)
     np.save(tmp_path / "mine.npy", np.zeros((len(ids), 40), np.float32))
     code, out, _ = diff(capsys, tmp_path / "mine.npy", reference("ministral"))
-    assert code == 1 and "The reference has 2 texts: 0: " in out and "give --text N for one" in out.splitlines()[0]
+    assert code == 2 and "The reference has 2 texts: 0: " in out and "give --text N for one" in out.splitlines()[0]
     code, _, err = diff(capsys, tmp_path / "mine.npy", reference("ministral"), "--text", 2)
     assert code == 2 and err == "error: --text 2 is impossible; allowed: 0 to 1, one of the reference's texts\n"
     code, _, err = diff(capsys, tmp_path / "mine.npy", reference("mistral3"), "--text", 0)
@@ -314,7 +314,7 @@ def test_other_names_get_advice(capsys, tmp_path, names, words):
     tensors = {name: torch.zeros(3) for name in names}
     save_file(tensors, tmp_path / "mine.safetensors")
     code, out, _ = diff(capsys, tmp_path / "mine.safetensors", reference("ministral"))
-    assert code == 1 and f"names that the reference does not have: {names[0]} ({words})" in out
+    assert code == 2 and f"names that the reference does not have: {names[0]} ({words})" in out
 
 
 def test_a_map_that_does_not_fit(capsys, tmp_path):

@@ -300,4 +300,26 @@ def test_another_vocabulary(report):
     trace = port_with("ministral")
     code, found = report({"logits": trace["logits"][..., :30]}, "ministral")
     words = "your logits are [2, 20, 30], and the reference's vocabulary is 40: is it another model?"
-    assert code == 1 and found["hints"] == [words]
+    assert code == 2 and found["hints"] == [words]
+
+
+def test_log_probabilities_are_recognised(report):
+    trace = port_with("ministral")
+    code, found = report({"logits": trace["logits"].log_softmax(-1)}, "ministral")
+    assert code == 1 and found["hints"] == [
+        "your logits differ from the right ones by one number for each token: are they log-probabilities?"
+    ]
+
+
+def test_a_named_mistake_within_the_noise_fails(report):
+    """The values are float16, so the noise is that of float16; the mistake is named all the same."""
+    trace = port_with("ministral", "norm_epsilon")
+    value = trace["layers.1.attention.v"].half()
+    tensors = {"layers.0.attention.v": trace["layers.0.attention.v"].half(), "layers.1.attention.v": value}
+    code, found = report({**tensors, "logits": trace["logits"]}, "ministral")
+    assert found["agrees"] and found["mutant"] == "norm_epsilon" and code == 1
+
+
+def test_logits_without_dimensions(report):
+    code, found = report({"logits": torch.tensor(1.0)}, "ministral")
+    assert code == 2 and found["sentence"].startswith("nothing to compare")
