@@ -2,8 +2,8 @@
 
 PyTorch, MKL and oneDNN choose their kernels by the instructions of the processor. The variables below hide
 instructions, so one machine runs the kernels of others: without AVX-512, without AVX2, without bfloat16 products. These
-settings run with one thread, one process for each core, with few examples. Before them, all tests run with two threads
-and no other process. One line for each setting shows the result.
+settings run with one thread, one process for each core, with few examples. Before them, the tests of attention and
+products run with two threads and no other process. One line for each setting shows the result.
 
 Arguments are passed on to pytest. This tries more examples of one file:
 
@@ -31,6 +31,7 @@ SETTINGS: tuple[dict[str, str], ...] = (
 NUMERICAL = (
     "parity", "cache", "heads", "vision", "generate", "fast", "blockwise", "products", "reference", "diff", "explain",
 )  # fmt: skip
+WITH_TWO_THREADS = ("parity", "fast", "blockwise", "products")
 # Not of numbers, or slow: the network, the command line, compilers.
 LEFT_OUT = " and ".join(f"not {word}" for word in (
     "address", "server", "compile", "export", "command", "planted", "example"))  # fmt: skip
@@ -50,10 +51,12 @@ def main(arguments: list[str]) -> int:
     """Run pytest under every setting; return 1 if one fails."""
     if not any(argument.startswith("--hypothesis-profile") for argument in arguments):
         arguments = ["--hypothesis-profile=quick", *arguments]
+    in_two_threads = arguments
     if not any(argument.startswith("tests/") for argument in arguments):
-        files = [f"tests/test_{name}.py" for name in NUMERICAL]
-        arguments = [*arguments, "-k", LEFT_OUT, *files]
-    red = report(TWO_THREADS, run(TWO_THREADS, arguments))
+        arguments = [*arguments, "-k", LEFT_OUT]
+        in_two_threads = [*arguments, *(f"tests/test_{name}.py" for name in WITH_TWO_THREADS)]
+        arguments = [*arguments, *(f"tests/test_{name}.py" for name in NUMERICAL)]
+    red = report(TWO_THREADS, run(TWO_THREADS, in_two_threads))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         results = pool.map(lambda setting: run(setting, arguments), SETTINGS)
         for setting, result in zip(SETTINGS, results):
