@@ -25,7 +25,7 @@ from reference.mutants import MUTANTS, ROUNDING
 from reference.names import KNOWN_MAPS, redundant, translate
 from reference.show import plot, show
 from reference.texts import choose_text, one_text, texts_in_words
-from reference.trace import general_name, load, record
+from reference.trace import general_name, load, record, take_inputs
 
 INPUTS = {"input_ids", "attention_mask", "position_ids", "pixel_values", "image_sizes", "step_lengths"}
 Trace = Mapping[str, Tensor]
@@ -98,8 +98,7 @@ def read_reference(
     """The reference's tensors, its inputs, and its metadata."""
     path = options.reference
     reference, about = load(path)
-    names = [name for name in reference if name.startswith("input.")]
-    inputs = {name.removeprefix("input."): reference.pop(name) for name in names}
+    inputs = take_inputs(reference)
     unknown = sorted(inputs.keys() - INPUTS)
     if unknown:
         raise ValueError(f"{path}: input.{unknown[0]} is no input; allowed: {', '.join(sorted(INPUTS))}")
@@ -157,8 +156,7 @@ def traces_beside(
             continue
         if given.equal(ids):
             if text is not None:
-                inputs = {name.removeprefix("input."): trace[name] for name in trace if name.startswith("input.")}
-                trace, _ = one_text(trace, inputs, text)
+                trace, _ = one_text(trace, take_inputs(trace), text)
             traces[kind] = trace
     return traces
 

@@ -177,26 +177,6 @@ class Case:
         return Suspect(mutant.name, bits, residual, cosine, exact)
 
 
-def explain(
-    port: Tensor,
-    model: PreTrainedModel,
-    exact: PreTrainedModel,
-    inputs: Mapping[str, Any],
-    name: str = "logits",
-    counted: Tensor | None = None,
-    first: str | None = None,
-) -> tuple[str | None, str]:
-    """The known mistake that reproduces a port's tensor, if any, and a sentence about it. Arguments: see `examine`.
-
-    The sentence also names the mistakes that cannot be told from it. Neither a right port is accused nor one with a
-    mistake that the catalogue does not have.
-    """
-    findings = examine(port, model, exact, inputs, name, counted, first)
-    if findings.sentence:
-        return None, findings.sentence
-    return verdict(name, findings.suspects)
-
-
 class Runs:
     """The numbers of a model, right and with mistakes.
 

@@ -13,7 +13,7 @@ from reference import golden
 from reference.compare import Report, compare, computed_in
 from reference.judge import Judge, Types, is_small
 from reference.texts import one_text
-from reference.trace import load
+from reference.trace import load, take_inputs
 
 Trace = Mapping[str, Tensor]
 # The relative error up to which numbers are those of another golden model, in float32 and in 16 bits.
@@ -145,8 +145,7 @@ def other_models(path: Path, port: Trace, text: int | None) -> Iterator[str]:
         if other.resolve() == path.resolve():
             continue
         reference, _ = load(other)
-        names = [name for name in reference if name.startswith("input.")]
-        inputs = {name.removeprefix("input."): reference.pop(name) for name in names}
+        inputs = take_inputs(reference)
         if text is not None:
             if "pixel_values" in inputs or text >= len(inputs["input_ids"]):
                 continue

@@ -405,6 +405,12 @@ def save(
     checkpoint.replace_file(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
 
+def take_inputs(trace: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Remove the inputs from a trace that was loaded, and return them: "input.input_ids" is `input_ids`."""
+    names = [name for name in trace if name.startswith("input.")]
+    return {name.removeprefix("input."): trace.pop(name) for name in names}
+
+
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of a .safetensors, .npz or .npy file, in the order of computing, and the `about` of a trace. The
     array of a .npy file, which has no name, is taken for the logits.

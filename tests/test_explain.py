@@ -30,7 +30,7 @@ from model_types import load_model
 from outputs import at_least_float32
 from reference import golden
 from reference.compare import MARGIN, MARGIN_OF_ONE_RUN, compare, measure_noise
-from reference.explain import explain
+from reference.explain import examine, verdict
 from reference.mutants import MUTANTS, ROUNDING, replace, rows
 from reference.trace import dimensions, record
 from tests.cases import VOCAB, draw_case, draw_config, pair
@@ -53,6 +53,14 @@ def one_thread():
 
 FAMILIES = {"yarn": "ministral3", "quer": "ministral3", "wind": "ministral", "ring": "ministral"}
 PADDED = ("positions_through_padding", "query_scale_by_cache_position", "padding_visible")
+
+
+def explain(port, *arguments):
+    """The known mistake that reproduces a port's logits, if any, and a sentence about it. Arguments: see `examine`."""
+    findings = examine(port, *arguments)
+    if findings.sentence:
+        return None, findings.sentence
+    return verdict(findings.name, findings.suspects)
 
 
 def draw_model(rng, mistake):
