@@ -13,7 +13,7 @@ from ministral3 import Ministral3ForCausalLM
 from pretrained import PreTrainedConfig
 from vision import Mistral3ForConditionalGeneration
 
-BUNDLED = Path(__file__).resolve().parent / "models" / "shakespeare"
+BUNDLED = Path(__file__).resolve().parent / "models" / "ministral3"
 GenerativeModel = MinistralForCausalLM | Mistral3ForConditionalGeneration
 MODELS: dict[str, type[GenerativeModel]] = {
     "ministral": MinistralForCausalLM,

@@ -34,6 +34,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, ClassVar
 
 import torch
@@ -114,8 +115,14 @@ class PixtralAttention(nn.Module):
         k = self.k_proj(x).view(1, P, -1, D).transpose(1, 2)
         v = self.v_proj(x).view(1, P, -1, D).transpose(1, 2)
         q, k = apply_rotary_pos_emb(q, k, *tables)
-        images = zip(*(torch.split(part, patches, dim=2) for part in (q, k, v)))
-        out = torch.cat([self._attend(*image) for image in images], dim=2)  # (1, H, P, D)
+        N = len(patches)
+        if N > 1 and len(set(patches)) == 1 and self.config.attn_implementation == "sdpa":
+            # Images of one size are a batch: one call of the kernel, not N. (The eager path would need N times the memory.)
+            q, k, v = (part[0].unflatten(1, (N, -1)).transpose(0, 1) for part in (q, k, v))  # (N, H, P / N, D)
+            out = self._attend(q, k, v).transpose(0, 1).flatten(1, 2)[None]
+        else:
+            images = zip(*(torch.split(part, patches, dim=2) for part in (q, k, v)))
+            out = torch.cat([self._attend(*image) for image in images], dim=2)  # (1, H, P, D)
         return self.o_proj(out.transpose(1, 2).reshape(1, P, C))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -212,8 +219,8 @@ class PixtralVisionModel(PreTrainedModel):
         x = self.patch_conv(pixel_values.to(self.patch_conv.weight))  # (N, C, rows, columns)
         images = [image[:, :h, :w].flatten(1).T for image, (h, w) in zip(x, grids)]  # (h * w, C) each
         x = self.ln_pre(torch.cat(images)[None])  # (1, P, C)
-        places = [torch.cartesian_prod(torch.arange(h), torch.arange(w)) for h, w in grids]
-        tables = self.patch_positional_embedding(x, torch.cat(places).to(x.device))
+        places = {(h, w): torch.cartesian_prod(torch.arange(h), torch.arange(w)) for h, w in set(grids)}
+        tables = self.patch_positional_embedding(x, torch.cat([places[grid] for grid in grids]).to(x.device))
         patches = [h * w for h, w in grids]
 
         hidden_states: list[Any] = [None] * (len(layers) + 1)
@@ -248,12 +255,13 @@ class Mistral3PatchMerger(nn.Module):
         """
         m = self.merge
         merged = []
-        images = torch.split(x, [h * w for h, w in grids])
-        for image, (h, w) in zip(images, grids):
+        runs = [(grid, len(list(run))) for grid, run in groupby(grids)]  # neighbours of one size are merged together
+        images = torch.split(x, [n * h * w for (h, w), n in runs])
+        for image, ((h, w), n) in zip(images, runs):
             rows, columns = h // m, w // m
-            grid = image.view(h, w, -1)[: rows * m, : columns * m]
-            blocks = grid.reshape(rows, m, columns, m, -1).permute(0, 2, 4, 1, 3)  # (rows, columns, C, m, m)
-            merged.append(blocks.reshape(rows * columns, -1))
+            grid = image.view(n, h, w, -1)[:, : rows * m, : columns * m]
+            blocks = grid.reshape(n, rows, m, columns, m, -1).permute(0, 1, 3, 5, 2, 4)  # (n, rows, columns, C, m, m)
+            merged.append(blocks.reshape(n * rows * columns, -1))
         return self.merging_layer(torch.cat(merged))
 
 

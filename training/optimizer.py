@@ -1,30 +1,31 @@
 """Muon: momentum whose matrix updates are made orthogonal. https://kellerjordan.github.io/posts/muon/
 
 Every singular value of an update becomes about 1, so rare directions learn as fast as common ones. `torch.optim.Muon`
-is not used for two reasons. It orthogonalises in bfloat16, which takes 7 times as long as float32 on a CPU without
-bfloat16 instructions, and torch 2.6 does not have it.
+is not used for two reasons. It treats one matrix at a time in bfloat16, which takes 7 times as long as float32 on a CPU
+without bfloat16 instructions, and torch 2.6 does not have it.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
-def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
-    """The nearest orthogonal matrix, roughly, by Newton-Schulz iteration. (rows, columns) -> the same shape.
+def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
+    """The nearest orthogonal matrices, roughly, by Newton-Schulz iteration. (n, rows, columns) -> the same shape.
 
     The coefficients are those of Muon's author. They trade exactness for speed: singular values end between 0.7 and
     1.2."""
-    rows, columns = matrix.shape
+    _, rows, columns = matrices.shape
     if rows > columns:
-        return orthogonalize(matrix.T, steps).T
-    x = matrix / (matrix.norm() + 1e-7)
+        return orthogonalize(matrices.mT, steps).mT
+    x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(steps):
-        gram = x @ x.T
+        gram = x @ x.mT
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
     return x
 
@@ -32,8 +33,8 @@ def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Orthogonalised Nesterov momentum with decoupled weight decay, for matrices only.
 
-    Updates are scaled to root mean square 0.2, which is that of AdamW's updates. So both optimizers share one learning
-    rate (https://arxiv.org/abs/2502.16982)."""
+    Matrices of one shape are updated together. Updates are scaled to root mean square 0.2, which is that of AdamW's
+    updates. So both optimizers share one learning rate (https://arxiv.org/abs/2502.16982)."""
 
     def __init__(
         self, params: Iterable[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.1
@@ -43,17 +44,38 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
+            shapes = defaultdict(list)
             for p in group["params"]:
                 if p.grad is not None:
-                    self.update(p, p.grad, group)
+                    shapes[p.shape].append(p)
+            for same in shapes.values():
+                self.update(same, group)
 
-    def update(self, p: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
-        """Update one parameter by its gradient, with the settings of its group."""
+    def update(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        """Update parameters of one shape by their gradients, with the settings of their group."""
         lr, momentum = group["lr"], group["momentum"]
-        state = self.state[p]
+        gradients = torch.stack([p.grad for p in params])  # type: ignore[misc]
+        state = self.state[params[0]]
         if "momentum" not in state:
-            state["momentum"] = torch.zeros_like(p)
-        average = state["momentum"].lerp_(gradient, 1 - momentum)
-        update = orthogonalize(gradient.lerp(average, momentum))
-        p.mul_(1 - lr * group["weight_decay"])
-        p.add_(update, alpha=-0.2 * max(p.shape) ** 0.5 * lr)
+            state["momentum"] = torch.zeros_like(gradients)
+        average = state["momentum"].lerp_(gradients, 1 - momentum)
+        updates = orthogonalize(gradients.lerp(average, momentum))
+        torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+        torch._foreach_add_(params, updates.unbind(), alpha=-0.2 * max(params[0].shape) ** 0.5 * lr)
+
+
+def make_optimizers(module: nn.Module, muon: bool) -> list[torch.optim.Optimizer]:
+    """AdamW for all parameters, or Muon for the matrices and AdamW for embeddings, norms and convolutions."""
+    matrices, others = [], []
+    for name, p in module.named_parameters():
+        if muon and p.ndim == 2 and "embed" not in name:
+            matrices.append(p)
+        else:
+            others.append(p)
+    fused = others[0].is_cuda
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(others, lr=0.0, betas=(0.9, 0.95), weight_decay=0.1, fused=fused)
+    ]
+    if matrices:
+        optimizers.append(Muon(matrices, lr=0.0))
+    return optimizers

@@ -10,9 +10,13 @@ from tokenizers import Regex, Tokenizer as Backend, models, pre_tokenizers, trai
 
 from tokenizer import BYTES, LETTERS, SPECIAL_TOKENS, SPLIT
 
+# Special tokens that only newer layouts have, with the ids of the published files.
+NEWER_TOKENS = {32: "[ARGS]", 33: "[CALL_ID]", 34: "[THINK]", 35: "[/THINK]"}
+SPECIALS = 36  # ids below this one are special tokens
+
 
 def learn(texts: Iterable[str], vocab_size: int) -> dict[str, Any]:
-    """A tekken.json of `vocab_size` ids: the special tokens, the 256 bytes, then merges, most frequent first."""
+    """The tekken.json of a V13 vocabulary: the special tokens, the 256 bytes, then merges, most frequent first."""
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -20,27 +24,37 @@ def learn(texts: Iterable[str], vocab_size: int) -> dict[str, Any]:
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    specials = len(SPECIAL_TOKENS)
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - specials, initial_alphabet=list(LETTERS.values()), show_progress=False
+        vocab_size=vocab_size - SPECIALS, initial_alphabet=list(LETTERS.values()), show_progress=False
     )
     backend.train_from_iterator(texts, trainer)
     merges = sorted((i, token) for token, i in backend.get_vocab().items() if len(token) > 1)
     words = [bytes([byte]) for byte in range(256)]
     words += [bytes(BYTES[letter] for letter in token) for _, token in merges]
+    named = dict(enumerate(SPECIAL_TOKENS)) | NEWER_TOKENS
     return {
         "config": {
             "pattern": SPLIT,
             "num_vocab_tokens": len(words),
-            "default_vocab_size": specials + len(words),
-            "default_num_special_tokens": specials,
-            "version": "v7",
+            "default_vocab_size": SPECIALS + len(words),
+            "default_num_special_tokens": SPECIALS,
+            "version": "v13",
         },
+        "special_tokens": [
+            {"rank": rank, "token_str": named.get(rank, f"<SPECIAL_{rank}>"), "is_control": True}
+            for rank in range(SPECIALS)
+        ],
         "vocab": [
             {"rank": rank, "token_bytes": base64.b64encode(word).decode(), "token_str": decoded(word)}
             for rank, word in enumerate(words)
         ],
     }
+
+
+def as_v3(tekken: dict[str, Any]) -> dict[str, Any]:
+    """The same vocabulary in the form of Ministral-8B-Instruct-2410, whose special tokens have no list."""
+    content = {name: value for name, value in tekken.items() if name != "special_tokens"}
+    return content | {"config": tekken["config"] | {"version": "v3"}}
 
 
 def decoded(word: bytes) -> str | None:
