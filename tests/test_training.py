@@ -1,4 +1,4 @@
-"""Training: the loss falls, a resumed run is the same run, and the stated results are true."""
+"""Training: a resumed run is the same run, the tasks' answers are right, and the stated results are true."""
 
 import hashlib
 import json
@@ -6,37 +6,62 @@ import lzma
 import math
 import os
 import re
+from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
 
 from generate import generate
-from ministral3 import Ministral3ForCausalLM
+from images import preprocess
 from model_types import BUNDLED, load_model
 from tests.conftest import newer_torch
 from tokenizer import Tokenizer
-from training import corpus, samples
-from training.evaluate import bits_per_byte, model_bits, ngram_bits_per_byte, xz_bits_per_byte
+from training import corpus, evaluate, recipes, rows, shapes, tasks, train
+from training.bits import bits_per_byte, model_bits, ngram_bits_per_byte
 from training.optimizer import Muon, orthogonalize
-from training.train import Recipe, learning_rate, train
+from training.recipes import Recipe
+from training.rows import ANSWER, IGNORED, TEXT, Rows, Stage
+from training.tasks import Draw, Plays
+from training.vocabulary import learn
 
-TINY = dict(steps=8, tokens_per_step=256, context=64, vocab_size=300, hidden_size=32, num_hidden_layers=1, warmup=2)
+CPU = torch.device("cpu")
+STAGES = (
+    Stage("text", 2, (5e-3, 2e-3), 256, row=128, text=0.5, shares={"sum": 1.0}, factor=1.0),
+    Stage("tower", 1, (3e-3, 3e-4), images=4),
+    Stage("vision", 2, (2e-3, 0.0), 512, row=256, text=0.5, shares={"image": 1.0}),
+)
+README_PROMPTS = ("To be, or not to be", "Shall I compare thee")
+TINY = Recipe("ministral3", STAGES, vocab_size=400, hidden_size=128, intermediate_size=64, num_hidden_layers=1)
+SEEDS = st.integers(0, 10**6)
 
 
 @pytest.fixture
-def small_corpus(monkeypatch):
+def trainer(monkeypatch, tmp_path):
+    """A function that makes a trainer of a recipe, with a small corpus and a vocabulary that is learned once."""
     texts = corpus.load()
-    small = {"train": [text[:4000] for text in texts["train"][:3]], "validation": [texts["validation"][0][:600]]}
+    small = {"train": [text[:30000] for text in texts["train"][:3]], "test": [texts["test"][0][:9000]]}
+    small["validation"] = [texts["validation"][0][:600]]
     monkeypatch.setattr(corpus, "load", lambda: small)
-    return small
+    monkeypatch.setattr(train, "vocabulary", lambda texts, recipe: learn(texts, recipe.vocab_size))
+    return lambda recipe, name="run": train.Trainer(recipe, tmp_path / name, CPU)
 
 
-def test_a_resumed_run_is_the_same_run(small_corpus, tmp_path, monkeypatch):
-    """Eight steps at once, and eight steps that are killed after each validation: equal weights, to the bit."""
-    recipe = Recipe(**TINY, validate_every=2)
-    train(recipe, tmp_path / "once", torch.device("cpu"))
+@pytest.fixture(scope="module")
+def plays():
+    """The plays of the training, and those of the test."""
+    texts = corpus.load()
+    return {False: Plays.of(texts["train"][:3], texts["test"]), True: Plays.of(texts["test"], texts["train"][:3])}
+
+
+def test_a_resumed_run_is_the_same_run(trainer, tmp_path, monkeypatch):
+    """Three stages at once, and three that are killed after each state that is written: equal weights, to the bit."""
+    trainer(TINY, "once").run()
     real_replace, saves = os.replace, []
 
     def die(source, target):
@@ -46,43 +71,65 @@ def test_a_resumed_run_is_the_same_run(small_corpus, tmp_path, monkeypatch):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(os, "replace", die)
-    for _ in range(4):
+    monkeypatch.setattr(train, "SAVE_EVERY", 0)
+    for _ in range(8):  # one state after each step, and one after each stage
         with pytest.raises(KeyboardInterrupt):
-            train(recipe, tmp_path / "often", torch.device("cpu"))
-    assert len(saves) == 4
+            trainer(TINY, "often").run()
+    trainer(TINY, "often").run()
+    assert len(saves) == 8
     once, often = (torch.load(tmp_path / run / "state.pt", weights_only=True) for run in ("once", "often"))
-    assert once["step"] == often["step"] == 8 and len(once["log"]) == len(often["log"]) == 4
+    assert once["progress"]["stage"] == often["progress"]["stage"] == 3
     for name, weight in once["model"].items():
         assert weight.equal(often["model"][name]), name
+    model, tokenizer = load_model(tmp_path / "often"), Tokenizer.from_dir(tmp_path / "often")
+    assert model.dtype == torch.bfloat16 and tokenizer.vocab_size == model.config.text_config.vocab_size == 400
     with pytest.raises(ValueError, match="another recipe"):
-        train(Recipe(**TINY | {"steps": 9}), tmp_path / "once", torch.device("cpu"))
+        trainer(replace(TINY, seed=1), "once").run()
 
 
-def test_training_learns_and_writes_a_model_that_loads(small_corpus, tmp_path):
-    train(Recipe(**TINY | {"steps": 60}, validate_every=20), tmp_path, torch.device("cpu"))
-    log = json.loads((tmp_path / "training_log.json").read_text())["log"]
-    scores = [entry["validation_bits_per_byte"] for entry in log]
-    assert scores[-1] < scores[0] < 8
-    model, tokenizer = load_model(tmp_path), Tokenizer.from_dir(tmp_path)
-    assert model.dtype == torch.bfloat16 and tokenizer.vocab_size == model.config.vocab_size == 300
-    stored = bits_per_byte(load_model(tmp_path, torch.float32), tokenizer, small_corpus["validation"], 64)
-    assert stored == pytest.approx(min(scores), abs=0.02)  # rounded to bfloat16
+def test_training_learns(trainer):
+    """Sums are learned to less than half of the loss of a uniform guess, and text becomes likelier."""
+    stage = Stage("text", 60, (5e-3, 0.0), 512, row=128, text=0.25, shares={"sum": 1.0}, factor=1.0, dropout=0.0)
+    run = trainer(replace(TINY, stages=(stage,)))
+    run.run()
+    losses, bits = run.progress.log
+    assert losses["answers"] < math.log(400) / 2 and bits["bits_per_byte"] < 5.5
+
+
+def test_the_tower_learns_what_patches_show(trainer, tmp_path):
+    """The loss becomes smaller than that of a uniform guess, and the projected features are as large as embeddings."""
+    stage = Stage("tower", 20, (5e-3, 1e-3), images=8)
+    run = trainer(replace(TINY, stages=(stage,)))
+    run.run()
+    assert run.progress.log[0]["answers"] < math.log(shapes.CLASSES) / 1.5
+    model = load_model(tmp_path / "run", torch.float32)
+    pixels = rows.pixel_values(torch.from_numpy(run.rows(stage, model)[0].images))
+    features = torch.cat(model.model.get_image_features(pixels))
+    assert features.std() == pytest.approx(model.model.language_model.embed_tokens.weight.std().item(), rel=0.05)
 
 
 def test_the_schedule():
-    recipe = Recipe()
-    rates = [learning_rate(step, recipe) for step in range(recipe.steps)]
-    assert max(rates) <= recipe.learning_rate and rates[0] < rates[50] < rates[99] > rates[-1] > 0
-    assert rates[-1] == pytest.approx(recipe.learning_rate / recipe.steps)
+    stage = Stage("text", 1000, (5e-3, 1e-3))
+    rates = [train.learning_rate(stage, step) for step in range(stage.steps)]
+    assert rates[0] < rates[25] < rates[49] > rates[-1]
+    assert rates[0] == pytest.approx(5e-3 / 50) and rates[-1] == pytest.approx(1e-3, rel=0.01)
+
+
+def test_the_recipes_are_the_models_that_are_shipped():
+    """The configurations in models/ are those of the recipes."""
+    for recipe in (recipes.ministral3(), recipes.ministral()):
+        stored = load_model(BUNDLED.parent / recipe.kind).config
+        assert recipe.model(16.0).config.to_dict() == stored.to_dict() | {"dtype": None}
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (8, 30), (30, 8)])
 def test_orthogonalize(shape):
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    values = torch.linalg.svdvals(orthogonalize(matrix))
+    (result,) = orthogonalize(matrix[None])
+    values = torch.linalg.svdvals(result)
     assert values.min() > 0.6 and values.max() < 1.3
     u, _, v = torch.linalg.svd(matrix, full_matrices=False)
-    cosine = F.cosine_similarity(orthogonalize(matrix).flatten(), (u @ v).flatten(), dim=0)
+    cosine = F.cosine_similarity(result.flatten(), (u @ v).flatten(), dim=0)
     assert cosine > 0.97
 
 
@@ -100,7 +147,208 @@ def test_muon_moves_against_the_gradient():
     assert distances[-1] < 0.1 * distances[0]
 
 
+# ------------------------------------------------------------------------------------------------------ tasks
+
+
+def texts_of(messages):
+    """The words of the messages, in order."""
+    return [evaluate.text_of(message) for message in messages]
+
+
+@given(SEEDS, st.booleans())
+def test_shakespeare_tasks_have_right_answers(plays, seed, test):
+    draw = Draw(str(seed), plays[test], test)
+    texts = texts_of(tasks.who_speaks(draw))
+    passage = texts[0].rpartition("\n\n")[0]
+    for question, answer in zip(texts[::2], texts[1::2]):
+        line = re.search('Who says "(.*)"', question)[1]
+        (block,) = (block for block in passage.split("\n\n") if line in block)
+        assert block.startswith(answer + "\n")
+    question, answer = texts_of(tasks.next_line(draw))
+    passage, _, asked = question.rpartition("\n\n")
+    line = re.search('follows "(.*)"', asked)[1]
+    assert f"{line}\n{answer}" in passage and "\n\n" not in answer
+    question, answer = texts_of(tasks.repeat(draw))
+    assert question == f"Repeat: {answer}"
+
+
+@given(SEEDS, st.booleans(), st.integers(0, 3000))
+def test_recall_hides_each_key_once(plays, seed, test, size):
+    draw = Draw(str(seed), plays[test], test)
+    texts = texts_of(tasks.recall(draw, size))
+    passage = texts[0].rpartition("\n\n")[0]
+    assert abs(len(passage) - size) < 80 + 40 * (len(texts) // 2 + 1)
+    for question, answer in zip(texts[::2], texts[1::2]):
+        name = re.search("What is the key of (.*)[?]$", question)[1]
+        assert re.findall(f"The key of {name} is .*", passage) == [answer]
+
+
+@given(SEEDS, st.booleans())
+def test_sums_are_worked_and_right(plays, seed, test):
+    question, answer = tasks.addition(Draw(str(seed), plays[test], test))
+    a, b = map(int, re.findall("[0-9]+", question["content"]))
+    thinking, text = answer["content"]
+    assert text["text"] == f"{a} + {b} = {a + b}."
+    digits = ""
+    for step in thinking["thinking"].split():
+        left, total = step.split("=")
+        assert sum(map(int, left.split("+"))) == int(total)
+        digits = total[-1] + digits
+    assert int(total[0] + digits) == a + b
+
+
+@given(SEEDS, st.booleans(), st.sampled_from(sorted(tasks.TOOLS)))
+def test_calls_have_the_arguments_of_the_question(plays, seed, test, name):
+    made = evaluate.one_tool(name, Draw(str(seed), plays[test], test))
+    question, called, result, answer = made.messages
+    (function,) = evaluate.calls_of(called)
+    for argument, value in function["arguments"].items():
+        assert re.search(rf"\b{value}\b", question["content"])
+    (schema,) = (tool["function"] for tool in made.tools if tool["function"]["name"] == name)
+    assert set(schema["parameters"]["required"]) == set(function["arguments"])
+    assert name == "timer" or result["content"] in answer["content"]
+    refused = tasks.call(Draw(str(seed), plays[test], test), name, ())
+    assert evaluate.text_of(refused[-1]) == "I have no tool for that."
+
+
+@given(SEEDS, st.sampled_from(("plain", "capitals", "word")))
+def test_questions_about_images_have_right_answers(plays, seed, style):
+    """Each answer follows from the shapes; thinking is the caption."""
+    draw = Draw(str(seed), plays[False], style=style)
+    drawn = shapes.draw_shapes(draw)
+    question, answer = tasks.ask(draw, drawn)
+    if not isinstance(answer, str):
+        assert answer[0]["thinking"] == tasks.caption(drawn)
+        answer = answer[1]["text"]
+    answer = answer.lower()
+    names = [shape.name for shape in drawn]
+    if question.startswith("How many"):
+        noun = question.removeprefix("How many ").removesuffix("s are there?")
+        expected = sum(noun == "shape" or noun in name.replace(shape.kind, f"shape {shape.kind}") for name, shape in zip(names, drawn))
+        assert tasks.NUMBERS[expected] in answer.split()
+    elif question.startswith("What colour"):
+        (colour,) = (shape.colour for shape in drawn if f"the {shape.kind}?" in question)
+        assert colour in answer
+    elif question.startswith("Where"):
+        (place,) = (shape.place for shape in drawn if shape.name in question)
+        assert answer.endswith(f"{shapes.PLACES[place]}.")
+    elif question.startswith("What is at"):
+        here = [shape.kind for shape in drawn if shapes.PLACES[shape.place] in question]
+        assert (here or ["nothing"])[0] in answer
+    else:
+        assert answer == f"{tasks.caption(drawn)}."
+    if style == "word":
+        assert " " not in answer
+
+
+@given(SEEDS)
+def test_images_show_the_shapes(plays, seed):
+    """The middle of each place has the colour of its shape or the background, and so do the labels of the patches."""
+    draw = Draw(str(seed), plays[False])
+    drawn = shapes.draw_shapes(draw)
+    image = shapes.paint(drawn, draw).astype(int)
+    labels = shapes.patch_labels(drawn, image.astype(np.uint8), 16).reshape(4, 4)
+    for place in range(4):
+        top, left = place // 2 * 32, place % 2 * 32
+        part = image[top : top + 32, left : left + 32].reshape(-1, 3)
+        here = [shape for shape in drawn if shape.place == place]
+        differs = np.abs(part - image[0, 0]).max(axis=1) > 60
+        found = set(labels[top // 16 : top // 16 + 2, left // 16 : left // 16 + 2].flatten()) - {0}
+        if not here:
+            assert not differs.any() and not found
+            continue
+        assert 100 < differs.sum() < 800  # pixels
+        middle = np.median(part[differs], axis=0)
+        colours = {name: np.abs(middle - colour).max() for name, colour in shapes.COLOURS.items()}
+        assert min(colours, key=colours.get) == here[0].colour and min(colours.values()) <= 16
+        (label,) = found
+        kind, colour = divmod(label - 1, len(shapes.COLOURS))
+        assert (shapes.KINDS[kind], list(shapes.COLOURS)[colour]) == here[0][1:]
+
+
+def test_training_and_test_share_no_question(plays):
+    """2,000 values of each part: none is in both."""
+    for make in (lambda d: d.fresh(lambda: d.randint(1000, 9999)), Draw.name, lambda d: str(d.fresh(d.free_word))):
+        drawn = {test: {make(draw) for draw in [Draw("a", plays[test], test)] for _ in range(2000)} for test in (False, True)}
+        assert drawn[True] and drawn[False] and not drawn[True] & drawn[False]
+
+
+# ------------------------------------------------------------------------------------------------------- rows
+
+
+@pytest.fixture(scope="module")
+def stage_rows(plays):
+    """Rows with all tasks, in the layout of the bundled model."""
+    tokenizer = Tokenizer.from_dir(BUNDLED)
+    stream = np.array(tokenizer.encode(plays[False].texts[0]))
+    stage = Stage("vision", 20, (1e-3, 0.0), 4096, row=1024, text=0.25, shares=recipes.VISION, long_every=7)
+    return Rows(stage, plays[False], stream, tokenizer, load_model(BUNDLED).config, seed=0)
+
+
+def test_answers_are_what_is_learned(stage_rows):
+    """In a row, the tokens of the kind ANSWER decode to the answers of the conversation, and everything else is ignored."""
+    draw = Draw("a", stage_rows.plays)
+    made = tasks.conversation(draw, recipes.VISION, 2000)
+    messages = [*made.messages[:-1], {**made.messages[-1], "prefix": True}]
+    ids, _ = rows.encode_prompt(messages, made.tools, stage_rows.tokenizer, stage_rows.config)
+    tokens = np.array([*ids, stage_rows.end])
+    kinds = stage_rows.kinds_of(tokens)
+    learned = [[]]
+    for token, kind in zip(tokens.tolist(), kinds.tolist()):
+        if kind == ANSWER:
+            learned[-1].append(token)
+            if token == stage_rows.end:
+                learned.append([])
+    answers = [message for message in made.messages if message["role"] == "assistant"]
+    decoded = [stage_rows.tokenizer.decode_chat(row) for row in learned[:-1]]
+    assert len(answers) >= 3 and learned[-1] == []
+    assert texts_of(decoded) == texts_of(answers)
+    assert list(map(evaluate.calls_of, decoded)) == list(map(evaluate.calls_of, answers))
+
+
+def test_rows_of_a_step(stage_rows):
+    batch = stage_rows[3]
+    assert batch.ids.shape == batch.kinds.shape == (4, 1024)
+    assert (batch.kinds[0] == TEXT).all() and set(batch.kinds[1:].flatten()) == {IGNORED, ANSWER}
+    image_token = stage_rows.tokenizer.special_tokens["[IMG]"]
+    assert (batch.ids == image_token).sum() == len(batch.images) * (64 // 8 // 2) ** 2 > 0
+    assert all(np.array_equal(a, b) for a, b in zip(batch, stage_rows[3]))
+    assert not np.array_equal(batch.ids, stage_rows[4].ids)
+    assert stage_rows[7].ids.shape == (2, 4096) and len(stage_rows[7].images) == 0
+
+
+def test_an_epoch_of_text_has_each_part_once():
+    stream = np.arange(1000)
+    got = rows.text_rows(stream, 0, 1000 // 64 - 1, 64)
+    values = got.flatten()
+    assert len(set(values.tolist())) >= 64 * 13 and (np.diff(got, axis=1) == 1).all()
+    assert not np.array_equal(got, rows.text_rows(stream, 14, 14, 64))
+
+
+def test_pixel_values_are_those_of_preprocess():
+    draw = Draw("a", Plays([], [], [], []))
+    image = shapes.paint(shapes.draw_shapes(draw), draw)
+    theirs = preprocess(Image.fromarray(image), load_model(BUNDLED).config)[None]
+    torch.testing.assert_close(rows.pixel_values(torch.from_numpy(image)[None]), theirs, rtol=0, atol=1e-6)
+
+
 # ---------------------------------------------------------------------------------------------------- figures
+
+
+def test_last_seen_copies_from_the_passage():
+    passage = "HAMLET.\nTo be.\nThe key of Ann is 1.\n\nOPHELIA.\nThe key of Bob is 2.\nNo.\n\nWho says"
+    item = evaluate.Item([{"role": "user", "content": passage}], None, {})
+    found = {name: evaluate.last_seen(name, item) for name in ("speaker", "next line", "recall")}
+    assert found == {"speaker": "OPHELIA.", "next line": "No.", "recall": "The key of Bob is 2."}
+
+
+def test_answers_are_greedy_and_in_order(plays):
+    """Questions of different lengths, answered together, have the answers that each has alone."""
+    model, tokenizer = load_model(BUNDLED, torch.float32), Tokenizer.from_dir(BUNDLED)
+    asked = [items[0] for items in evaluate.questions(plays[True], 1).values()][:6]
+    together = evaluate.answers(model, tokenizer, asked)
+    assert together == [evaluate.answers(model, tokenizer, [item])[0] for item in asked]
+    assert evaluate.is_right(asked[0].answer, asked[0]) and not evaluate.is_right(asked[1].answer, asked[0])
 
 
 def test_the_corpus_is_what_its_description_says():
@@ -166,13 +414,12 @@ def _bits(train_text, text):
     return len(text) * ngram_bits_per_byte(train_text, text, min(3, len(text)))
 
 
-def test_the_baselines_order_texts_as_they_should():
+def test_the_ngram_model_orders_texts_as_it_should():
     texts = corpus.load()
     train_text, play = "".join(texts["train"][:8]), texts["validation"][0][:20_000]
     noise = np.random.default_rng(0).integers(33, 127, 20_000).astype(np.uint8).tobytes().decode()
-    for score in (xz_bits_per_byte, ngram_bits_per_byte):
-        assert score(train_text, play) < 3.5 < 6 < score(train_text, noise)
-        assert score(train_text + play, play) < score(train_text, play)
+    assert ngram_bits_per_byte(train_text, play) < 3.5 < 6 < ngram_bits_per_byte(train_text, noise)
+    assert ngram_bits_per_byte(train_text + play, play) < ngram_bits_per_byte(train_text, play)
 
 
 def test_the_stated_figure_is_true():
@@ -184,16 +431,9 @@ def test_the_stated_figure_is_true():
     assert isinstance(model, Ministral3ForCausalLM) and measured <= 1.97
 
 
-def test_figures_of_a_text():
-    """Each figure of `training.samples`, on a text short enough to count by hand."""
-    text = "HAMLET.\nTo be or not, to be or not.\n\nHor.\nTo be or not: blorf\n"
-    grams, distinct, known, speakers, loops = samples.figures(text, {"to", "be", "or", "not"})
-    words = samples.words(text)
-    assert len(words) == 15 and words[0] == "hamlet" and words[-1] == "blorf"
-    # 12 4-grams, of which "to be or not" comes three times
-    assert (grams, distinct, known, speakers, loops) == (10 / 12, 7 / 15, 12 / 15, 2 / 4, 1.0)
-    assert samples.figures("To be or not to be", set())[-1] == 0.0
-    assert samples.figures("", set()) == (0.0, 0.0, 0.0, 0.0, 0.0)
+def words_of(text):
+    """The words of a text in lower case."""
+    return re.findall(r"[a-z]+(?:'[a-z]+)*", text.lower())
 
 
 def shipped_settings():
@@ -211,18 +451,19 @@ def test_the_shipped_settings_are_read_by_transformers():
         assert getattr(theirs, name) == getattr(config, name)
 
 
-def test_text_under_the_shipped_settings_does_not_loop(monkeypatch):
-    """The bounds are wide: in the table of models/shakespeare/README.md, 100 samples have no loop, and 0.68 of their
-    words are distinct (0.11 in greedy text)."""
-    monkeypatch.setattr(samples, "PROMPTS", samples.PROMPTS[:1])
-    monkeypatch.setattr(samples, "LENGTH", 120)
-    model, tokenizer = load_model(BUNDLED, torch.float32), Tokenizer.from_dir(BUNDLED)
-    known = set(samples.words("".join(corpus.load()["train"])))
-    statistics = [samples.figures(text, known) for text in samples.samples(model, tokenizer, 5, shipped_settings())]
-    grams, distinct, spelled, _, loops = np.mean(statistics, axis=0)
-    assert len(statistics) == 5 and loops == 0 and grams > 0.97 and distinct > 0.55 and spelled > 0.95
-    (greedy,) = samples.samples(model, tokenizer, 1, samples.GREEDY)
-    assert samples.figures(greedy, known)[-1] == 1.0
+@pytest.mark.parametrize("name", ["ministral3", "ministral"])
+def test_text_under_the_shipped_settings_does_not_loop(name):
+    """Five texts of 120 tokens: no four words in a row come three times, and nearly all words are words of the plays."""
+    directory = BUNDLED.parent / name
+    model, tokenizer = load_model(directory, torch.float32), Tokenizer.from_dir(directory)
+    known = set(words_of("".join(corpus.load()["train"])))
+    prompt = tokenizer.encode("To be, or not to be")
+    texts = generate(model, torch.tensor([prompt] * 5), max_new_tokens=120, seed=[0, 1, 2, 3, 4])
+    for row in texts[:, len(prompt) :].tolist():
+        words = words_of(tokenizer.decode(row))
+        grams = Counter(zip(words, words[1:], words[2:], words[3:]))
+        assert max(grams.values()) < 3 and len(set(words)) > 0.5 * len(words)
+        assert sum(word in known for word in words) > 0.93 * len(words)
 
 
 @newer_torch  # which draws other numbers from a seed
@@ -232,7 +473,7 @@ def test_the_readme_shows_what_the_model_writes():
     readme = (BUNDLED.parents[1] / "README.md").read_text()
     model, tokenizer = load_model(BUNDLED, torch.float32), Tokenizer.from_dir(BUNDLED)
     shown = re.findall(r"seed[ =](\d+)[^`]*```\n+(?:[^`\n]+\n+)*```text\n(.*?)```", readme, re.DOTALL)
-    prompts = {text: next(prompt for prompt in samples.PROMPTS if text.startswith(prompt)) for _, text in shown}
+    prompts = {text: next(prompt for prompt in README_PROMPTS if text.startswith(prompt)) for _, text in shown}
     assert len(prompts) >= 2
     for seed, text in shown:
         ids = torch.tensor([tokenizer.encode(prompts[text])])

@@ -3,33 +3,28 @@
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from cli import exit_code
+from cli import Parser, exit_code
 from training import corpus, evaluate, recipes
 from training.train import Trainer
-
-KINDS = ("ministral3", "ministral", "twin")
 
 
 def main() -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
-    parser.add_argument("--kind", choices=KINDS, default="ministral3")
-    parser.add_argument("--output", type=Path, help="folder of the model and of the state (default: runs/KIND)")
+    parser = Parser(prog="python -m training", description=__doc__)
+    parser.add_argument("--kind", choices=("ministral3", "ministral", "twin"), default="ministral3")
+    parser.add_argument("--output", type=Path, help="directory of the model and of the state (default: runs/KIND)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--scale", type=int, default=1, metavar="N", help="N times the tokens in a step, for a GPU")
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that make the rows")
+    parser.add_argument("--compile", action="store_true", help="use torch.compile")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=float, default=1.0, metavar="X", help="X times the steps of each stage")
-    parser.add_argument("--seconds", type=float, default=math.inf, metavar="S", help="end after S seconds: fewer steps")
-    parser.add_argument("--muon", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--quick", action="store_true", help="a small model in five minutes")
+    parser.add_argument("--quick", action="store_true", help="a small model that adds, in five minutes")
     commands = parser.add_subparsers(dest="command", metavar="")
     measure = commands.add_parser("evaluate", help="held-out plays and tasks, with baselines")
     measure.add_argument("--model", type=Path, default=Path("models/ministral3"))
@@ -58,18 +53,18 @@ def run(options: argparse.Namespace) -> int:
 
 def train(options: argparse.Namespace, device: torch.device) -> None:
     """Train the kind of model that was chosen."""
-    if options.kind == "ministral3":
+    name = options.kind
+    if options.quick:
+        name = "quick"
+        recipe = recipes.quick()
+    elif options.kind == "ministral3":
         recipe = recipes.ministral3(options.scale)
     else:
         recipe = recipes.ministral(options.kind, options.scale)
-    if options.quick:
-        recipe = recipes.quick()
-    stages = tuple(replace(stage, steps=max(round(stage.steps * options.steps), 1)) for stage in recipe.stages)
-    recipe = replace(recipe, stages=stages, seed=options.seed, muon=options.muon)
     output = options.output
     if output is None:
-        output = Path("runs") / options.kind
-    Trainer(recipe, output, device, options.workers, options.seconds).run()
+        output = Path("runs") / name
+    Trainer(replace(recipe, seed=options.seed), output, device, options.workers, options.compile).run()
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""Bits per byte of a text under a model, and under two baselines that have no vocabulary: xz and an n-gram model."""
+"""Bits per byte of a text under a model, and under an n-gram model of its bytes."""
 
 from __future__ import annotations
 
-import lzma
 import math
 from typing import Any
 
@@ -18,9 +17,7 @@ Integers = NDArray[np.int64]
 
 
 @torch.inference_mode()
-def model_bits(
-    model: Any, tokenizer: Tokenizer, text: str, window: int, batch: int = 8
-) -> float:  # fmt: skip
+def model_bits(model: Any, tokenizer: Tokenizer, text: str, window: int, batch: int = 8) -> float:
     """Bits that the model needs to predict `text` after <s>.
 
     The text is read in windows of `window` tokens, which start half a window apart and so overlap. Each token is scored
@@ -48,18 +45,6 @@ def bits_per_byte(model: Any, tokenizer: Tokenizer, texts: list[str], window: in
     bits = sum(model_bits(model, tokenizer, text, window) for text in texts)
     size = sum(len(text.encode()) for text in texts)
     return bits / size
-
-
-def xz_bits_per_byte(train: str, test: str) -> float:
-    """The bits that each byte of `test` adds to the output of `xz -9e` when `test` follows `train`. The dictionary of
-    64 MiB covers both."""
-    added = _xz_size(train + test) - _xz_size(train)
-    return 8 * added / len(test.encode())
-
-
-def _xz_size(text: str) -> int:
-    """Bytes of a text when it is compressed."""
-    return len(lzma.compress(text.encode(), preset=9 | lzma.PRESET_EXTREME))
 
 
 def ngram_bits_per_byte(train: str, test: str, n: int = 5) -> float:

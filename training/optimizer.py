@@ -64,18 +64,13 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_add_(params, updates.unbind(), alpha=-0.2 * max(params[0].shape) ** 0.5 * lr)
 
 
-def make_optimizers(module: nn.Module, muon: bool) -> list[torch.optim.Optimizer]:
-    """AdamW for all parameters, or Muon for the matrices and AdamW for embeddings, norms and convolutions."""
+def make_optimizers(module: nn.Module) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices and AdamW for embeddings, norms and convolutions. Each step sets their learning rates."""
     matrices, others = [], []
     for name, p in module.named_parameters():
-        if muon and p.ndim == 2 and "embed" not in name:
+        if p.ndim == 2 and "embed" not in name:
             matrices.append(p)
         else:
             others.append(p)
-    fused = others[0].is_cuda
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(others, lr=0.0, betas=(0.9, 0.95), weight_decay=0.1, fused=fused)
-    ]
-    if matrices:
-        optimizers.append(Muon(matrices, lr=0.0))
-    return optimizers
+    adamw = torch.optim.AdamW(others, lr=0.0, betas=(0.9, 0.95), weight_decay=0.1, fused=others[0].is_cuda)
+    return [adamw, Muon(matrices, lr=0.0)]

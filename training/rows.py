@@ -14,11 +14,11 @@ from torch.utils.data import Dataset
 from images import MEAN, STD, image_tokens
 from tokenizer import Tokenizer
 from training.shapes import SIZE, draw_shapes, paint, patch_labels
-from training.tasks import Conversation, Draw, Plays, conversation
+from training.tasks import Draw, Plays, conversation
 
-NOTHING, TEXT, ANSWER = 0, 1, 2  # the kinds of a token: it is not learned, or it is text, or part of an answer
+IGNORED, TEXT, ANSWER = 0, 1, 2  # the kinds of a token: not learned, text, part of an answer
 CHARACTERS = 2.4  # of a token in a conversation, at least
-PASSAGE = 2.75  # of a token in the longest passage that is shown; one that is too long for its row is drawn again
+PASSAGE = 2.75  # of a token in the longest passage that is shown
 Array = NDArray[Any]
 
 
@@ -28,12 +28,12 @@ class Stage:
 
     Attributes:
         steps: how many updates.
+        rates: the learning rates at the first and the last step.
         tokens: the tokens of a step.
         row: the tokens of a row.
         text: the share of rows that are text.
         shares: how often each task is drawn, see `tasks.conversation`.
-        rates: the learning rates at the first and the last step.
-        long_every: every step whose number this divides has rows of `long_row` tokens, with recall only; 0: none.
+        long_every: every step whose number this divides has rows of 4096 tokens, with recall only; 0: none.
         images: a step trains the vision tower alone on so many images; 0: it trains the language model.
         factor: how far YaRN stretches the original context.
         dropout: on the embeddings and on what each attention and MLP adds to the residual stream.
@@ -47,20 +47,16 @@ class Stage:
     text: float = 0.5
     shares: dict[str, float] = field(default_factory=dict)
     long_every: int = 0
-    long_row: int = 4096
     images: int = 0
     factor: float = 16.0
     dropout: float = 0.1
 
-    @property
-    def cost(self) -> float:
-        """About how long the stage takes on a GPU, in any unit: a step of no tokens takes as long as 12000 tokens."""
-        return self.steps * (self.tokens + 12000)
-
 
 class Batch(NamedTuple):
-    """The input of a step, as arrays or tensors: ids (R, L), their kinds (R, L), and the images (N, SIZE, SIZE, 3) in the
-    ids. For the vision tower: images, and what each of their patches shows, as ids (N, patches)."""
+    """The input of a step, as arrays or tensors.
+
+    ids (R, L), their kinds (R, L), and the images (N, SIZE, SIZE, 3) in the rows. For the vision tower, ids are the
+    classes of the merged patches (N, patches)."""
 
     ids: Any
     kinds: Any
@@ -73,11 +69,15 @@ class Batch(NamedTuple):
 
 
 class Rows(Dataset[Batch]):
-    """The batch of each step of a stage. Everything random comes from the seed, the stage and the step."""
+    """The batch of each step of a stage. Everything random comes from the seed, the stage and the step.
+
+    Args:
+        stream: the ids of all plays in a row.
+        config: of the model.
+    """
 
     def __init__(self, stage: Stage, plays: Plays, stream: Array, tokenizer: Tokenizer, config: Any, seed: int) -> None:
-        self.stage, self.plays, self.stream, self.tokenizer = stage, plays, stream, tokenizer
-        self.config = config
+        self.stage, self.plays, self.stream, self.tokenizer, self.config = stage, plays, stream, tokenizer, config
         self.seed = f"{seed} {stage.name}"
         special = tokenizer.special_tokens
         self.begins = [special["[/INST]"], special["[/TOOL_RESULTS]"]]
@@ -92,66 +92,48 @@ class Rows(Dataset[Batch]):
             return self.tower_batch(step)
         row, shares = stage.row, stage.shares
         if stage.long_every and step % stage.long_every == 0:
-            row, shares = stage.long_row, {"recall": 1.0}
+            row, shares = 4096, {"recall": 1.0}
         count = max(stage.tokens // row, 2)
         texts = count
         if shares:
             texts = max(round(count * stage.text), 1)
         ids = np.full((count, row), self.padding, np.int32)
-        kinds = np.full((count, row), NOTHING, np.uint8)
-        ids[:texts] = self.text_rows(step * texts, texts, row)
+        kinds = np.full((count, row), IGNORED, np.uint8)
+        ids[:texts] = text_rows(self.stream, step * texts, texts, row)
+        ids[:texts:2, 0] = self.bos
         kinds[:texts] = TEXT
         images: list[Array] = []
         for place in range(texts, count):
             draw = Draw(f"{self.seed} {step} {place}", self.plays, limit=row * PASSAGE)
-            tokens, own_images = self.fitting(draw, shares, row)
+            tokens, own_images = self.conversation_row(draw, shares, row)
             ids[place, : len(tokens)] = tokens
-            kinds[place, : len(tokens)] = self.answers(tokens)
+            kinds[place, : len(tokens)] = self.kinds_of(tokens)
             images += own_images
         return Batch(ids, kinds, stack(images))
 
-    def text_rows(self, first: int, count: int, row: int) -> Array:
-        """Rows of text: those of the given numbers, of an endless sequence in which each epoch has all rows in another
-        order, cut at other places. Every second row begins with <s>."""
-        per_epoch = len(self.stream) // row - 1
-        rows = []
-        for number in range(first, first + count):
-            epoch, place = divmod(number, per_epoch)
-            generator = np.random.default_rng([epoch, row])
-            shift = generator.integers(row)
-            start = generator.permutation(per_epoch)[place] * row + shift
-            rows.append(self.stream[start : start + row])
-        ids = np.stack(rows)
-        ids[::2, 0] = self.bos
-        return ids
-
-    def fitting(self, draw: Draw, shares: dict[str, float], row: int) -> tuple[Array, list[Array]]:
+    def conversation_row(self, draw: Draw, shares: dict[str, float], row: int) -> tuple[Array, list[Array]]:
         """The ids of a conversation of at most `row` tokens, cut after an answer, and its images."""
         while True:
             made = conversation(draw, shares, int(row * CHARACTERS))
-            tokens, images = self.encode(made)
+            messages = [*made.messages[:-1], {**made.messages[-1], "prefix": True}]
+            ids, images = encode_prompt(messages, made.tools, self.tokenizer, self.config)
+            tokens = np.array([*ids, self.end])
             ends = np.flatnonzero(tokens[:row] == self.end)
-            if len(ends):
+            if len(ends):  # else the first passage is too long for the row, and another is drawn
                 tokens = tokens[: ends[-1] + 1]
                 present = int((tokens == self.tokenizer.special_tokens["[IMG_END]"]).sum())
                 return tokens, images[:present]
 
-    def encode(self, made: Conversation) -> tuple[Array, list[Array]]:
-        """The ids of a whole conversation, the last answer included, and its images."""
-        messages = [*made.messages[:-1], {**made.messages[-1], "prefix": True}]
-        ids, images = encode_prompt(messages, made.tools, self.tokenizer, self.config)
-        return np.array([*ids, self.end]), images
-
-    def answers(self, tokens: Array) -> Array:
-        """The kind of each token of a conversation: ANSWER from the token after [/INST] or [/TOOL_RESULTS] to </s>."""
+    def kinds_of(self, tokens: Array) -> Array:
+        """The kind of each token of a conversation: ANSWER after [/INST] or [/TOOL_RESULTS], up to </s>."""
         places = np.arange(len(tokens))
         begin = np.maximum.accumulate(np.where(np.isin(tokens, self.begins), places, -1))
         end = np.maximum.accumulate(np.where(tokens == self.end, places, -1))
         inside = np.concatenate(([False], (begin > end)[:-1]))
-        return np.where(inside, ANSWER, NOTHING)
+        return np.where(inside, ANSWER, IGNORED)
 
     def tower_batch(self, step: int) -> Batch:
-        """Images, and what each of their merged patches shows."""
+        """Images, and the classes of their merged patches."""
         draw = Draw(f"{self.seed} {step}", self.plays)
         images, labels = [], []
         patch = self.config.vision_config.patch_size * self.config.spatial_merge_size
@@ -163,9 +145,21 @@ class Rows(Dataset[Batch]):
         return Batch(ids, np.zeros_like(ids), stack(images))
 
 
-def encode_prompt(
-    messages: Any, tools: Any, tokenizer: Tokenizer, config: Any
-) -> tuple[list[int], list[Array]]:  # fmt: skip
+def text_rows(stream: Array, first: int, count: int, row: int) -> Array:
+    """Rows of text (count, row): those from number `first` on, of an endless sequence. In it, each epoch has all rows
+    in another order, cut at other places."""
+    per_epoch = len(stream) // row - 1
+    rows = []
+    for number in range(first, first + count):
+        epoch, place = divmod(number, per_epoch)
+        generator = np.random.default_rng([epoch, row])
+        shift = generator.integers(row)
+        start = generator.permutation(per_epoch)[place] * row + shift
+        rows.append(stream[start : start + row])
+    return np.stack(rows)
+
+
+def encode_prompt(messages: Any, tools: Any, tokenizer: Tokenizer, config: Any) -> tuple[list[int], list[Array]]:
     """The ids of a conversation up to where the answer begins, and its images."""
     images: list[Array] = []
 
@@ -183,7 +177,7 @@ def stack(images: list[Array]) -> Array:
 
 
 def pixel_values(images: Tensor) -> Tensor | None:
-    """What `images.preprocess` makes of images of this size: (N, SIZE, SIZE, 3) bytes -> float32 (N, 3, SIZE, SIZE)."""
+    """Pixels as `images.preprocess` makes them: (N, SIZE, SIZE, 3) bytes -> float32 (N, 3, SIZE, SIZE)."""
     if len(images) == 0:
         return None
     mean = torch.tensor(MEAN, device=images.device)

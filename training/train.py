@@ -1,9 +1,9 @@
-"""Train a miniature in its stages. Everything random comes from the seed, the stage and the step, so a resumed run is the
-same run."""
+"""Train a miniature in its stages.
+
+Everything random comes from the seed, the stage and the step, so a resumed run is the same run."""
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -23,9 +23,10 @@ from training.bits import bits_per_byte
 from training.optimizer import make_optimizers
 from training.recipes import Recipe
 from training.rows import ANSWER, TEXT, Batch, Rows, Stage, pixel_values
-from training.shapes import COLOURS, KINDS
-from training.tasks import CHAT_SAMPLE, Draw, Plays, conversation, words_of
+from training.shapes import CLASSES
+from training.tasks import TASKS, Draw, Plays, conversation
 from training.vocabulary import as_v3, learn
+from vision import Mistral3ForConditionalGeneration
 
 LOG_EVERY = 100  # steps
 SAVE_EVERY = 30  # seconds
@@ -43,14 +44,15 @@ class Progress:
 
 
 class Tower(nn.Module):
-    """The vision tower with the first half of the projector, and a linear layer that says what each merged patch shows:
-    nothing, or a kind and a colour. The linear layer is thrown away after the stage."""
+    """The vision tower, the first half of the projector, and a linear layer that names the class of each merged patch.
+
+    The linear layer is not kept."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.tower = model.model.vision_tower
         self.projector = model.model.multi_modal_projector
-        self.head = nn.Linear(self.tower.config.hidden_size, 1 + len(KINDS) * len(COLOURS))
+        self.head = nn.Linear(self.tower.config.hidden_size, CLASSES)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """pixels (N, 3, H, W) -> logits (N * merged patches, classes)."""
@@ -65,25 +67,24 @@ class Trainer:
     Args:
         output: the directory of the state, the log, the model and the tokenizer.
         workers: processes that make the rows; 0: this process.
-        seconds: the run ends after so many seconds. Stages become shorter, their learning rates fall faster.
+        compiled: compile the decoder and the loss with torch.compile.
     """
 
     def __init__(
-        self, recipe: Recipe, output: Path, device: torch.device, workers: int = 0, seconds: float = math.inf
-    ) -> None:  # fmt: skip
-        self.recipe, self.output, self.device, self.workers = recipe, output, device, workers
-        self.end = time.monotonic() + seconds
+        self, recipe: Recipe, output: Path, device: torch.device, workers: int = 0, compiled: bool = False
+    ) -> None:
+        self.recipe, self.output, self.device = recipe, output, device
+        self.workers, self.compiled = workers, compiled
+        self.losses_by_kind: Any = losses_by_kind
+        if compiled:
+            self.losses_by_kind = torch.compile(losses_by_kind, dynamic=False)
         output.mkdir(parents=True, exist_ok=True)
         self.texts = corpus.load()
         self.plays = Plays.of(self.texts["train"], self.texts["test"])
         if not (output / TEKKEN).exists():
-            draw = Draw(f"{recipe.seed} vocabulary", self.plays)
-            samples = [words_of(conversation(draw, CHAT_SAMPLE, 2500)) for _ in range(150)]
-            tekken = learn([*self.texts["train"], *samples], recipe.vocab_size)
-            if recipe.kind != "ministral3":
-                tekken = as_v3(tekken)
-            write_json(output / TEKKEN, tekken)
-        self.tokenizer = Tokenizer(*read_vocabulary(output / TEKKEN))
+            write_json(output / TEKKEN, vocabulary(self.texts["train"], recipe))
+        tekken = read_json(output / TEKKEN)
+        self.tokenizer = Tokenizer(from_tekken(tekken), tekken["config"]["version"])
         self.stream = np.concatenate([np.array(self.tokenizer.encode(text)) for text in self.texts["train"]])
         self.progress = Progress()
         self.last = time.monotonic()
@@ -100,20 +101,16 @@ class Trainer:
         while self.progress.stage < len(stages):
             stage = stages[self.progress.stage]
             torch.manual_seed(self.recipe.seed * 1_000_003 + self.progress.stage)
-            # Rotary frequencies are kept, so another factor needs a new model.
             model = self.recipe.model(stage.factor).to(self.device)
             if weights is not None:
                 model.load_state_dict(weights)
             self.run_stage(stage, model, state)
             if stage.images:
                 match_spread(model, self.rows(stage, model)[0].to(self.device))
-            self.validate(model, stage.name)
-            if self.progress.stage == 0:  # `evaluate` compares stretched contexts with and without more training
-                save(model, self.output / f"after_{stage.name}")
+            self.validate(model)
             self.progress.stage += 1
             self.progress.step = 0
-            if self.progress.stage == len(stages):
-                save(model, self.output)
+            save(model, self.output)
             self.save_state(model, model, [])
             state, weights = {}, model.state_dict()
         draw_curves(self.progress.log, self.output / "loss.png")
@@ -129,91 +126,82 @@ class Trainer:
             module = Tower(model).to(self.device)
         else:
             add_dropout(model, stage.dropout)
-        optimizers = make_optimizers(module, self.recipe.muon)
+        if self.compiled and not stage.images:
+            decoder_of(model).compile(dynamic=False)
+        optimizers = make_optimizers(module)
         if state.get("optimizers"):
             module.load_state_dict(state["module"])
             for optimizer, saved in zip(optimizers, state["optimizers"]):
                 optimizer.load_state_dict(saved)
+
+        # `list` leaves the batches arrays: they come from the workers through pipes and need no shared memory.
+        steps = range(self.progress.step, stage.steps)
         loader = DataLoader(
-            self.rows(stage, model), batch_size=None, sampler=range(self.progress.step, stage.steps), num_workers=self.workers,
-            prefetch_factor=4 if self.workers else None, collate_fn=unchanged,
-        )  # fmt: skip
+            self.rows(stage, model), batch_size=None, sampler=steps, num_workers=self.workers, collate_fn=tuple
+        )
         losses: list[Tensor] = []
-        began = started = saved_at = time.monotonic()
-        tokens = 0
-        costs = [later.cost for later in self.recipe.stages[self.progress.stage :]]
-        limit = (self.end - began) * costs[0] / sum(costs)  # seconds of this stage
-        for batch in loader:
-            done = max(self.progress.step / stage.steps, (time.monotonic() - began) / limit)
-            if done > 1:
-                break
-            batch = batch.to(self.device)
-            losses.append(self.step(stage, module, optimizers, batch, done))
-            tokens += batch.ids.numel()
+        started = saved = time.monotonic()
+        for arrays in loader:
+            losses.append(self.step(stage, module, optimizers, Batch(*arrays).to(self.device)))
             self.progress.step += 1
             step = self.progress.step
             if step % LOG_EVERY == 0 or step == stage.steps:
-                self.report(stage, torch.stack(losses).mean(dim=0).tolist(), tokens / (time.monotonic() - started))
+                self.report(stage, torch.stack(losses).mean(dim=0).tolist(), len(losses) / (time.monotonic() - started))
                 losses.clear()
-                started, tokens = time.monotonic(), 0
+                started = time.monotonic()
             if step % VALIDATE_EVERY == 0 and step < stage.steps and not stage.images:
-                self.validate(model, stage.name)
-            if time.monotonic() - saved_at > SAVE_EVERY:
-                save(model, self.output)
+                self.validate(model)
+            if time.monotonic() - saved > SAVE_EVERY:
                 self.save_state(model, module, optimizers)
-                saved_at = time.monotonic()
+                saved = time.monotonic()
 
-    def step(self, stage: Stage, module: nn.Module, optimizers: list[torch.optim.Optimizer], batch: Batch, done: float) -> Tensor:
-        """One update, when a part of the stage is done, from 0 to 1. Returns the losses of text and of answers (2,)."""
+    def step(self, stage: Stage, module: nn.Module, optimizers: list[Any], batch: Batch) -> Tensor:
+        """One update. Returns the losses of text and of answers (2,)."""
         step = self.progress.step
         module.train()
         torch.manual_seed(self.recipe.seed * 1_000_003 + self.progress.stage * 100_000 + step)
-        rate = learning_rate(stage, step, done)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate
         with autocast(self.device):
             if stage.images:
                 logits = module(pixel_values(batch.images)).float()
                 losses = F.cross_entropy(logits, batch.ids.flatten()).expand(2)
             else:
-                losses = text_and_answers(module, batch)
-        weights = losses.new_tensor([1 - self.recipe.answer_weight, self.recipe.answer_weight])
-        (losses * weights).sum().backward()
-        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+                arguments: dict[str, Any] = {"use_cache": False, "return_dict": True}
+                if len(batch.images):
+                    arguments["pixel_values"] = pixel_values(batch.images)
+                logits = module(batch.ids, **arguments).logits
+                losses = self.losses_by_kind(logits, batch.ids, batch.kinds)
+        update(module, optimizers, losses.mean(), learning_rate(stage, step))
         return losses.detach()
 
-    def report(self, stage: Stage, losses: list[float], speed: float) -> None:
+    def report(self, stage: Stage, losses: list[float], steps_per_second: float) -> None:
         """Print and log a line."""
         now = time.monotonic()
         self.progress.seconds += now - self.last
         self.last = now
         text, answers = losses
-        entry = {"stage": stage.name, "step": self.progress.step, "text": text, "answers": answers}
-        entry |= {"seconds": round(self.progress.seconds, 1), "tokens_per_second": round(speed)}
+        step, seconds = self.progress.step, round(self.progress.seconds)
+        entry = {"stage": stage.name, "step": step, "text": text, "answers": answers, "seconds": seconds}
         self.progress.log.append(entry)
-        line = f"{self.recipe.kind} {stage.name} {self.progress.step}/{stage.steps}: text {text:.3f}, answers {answers:.4f}"
-        print(f"{line}, {speed:.0f} tokens/s, {self.progress.seconds:.0f} s", flush=True)
+        line = f"{self.recipe.kind} {stage.name} {step}/{stage.steps}: text {text:.3f}, answers {answers:.4f}"
+        print(f"{line}, {steps_per_second:.2f} steps/s, {seconds} s", flush=True)
 
     @torch.no_grad()
-    def validate(self, model: Any, name: str) -> None:
+    def validate(self, model: Any) -> None:
         """Print and log the bits per byte of the beginning of the validation play."""
         model.eval()
-        with autocast(self.device):
+        with autocast(self.device), torch.compiler.set_stance("force_eager"):
             score = bits_per_byte(model, self.tokenizer, [self.texts["validation"][0][:40000]], 1024)
-        self.progress.log.append({"stage": name, "step": self.progress.step, "bits_per_byte": score})
-        print(f"{self.recipe.kind} {name} {self.progress.step}: {score:.4f} bits per byte of the validation play", flush=True)
+        stage = self.recipe.stages[self.progress.stage].name
+        self.progress.log.append({"stage": stage, "step": self.progress.step, "bits_per_byte": score})
+        print(f"{self.recipe.kind} {stage}: {score:.4f} bits per byte of the validation play", flush=True)
 
-    def save_state(self, model: Any, module: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
+    def save_state(self, model: Any, module: nn.Module, optimizers: list[Any]) -> None:
         """Write all that a run needs to go on, and the log."""
         state: dict[str, Any] = {"model": model.state_dict(), "module": module.state_dict()}
         state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
         state |= {"progress": asdict(self.progress), "recipe": repr(self.recipe)}
         replace_file(self.output / "state.pt", partial(torch.save, state))
-        record = {"recipe": asdict(self.recipe), "torch": torch.__version__, "device": device_name(self.device)}
+        record = {"recipe": asdict(self.recipe), "torch": torch.__version__, "device": self.device.type}
         write_json(self.output / "training_log.json", record | {"log": self.progress.log})
 
     def load_state(self) -> dict[str, Any]:
@@ -228,33 +216,47 @@ class Trainer:
         return dict(state)
 
 
-def unchanged(batch: Any) -> Any:
-    """The batch itself. As arrays, batches come from the workers through pipes and need no shared memory."""
-    return batch
+def decoder_of(model: Any) -> nn.Module:
+    """The layers of a text model, or of the text part of a vision model."""
+    if isinstance(model, Mistral3ForConditionalGeneration):
+        return model.model.language_model
+    return nn.Module.get_submodule(model, "model")
 
 
-def read_vocabulary(path: Path) -> tuple[Any, str]:
-    """The vocabulary of a tekken.json, and its version."""
-    tekken = read_json(path)
-    return from_tekken(tekken), tekken["config"]["version"]
+def vocabulary(texts: list[str], recipe: Recipe) -> dict[str, Any]:
+    """The tekken.json that is learned from texts and from sample conversations about them."""
+    draw = Draw(f"{recipe.seed} vocabulary", Plays.of(texts))
+    shares = dict.fromkeys((*TASKS, "tool"), 1.0)
+    samples = [conversation(draw, shares, 2500).text for _ in range(150)]
+    tekken = learn([*texts, *samples], recipe.vocab_size)
+    if recipe.kind != "ministral3":
+        return as_v3(tekken)
+    return tekken
 
 
-def text_and_answers(model: nn.Module, batch: Batch) -> Tensor:
-    """The mean losses of the text and of the answers in a batch (2,); 0 where there is none."""
-    arguments: dict[str, Any] = {}
-    if len(batch.images):
-        arguments["pixel_values"] = pixel_values(batch.images)
-    logits = model(batch.ids, use_cache=False, return_dict=True, **arguments).logits[:, :-1]
-    losses = F.cross_entropy(logits.float().flatten(0, 1), batch.ids[:, 1:].flatten(), reduction="none")
-    kinds = batch.kinds[:, 1:].flatten()
+def losses_by_kind(logits: Tensor, ids: Tensor, kinds: Tensor) -> Tensor:
+    """logits (R, L, V), ids (R, L), kinds (R, L) -> the mean losses of the text and of the answers (2,)."""
+    losses = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    kinds = kinds[:, 1:].flatten()
     parts = [kinds == kind for kind in (TEXT, ANSWER)]
     return torch.stack([(losses * part).sum() / part.sum().clamp(min=1) for part in parts])
 
 
-def learning_rate(stage: Stage, step: int, done: float) -> float:
+def update(module: nn.Module, optimizers: list[Any], loss: Tensor, rate: float) -> None:
+    """One update of all parameters that have gradients, at a learning rate."""
+    loss.backward()  # type: ignore[no-untyped-call]
+    nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def learning_rate(stage: Stage, step: int) -> float:
     """Linear from the first rate of a stage to its last one, after a warm-up of 50 steps."""
     first, last = stage.rates
-    rate = first + (last - first) * done
+    rate = first + (last - first) * step / stage.steps
     return rate * min((step + 1) / 50, 1.0)
 
 
@@ -263,6 +265,8 @@ def add_dropout(model: nn.Module, p: float) -> None:
 
     These are hooks, because the dropout belongs to this recipe and not to the architecture. (Dropout on attention
     probabilities would need `attention_dropout`. The CPU has no fused kernel for it: a step takes 7 times as long.)"""
+    if p == 0:
+        return
 
     def drop(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         return F.dropout(output, p, module.training)
@@ -289,13 +293,6 @@ def autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=fast)
 
 
-def device_name(device: torch.device) -> str:
-    """The name of a device, for the log."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return device.type
-
-
 def save(model: Any, output: Path) -> None:
     """Write the model in bfloat16."""
     tensors = {name: p.detach().to("cpu", torch.bfloat16) for name, p in model.named_parameters()}
@@ -306,7 +303,7 @@ def save(model: Any, output: Path) -> None:
 
 
 def draw_curves(log: list[dict[str, Any]], path: Path) -> None:
-    """Write the loss curves as an image, if Matplotlib is there."""
+    """Write the loss curves as an image, if Matplotlib is installed."""
     try:
         from matplotlib import pyplot
     except ImportError:
