@@ -16,7 +16,7 @@ from tokenizer import Tokenizer
 Integers = NDArray[np.int64]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def model_bits(model: Any, tokenizer: Tokenizer, text: str, window: int, batch: int = 8) -> float:
     """Bits that the model needs to predict `text` after <s>.
 
