@@ -281,9 +281,11 @@ class FrequencyCache(nn.Module):
         cached = self._frequencies.get((dtype, device))
         if cached is not None:
             return cached
-        frequencies = self.inverse_frequencies(dtype).to(device)
-        if not torch.compiler.is_compiling():  # a traced tensor has no values to keep
-            self._frequencies[dtype, device] = frequencies
+        if torch.compiler.is_compiling():  # a traced tensor has no values to keep
+            return self.inverse_frequencies(dtype).to(device)
+        with torch.inference_mode(False):  # training after `generate` uses the same tensor, and may save it for backward
+            frequencies = self.inverse_frequencies(dtype).to(device)
+        self._frequencies[dtype, device] = frequencies
         return frequencies
 
 

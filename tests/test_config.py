@@ -106,6 +106,18 @@ def test_a_change_of_rope_parameters_takes_effect(family, in_place):
     assert texts[0].equal(texts[1])
 
 
+@pytest.mark.parametrize("family", ["ministral", "ministral3"])
+def test_training_after_inference_mode(family):
+    """The first call keeps the frequencies. In inference mode, they were kept as tensors that cannot be saved for backward."""
+    model = MODELS[family](draw_config(random.Random(3), family))
+    ids = torch.randint(3, model.config.vocab_size, (1, 40), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        model(ids)
+    rotary = model.model.rotary_emb
+    frequencies = rotary.frequencies(torch.float32, ids.device)
+    assert list(rotary._frequencies.values()) == [frequencies] and not frequencies.is_inference()
+
+
 @given(rngs)
 def test_to_dict_loads_in_transformers_and_here(rng):
     config = draw_config(rng)
