@@ -283,7 +283,7 @@ class FrequencyCache(nn.Module):
             return cached
         if torch.compiler.is_compiling():  # a traced tensor has no values to keep
             return self.inverse_frequencies(dtype).to(device)
-        with torch.inference_mode(False):  # training after `generate` uses the same tensor, and may save it for backward
+        with torch.inference_mode(False):  # training may follow, and may save this tensor for backward
             frequencies = self.inverse_frequencies(dtype).to(device)
         self._frequencies[dtype, device] = frequencies
         return frequencies

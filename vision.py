@@ -117,7 +117,7 @@ class PixtralAttention(nn.Module):
         q, k = apply_rotary_pos_emb(q, k, *tables)
         N = len(patches)
         if N > 1 and len(set(patches)) == 1 and self.config.attn_implementation == "sdpa":
-            # Images of one size are a batch: one call of the kernel, not N. (The eager path would need N times the memory.)
+            # Images of one size are a batch: one call of the kernel, not N.
             q, k, v = (part[0].unflatten(1, (N, -1)).transpose(0, 1) for part in (q, k, v))  # (N, H, P / N, D)
             out = self._attend(q, k, v).transpose(0, 1).flatten(1, 2)[None]
         else:

@@ -108,7 +108,7 @@ def test_a_change_of_rope_parameters_takes_effect(family, in_place):
 
 @pytest.mark.parametrize("family", ["ministral", "ministral3"])
 def test_training_after_inference_mode(family):
-    """The first call keeps the frequencies. In inference mode, they were kept as tensors that cannot be saved for backward."""
+    """Frequencies that a call in inference mode keeps can be saved for backward."""
     model = MODELS[family](draw_config(random.Random(3), family))
     ids = torch.randint(3, model.config.vocab_size, (1, 40), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
