@@ -117,15 +117,16 @@ def after_thinking(thinking: str, answer: str) -> list[dict[str, Any]]:
 
 
 def scene(draw: Draw) -> list[Speech]:
-    """Three to nine speeches in a row, of at least two speakers, with 700 characters together at most."""
+    """Three to nine speeches in a row, of at least two speakers, with 150 to 700 characters together at most."""
     while True:
+        limit = draw.randint(150, 700)
         speeches = draw.choice(draw.plays.scenes)
         start = draw.randrange(len(speeches) - 2)
         chosen: list[Speech] = []
         size = 0
         for speaker, lines in speeches[start : start + draw.randint(3, 9)]:
             size += len(speaker) + sum(map(len, lines))
-            if size > 700:
+            if size > limit:
                 break
             chosen.append((speaker, lines))
         if len(chosen) >= 3 and len({speaker for speaker, _ in chosen}) >= 2:
@@ -149,13 +150,13 @@ def unique_lines(speeches: list[Speech]) -> list[tuple[str, str, str | None]]:
 
 
 def who_speaks(draw: Draw) -> Messages:
-    """The speakers of one to three lines of the scene that is shown."""
+    """The speakers of one to four lines of the scene that is shown."""
     lines: list[Any] = []
     while not lines:
         speeches = scene(draw)
         lines = unique_lines(speeches)
     messages: Messages = []
-    for speaker, line, _ in draw.sample(lines, min(draw.randint(1, 3), len(lines))):
+    for speaker, line, _ in draw.sample(lines, min(draw.randint(1, 4), len(lines))):
         messages += turn(f'Who says "{line}"?', f"{speaker}.")
     messages[0]["content"] = f"{written(speeches)}\n\n{messages[0]['content']}"
     return messages
@@ -291,7 +292,7 @@ def caption(shapes: list[Shape]) -> str:
 def ask(draw: Draw, shapes: list[Shape], where: str = "") -> tuple[str, Any]:
     """A question about an image, and its answer. `where` ends the question: " in the first image".
 
-    Thinking lists all shapes before the answer to a question for a number or a place.
+    Thinking goes through all shapes before the answer to a question for a number or a place.
     """
     kinds = ["count", "count all", "what", "colour", "where", "caption"]
     if draw.style == "word":
@@ -302,8 +303,9 @@ def ask(draw: Draw, shapes: list[Shape], where: str = "") -> tuple[str, Any]:
         answer = draw.say(f"The {shape.kind} is {shape.colour}.", shape.colour)
         return f"What colour is the {shape.kind}{where}?", answer
     if kind == "where" and sum(other.name == shape.name for other in shapes) == 1:
-        answer = draw.say(f"It is at the {PLACES[shape.place]}.", "")
-        return f"Where is the {shape.name}{where}?", after_thinking(caption(shapes), answer)
+        sentences = [f"The {other.name} is at the {PLACES[other.place]}." for other in shapes]
+        answer = draw.say(sentences[shapes.index(shape)], "")
+        return f"Where is the {shape.name}{where}?", after_thinking(" ".join(sentences), answer)
     if kind == "what":
         place = draw.randrange(4)
         answer = draw.say("Nothing.", "nothing")
@@ -318,16 +320,19 @@ def ask(draw: Draw, shapes: list[Shape], where: str = "") -> tuple[str, Any]:
 
 
 def count(draw: Draw, shapes: list[Shape], where: str, everything: bool) -> tuple[str, Any]:
-    """A question for the number of all shapes, or of those of a kind or a colour, and its answer."""
+    """A question for the number of all shapes, or of those of a kind or a colour, and its answer. Thinking counts."""
     noun = "shape"
-    number = len(shapes)
     if not everything:
         noun = draw.choice((*KINDS, *(f"{colour} shape" for colour in COLOURS)))
-        number = sum(noun in (shape.kind, f"{shape.colour} shape") for shape in shapes)
+    number = 0
+    steps = []
+    for shape in shapes:
+        number += noun in ("shape", shape.kind, f"{shape.colour} shape")
+        steps.append(f"{shape.name} {number}")
     sentence = f"There are {NUMBERS[number]} {noun}s."
     if number == 1:
         sentence = f"There is one {noun}."
-    answer = after_thinking(caption(shapes), draw.say(sentence, NUMBERS[number]))
+    answer = after_thinking(", ".join(steps), draw.say(sentence, NUMBERS[number]))
     return f"How many {noun}s are there{where}?", answer
 
 
