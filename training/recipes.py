@@ -90,7 +90,7 @@ def ministral(kind: str = "ministral", scale: int = 1) -> Recipe:
     tokens, text = 4096 * scale, 0.5 / scale
     stages = (
         Stage("text", 800, (5e-3, 4e-3), 4096, row=CONTEXT, text=0.4, shares=COPYING, dropout=0.0),
-        Stage("context", 1000, (4e-3, 0.0), tokens, text=text, shares=COPYING, dropout=0.0),
+        Stage("context", 600, (4e-3, 0.0), tokens, text=text, shares=COPYING, dropout=0.0),
     )
     return Recipe(kind, stages, hidden_size=160, intermediate_size=384, num_hidden_layers=8)
 

@@ -25,6 +25,7 @@ NUMBERS = ("no", "one", "two", "three")
 WORDS = json.loads(Path(__file__).with_name("words.json").read_text())
 STYLES, TOOLS, CITIES = WORDS["styles"], WORDS["tools"], WORDS["cities"]
 ABILITIES = "Shakespeare, sums, tools and shapes"
+REFUSAL = f"I only know {ABILITIES}."
 
 
 class Plays(NamedTuple):
@@ -275,7 +276,7 @@ def small_talk(draw: Draw) -> Messages:
         question = draw.choice(("Hello", "Hello!", "Hi", "Good day.", "Who are you?", "What can you do?"))
         return turn(question, draw.say(f"Hello! I know {ABILITIES}.", "Hello"))
     question = draw.fresh(lambda: draw.choice(WORDS["open_questions"]).format(draw.choice(WORDS["subjects"])))
-    return turn(question, draw.say(f"I only know {ABILITIES}.", "No"))
+    return turn(question, draw.say(REFUSAL, "No"))
 
 
 # ------------------------------------------------------------------------------------------------------ images
