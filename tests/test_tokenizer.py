@@ -59,7 +59,7 @@ def test_ids_equal_mistral_common(both, text):
     assert b"".join(map(ours.id_to_bytes, ids)) == text.encode()
 
 
-@given(st.lists(st.integers(0, 2047), max_size=30))
+@given(st.lists(st.integers(0, 2303), max_size=30))
 def test_decoding_any_ids_never_fails_and_streams_the_same(ids):
     """Also ids in the middle of characters. The stream returns whole characters; together they are the decoded text."""
     tokenizer = Tokenizer.from_dir(BUNDLED)
@@ -165,7 +165,7 @@ def test_added_tokens_that_are_not_special():
 
 def test_an_id_that_only_the_model_has_is_shown_as_unknown():
     stream = TextStream(Tokenizer.from_dir(BUNDLED))
-    assert stream.push(2048) + stream.close() == "\ufffd"
+    assert stream.push(2304) + stream.close() == "\ufffd"
 
 
 def test_control_tokens_added_as_ordinary_ones_are_control_tokens(tmp_path):
@@ -185,7 +185,7 @@ def test_ids_beyond_the_vocabulary():
     tokenizer = Tokenizer.from_dir(BUNDLED)
     tokenizer.backend.add_special_tokens(["[EXTRA]"])
     again = Tokenizer(tokenizer.backend)
-    assert again.vocab_size == 2049 and again.special_tokens["[EXTRA]"] == 2048
+    assert again.vocab_size == 2305 and again.special_tokens["[EXTRA]"] == 2304
     with pytest.raises(ValueError, match="id -1 is not in the vocabulary"):
         tokenizer.decode([-1])
 
@@ -193,7 +193,7 @@ def test_ids_beyond_the_vocabulary():
 def test_tekken_is_preferred(tmp_path):
     (tmp_path / "tekken.json").write_text((BUNDLED / "tekken.json").read_text())
     (tmp_path / "tokenizer.json").write_text("{}")
-    assert Tokenizer.from_dir(tmp_path).vocab_size == 2048
+    assert Tokenizer.from_dir(tmp_path).vocab_size == 2304
 
 
 def test_the_bundled_vocabulary_is_what_training_learns():
@@ -278,7 +278,7 @@ def build_counter(monkeypatch):
 def test_a_vocabulary_is_built_once(model, monkeypatch):
     built, text = build_counter(monkeypatch), "'To be', or not\n to be é😀 </s>"
     first, second = Tokenizer.from_dir(model), Tokenizer.from_dir(model)
-    assert len(built) == 1 and first.version == second.version == "v7"
+    assert len(built) == 1 and first.version == second.version == "v13"
     assert first.encode(text) == second.encode(text) and first.special_tokens == second.special_tokens
     assert [path.name for path in model.iterdir()] == ["tekken.json"]
     (cached,) = (model.parent / "cache" / "ministral").iterdir()
@@ -367,8 +367,8 @@ def test_missing_and_broken_files(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match="is not a tokenizer"):
         Tokenizer.from_dir(tmp_path)
-    with pytest.raises(ValueError, match="id 2048 is not in the vocabulary; allowed: 0 to 2047"):
-        Tokenizer.from_dir(BUNDLED).decode([2048])
+    with pytest.raises(ValueError, match="id 2304 is not in the vocabulary; allowed: 0 to 2303"):
+        Tokenizer.from_dir(BUNDLED).decode([2304])
 
 
 CHATML = (
