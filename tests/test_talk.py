@@ -27,7 +27,7 @@ from checkpoint import GenerationConfig
 from command import choose_format, choose_sampling, parse_arguments
 from ministral import KVCache, MinistralConfig, MinistralForCausalLM
 from ministral3 import Ministral3ForCausalLM
-from model_types import BUNDLED
+from model_types import BUNDLED, BUNDLED_2410
 from tests.cases import draw_case, draw_chunks
 from tests.conftest import at_most
 from tests.test_cli import COMMAND, run
@@ -457,14 +457,16 @@ def test_wrong_use_of_chats_is_one_line(capsys, instruct, tmp_path, arguments, m
 
 
 @pytest.mark.parametrize("option", [["--system", "Be brief."], ["--chat"]])
-def test_a_chat_with_a_model_without_chat_training(capsys, monkeypatch, option):
+def test_a_chat_with_a_model_without_chat_training(capsys, monkeypatch, tmp_path, option):
     """There is a warning, and answers are short by default."""
+    model = tmp_path / "mine"
+    shutil.copytree(BUNDLED_2410, model, ignore=shutil.ignore_patterns("chat_template*", "tokenizer*.json"))
     monkeypatch.setattr("builtins.input", lambda *_: (_ for _ in ()).throw(EOFError))
     seen = []
     monkeypatch.setattr(chat, "generate", lambda model, ids, **settings: seen.append(settings) or ids)
-    code, _, err = run(capsys, "Who are you?", *option)
+    code, _, err = run(capsys, "Who are you?", "--model", model, *option)
     assert code == 0 and err.count("warning: ") == 1
-    warning = f"warning: {option[0]} for {BUNDLED}: neither its name nor its files tell of training for chats; expect"
+    warning = f"warning: {option[0]} for {model}: neither its name nor its files tell of training for chats; expect"
     assert warning in err and seen[0]["max_new_tokens"] == 200
 
 
@@ -473,7 +475,7 @@ def test_fewer_tokens_where_memory_is_short(capsys, instruct, monkeypatch):
     monkeypatch.setattr(command, "available_memory", lambda device: 10_100_000)
     scripted(monkeypatch, [2])
     code, _, err = run(capsys, "x", "--model", instruct)
-    assert code == 0 and "of cache for 514 tokens" in err
+    assert code == 0 and "of cache for 515 tokens" in err
     code, _, err = run(capsys, "x", "--model", instruct, "--max-new-tokens", 1000)
     assert code == 2 and "this takes" in err
     monkeypatch.setattr(command, "available_memory", lambda device: 9_300_000)  # for about 80 tokens

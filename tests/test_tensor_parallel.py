@@ -1,6 +1,7 @@
 """Two processes with half of every matrix each compute the same as one process."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ import torch.distributed as dist
 import torch.multiprocessing
 from torch.distributed.device_mesh import init_device_mesh
 
-from examples.tensor_parallel import end_process, main, shard
+from examples import tensor_parallel
+from examples.tensor_parallel import end_process, generate_text, main, shard
 from fast import text_model
 from generate import generate
 from ministral import KVCache, MinistralConfig, MinistralForCausalLM
@@ -77,6 +79,20 @@ def test_two_processes_compute_the_same_as_one(tmp_path):
         for theirs, ours in zip(torch.load(tmp_path / str(rank)), expected):
             for a, b in zip(theirs, ours):
                 torch.testing.assert_close(a, b, rtol=0, atol=1e-12 * max(float(b.abs().max()), 1))
+
+
+def test_all_processes_draw_the_same_tokens(monkeypatch, capsys):
+    """Each process samples for itself: the seed does not depend on the process."""
+    alone = SimpleNamespace(get_world_size=lambda: 1, get_rank=lambda: 0)
+    monkeypatch.setattr(tensor_parallel, "dist", alone)
+    monkeypatch.setattr(tensor_parallel, "init_device_mesh", lambda *_: None)
+    monkeypatch.setattr(tensor_parallel, "shard", lambda model, mesh: model)
+    monkeypatch.setattr(tensor_parallel, "run", lambda options: generate_text(options, torch.device("cpu")) or 0)
+    texts = []
+    for seed in (0, 0, 1):
+        assert main(["Enter", "--max-new-tokens", "8", "--seed", str(seed)][: 3 + 2 * seed]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]
 
 
 def test_sizes_that_cannot_be_split_are_refused(capsys, monkeypatch):

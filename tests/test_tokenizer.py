@@ -17,10 +17,10 @@ from PIL import Image
 from tokenizers import AddedToken, Regex, decoders, pre_tokenizers
 
 from chat import encode_messages
-from model_types import BUNDLED
+from model_types import BUNDLED, BUNDLED_2410, load_model
 from tokenizer import SPLIT, VERSIONS, TextStream, Tokenizer, bpe, from_tekken, read_chat_template
 from training import corpus
-from training.vocabulary import learn
+from training.vocabulary import SPECIALS, as_v3, learn
 from vision import Mistral3Config, PixtralVisionConfig
 
 PUBLISHED = Path(mistral_common.__file__).parent / "data" / "tekken_240911.json"
@@ -37,7 +37,10 @@ texts = st.one_of(
 )
 
 
-@pytest.fixture(scope="module", params=[BUNDLED / "tekken.json", OLDER, PUBLISHED], ids=lambda path: path.name)
+FILES = [directory / "tekken.json" for directory in (BUNDLED, BUNDLED_2410)] + [OLDER, PUBLISHED]
+
+
+@pytest.fixture(scope="module", params=FILES, ids=lambda path: path.parent.name + " " + path.stem)
 def both(request):
     """Our tokenizer and mistral-common's for the same tekken.json."""
     return Tokenizer(from_tekken(json.loads(request.param.read_text()))), Tekkenizer.from_file(request.param)
@@ -196,8 +199,16 @@ def test_tekken_is_preferred(tmp_path):
     assert Tokenizer.from_dir(tmp_path).vocab_size == 2304
 
 
-def test_the_bundled_vocabulary_is_what_training_learns():
-    assert json.loads((BUNDLED / "tekken.json").read_text()) == learn(corpus.load()["train"], 2048)
+@pytest.mark.parametrize("directory, form", [(BUNDLED, dict), (BUNDLED_2410, as_v3)], ids=["V13", "V3"])
+def test_the_bundled_vocabularies_have_the_form_that_training_learns(directory, form):
+    """All but the words, which depend on what the model was trained on."""
+    bundled = json.loads((directory / "tekken.json").read_text())
+    learned = form(learn(corpus.load()["train"][:1], 320))
+    assert bundled.get("special_tokens") == learned.get("special_tokens")
+    assert bundled["vocab"][:256] == learned["vocab"][:256]
+    sizes = {"num_vocab_tokens": len(bundled["vocab"]), "default_vocab_size": len(bundled["vocab"]) + SPECIALS}
+    assert bundled["config"] == learned["config"] | sizes
+    assert Tokenizer.from_dir(directory).vocab_size == load_model(directory).config.get_text_config().vocab_size
 
 
 def test_the_pattern_is_mistrals():
