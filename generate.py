@@ -2,8 +2,8 @@
 
     python generate.py "To be, or not to be"
 
-runs the bundled model, a small Ministral 3 trained on Shakespeare; `--model` takes any directory or Hub id. The command
-line is in `command.py`, conversations are in `chat.py`. `generate` uses `settings.py`, which checks the arguments, and
+runs the bundled model, a miniature Ministral 3; `--model` takes any directory or Hub id. The command line is in
+`command.py`, conversations are in `chat.py`. `generate` uses `settings.py`, which checks the arguments, and
 `decoder.py`, the model with its cache. `model_types.py` has `load_model`.
 """
 

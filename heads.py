@@ -9,7 +9,7 @@ A sequence is classified by its last token, because only that token has seen all
 a classifier, load it as one (a warning names the layer that is new) and train all weights:
 
     model = Ministral3ForSequenceClassification.from_pretrained(
-        "models/shakespeare", dtype=torch.float32, num_labels=2, id2label={0: "prose", 1: "verse"})
+        "models/ministral3", dtype=torch.float32, num_labels=2, id2label={0: "prose", 1: "verse"})
     optimizer = torch.optim.AdamW(model.train().parameters(), lr=3e-4)
     for ids, labels in batches:          # (B, S) padded with config.pad_token_id, (B,)
         model(ids, attention_mask=ids != model.config.pad_token_id, labels=labels).loss.backward()
@@ -17,6 +17,7 @@ a classifier, load it as one (a warning names the layer that is new) and train a
         optimizer.zero_grad()
     model.save_pretrained("verse")       # loads in Transformers too
 
+That directory holds a vision model, of which a head reads the text model.
 `python -m examples.verse` is this program in full, with data and the accuracy on test data. Names, parameters and
 losses are those of Transformers' classes of the same names. In the shapes, N is `config.num_labels`.
 """

@@ -13,7 +13,9 @@ from ministral3 import Ministral3ForCausalLM
 from pretrained import PreTrainedConfig
 from vision import Mistral3ForConditionalGeneration
 
-BUNDLED = Path(__file__).resolve().parent / "models" / "ministral3"
+MODEL_DIRECTORY = Path(__file__).resolve().parent / "models"
+BUNDLED = MODEL_DIRECTORY / "ministral3"  # a vision model
+BUNDLED_2410 = MODEL_DIRECTORY / "ministral"  # a text model with sliding windows
 GenerativeModel = MinistralForCausalLM | Mistral3ForConditionalGeneration
 MODELS: dict[str, type[GenerativeModel]] = {
     "ministral": MinistralForCausalLM,

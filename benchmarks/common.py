@@ -21,7 +21,7 @@ import transformers
 from checkpoint import GenerationConfig
 from ministral import KVCache, MinistralConfig, MinistralForCausalLM
 from ministral3 import Ministral3Config, Ministral3ForCausalLM
-from model_types import BUNDLED, load_model
+from model_types import BUNDLED
 from products import avoids_onednn, split_mm, splits_rows, without_onednn
 
 T = TypeVar("T")
@@ -59,9 +59,9 @@ CONFIGS: dict[str, MinistralConfig] = {
 
 
 def ours(name: str, dtype: torch.dtype, device: str = "cpu") -> Any:
-    """A model: "bundled", or one of CONFIGS, whose weights are made on the device."""
+    """A model: "bundled", the text model of the bundled one, or one of CONFIGS, whose weights are made on the device."""
     if name == "bundled":
-        model = load_model(BUNDLED, dtype).to(device)
+        model = Ministral3ForCausalLM.from_pretrained(BUNDLED, dtype).to(device)
         model.generation_config = GenerationConfig()  # greedy, as the other models
         return model
     config = CONFIGS[name]

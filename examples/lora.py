@@ -1,4 +1,4 @@
-"""LoRA: fine-tune the bundled model with low-rank adapters, in 64 seconds on one CPU core.
+"""LoRA: fine-tune the bundled model with low-rank adapters, in 95 seconds on one CPU core.
 
     python -m examples.lora [--seed N] [--save DIR]
 
@@ -14,9 +14,9 @@ W + (alpha / r) B A replaces W, and the model has its old shape and speed. Sourc
 The task is the spelling of 1623. The bundled model was trained on a modern edition. The printers of Shakespeare's time
 used the letters u, v, i and j in another way: "vpon my soule, I haue iudged". The adapter is trained on the training
 plays in this spelling, and tested on parts of two plays that neither the model nor the adapter has seen. In modern
-spelling the model needs 1.893 bits per byte for them. This is the target: only the spelling differs.
+spelling the model needs 1.757 bits per byte for them. This is the target: only the spelling differs.
 
-DIR is a directory that PEFT reads. `python -m checkpoint merge DIR models/shakespeare OUT` writes the merged model.
+DIR is a directory that PEFT reads. `python -m checkpoint merge DIR models/ministral3 OUT` writes the merged model.
 """
 
 from __future__ import annotations
@@ -27,16 +27,19 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from checkpoint import write_json
 from cli import Parser, exit_code
 from ministral3 import Ministral3ForCausalLM
 from model_types import BUNDLED
 from tokenizer import Tokenizer
-from training import corpus, evaluate, train
+from training import corpus
+from training.bits import bits_per_byte
 
 # All matrices of a layer.
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ROW = 512  # tokens of a text in training
 
 
 class LoraLinear(nn.Module):
@@ -84,6 +87,30 @@ def save_adapters(model: nn.Module, directory: Path) -> None:
     write_json(directory / "adapter_config.json", config)
 
 
+def random_rows(tokenizer: Tokenizer, works: list[str], count: int) -> Tensor:
+    """Pieces of `ROW` tokens of the works, (count, ROW)."""
+    ids = torch.cat([torch.tensor(tokenizer.encode(work)) for work in works])
+    starts = torch.randint(len(ids) - ROW, (count, 1))
+    return ids[starts + torch.arange(ROW)]
+
+
+def fine_tune(model: nn.Module, rows: Tensor, learning_rate: float = 1e-2, batch_size: int = 2) -> None:
+    """Train all parameters that are not frozen. The learning rate falls linearly to zero."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0)
+    batches = rows.split(batch_size)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, len(batches))
+    model.train()
+    for ids in tqdm(batches, unit="step"):
+        loss = model(ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    model.eval()
+
+
 def main(steps: int = 100) -> int:
     """Train, save and merge; print the held-out bits per byte before and after. Returns the exit code."""
     parser = Parser(prog="python -m examples.lora", description="Fine-tune the bundled model with LoRA.")
@@ -97,7 +124,7 @@ def main(steps: int = 100) -> int:
     held_out = [play[20_000:50_000] for play in texts["test"]]  # 30,000 characters of each, to save time
     tokenizer = Tokenizer.from_dir(BUNDLED)
     model = Ministral3ForCausalLM.from_pretrained(BUNDLED, torch.float32)
-    before = evaluate.bits_per_byte(model, tokenizer, held_out, 1024)
+    before = bits_per_byte(model, tokenizer, held_out, 1024)
     print(f"held-out bits per byte before: {before:.3f}", flush=True)
 
     # Adapters
@@ -105,16 +132,12 @@ def main(steps: int = 100) -> int:
     add_adapters(model)
 
     # Training
-    recipe = train.Recipe(steps, options.seed, 1024, context=512, learning_rate=1e-2, warmup=10)
-    batches = train.Batches([tokenizer.encode(work) for work in texts["train"]], recipe)
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)  # skips what has no gradient
-    for step in range(steps):
-        train.train_step(model, [optimizer], batches.of_step(step), step, recipe)
+    fine_tune(model, random_rows(tokenizer, texts["train"], 2 * steps))
 
     # Merge
     save_adapters(model, options.save)
-    merge_adapters(model.eval())
-    after = evaluate.bits_per_byte(model, tokenizer, held_out, 1024)
+    merge_adapters(model)
+    after = bits_per_byte(model, tokenizer, held_out, 1024)
     print(f"after: {after:.3f}; the adapter is in {options.save}")
     return 0
 

@@ -34,6 +34,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from cli import Parser, exit_code
+from fast import text_model
 from generate import generate
 from model_types import BUNDLED, load_model
 from tokenizer import Tokenizer
@@ -42,15 +43,15 @@ from tokenizer import Tokenizer
 def shard(model: Any, mesh: DeviceMesh) -> Any:
     """Split a causal language model in place. Each process then has its part.
 
+    Of a vision model, the language model is split. Each process has the whole vision tower, which is small.
+
     Raises:
-        ValueError: heads that cannot be divided evenly, or a vision model.
+        ValueError: heads that cannot be divided evenly.
     """
     processes = mesh.size()
-    if not hasattr(model.model, "layers"):
-        found = f"{type(model).__name__} is a vision model"
-        raise ValueError(f"{found}; supported: a text model, such as Ministral3ForCausalLM")
+    text = text_model(model)
     for name in ("num_key_value_heads", "intermediate_size", "vocab_size"):
-        size = getattr(model.config, name)
+        size = getattr(text.config, name)
         if size % processes:
             raise ValueError(f"{name}={size} in {processes} parts; allowed: a number that divides it")
 
@@ -65,12 +66,11 @@ def shard(model: Any, mesh: DeviceMesh) -> Any:
         "mlp.up_proj": rows(),
         "mlp.down_proj": columns(),
     }
-    for layer in model.model.layers:
+    for layer in text.layers:
         parallelize_module(layer, mesh, plan)
-    parallelize_module(model, mesh, {
-        "model.embed_tokens": RowwiseParallel(input_layouts=Replicate(), output_layouts=Replicate()),
-        "lm_head": ColwiseParallel(output_layouts=Replicate()),
-    })  # fmt: skip
+    embeddings = RowwiseParallel(input_layouts=Replicate(), output_layouts=Replicate())
+    parallelize_module(text, mesh, {"embed_tokens": embeddings})
+    parallelize_module(model, mesh, {"lm_head": ColwiseParallel(output_layouts=Replicate())})
     return model
 
 
@@ -104,7 +104,8 @@ def generate_text(options: argparse.Namespace, device: torch.device) -> None:
         if dist.get_rank() == 0:
             print(tokenizer.decode([token]), end="", flush=True)
 
-    generate(model, ids, max_new_tokens=options.max_new_tokens, on_token=show)
+    # With one seed, all processes draw the same tokens.
+    generate(model, ids, max_new_tokens=options.max_new_tokens, seed=options.seed, on_token=show, fast=False)
     nbytes = sum(local(p).nbytes for p in model.parameters())
     print(f"\nprocess {dist.get_rank()} holds {nbytes / 1e6:,.1f} MB of weights", file=sys.stderr)
 
@@ -135,6 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("prompt", metavar="PROMPT")
     parser.add_argument("--model", default=str(BUNDLED), metavar="DIR", help="default: the bundled model")
     parser.add_argument("--max-new-tokens", type=int, default=40, metavar="N")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
     parser.add_argument("--cpu", action="store_true", help="do not use GPUs")
     options = parser.parse_args(arguments)
     return exit_code(lambda: run(options))

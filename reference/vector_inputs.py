@@ -35,9 +35,6 @@ TEXTS: tuple[str, ...] = (
     "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
 )  # fmt: skip
 
-# The special tokens of a vocabulary for all layouts: those up to V7, and Ministral 3's from id 32 on.
-NEWER = {32: "[ARGS]", 33: "[CALL_ID]", 34: "[THINK]", 35: "[/THINK]"}
-
 ALL = ("v3", "v7", "v11", "v13")
 FROM_V7 = ALL[1:]
 V13 = ALL[3:]

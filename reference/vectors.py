@@ -2,7 +2,7 @@
 
     tables.json               rotary frequencies, cosines, sines and query scales of the published models
     vectors/texts.json        texts and their ids, in two vocabularies
-    vectors/chat.json         conversations and their ids, in each layout, in the vocabulary chat_vocabulary.json
+    vectors/chat.json         conversations and their ids, in each layout, in the vocabulary of models/ministral3
     vectors/sampler.json      logits and settings, the probabilities of the tokens that are kept, and the drawn tokens
 
 The expected values are those of the project's own functions. `python -m reference golden` writes the files. All numbers
@@ -30,8 +30,8 @@ from ministral import MinistralConfig, RotaryEmbedding
 from ministral3 import Ministral3Config, YarnRotaryEmbedding
 from model_types import BUNDLED
 from reference.published import MINISTRAL_8B, ministral3
-from reference.vector_inputs import CONVERSATIONS, IMAGE_SIZES, NEWER, SAMPLING, TEXTS, drawn_sampling
-from tokenizer import SPECIAL_TOKENS, TEKKEN, Tokenizer, from_tekken
+from reference.vector_inputs import CONVERSATIONS, IMAGE_SIZES, SAMPLING, TEXTS, drawn_sampling
+from tokenizer import TEKKEN, Tokenizer
 from tokenizer.bpe import read_tekken
 from vision_config import Mistral3Config
 
@@ -51,13 +51,14 @@ ABOUT_TABLES = {
 PUBLISHED = "tekken_240911.json"
 PUBLISHED_SHA256 = "1948e2d48b0e7377f1bb5f1210f1ae5f984934e75713fc07e2452729b8365316"
 ABOUT_TEXTS = {
-    "bundled": "the ids in models/shakespeare/tekken.json (20 special tokens), without <s>",
+    "bundled": "the ids in models/ministral3/tekken.json (36 special tokens), without <s>",
     "published": f"the ids in {PUBLISHED} of the package mistral-common (1000 special tokens), without <s>",
     "sha256": "the hashes of these two files",
     "cases": "special tokens in a text are plain text; decoding the ids gives the text",
 }
 ABOUT_CHAT = {
-    "vocabulary": "chat_vocabulary.json, in the format of tekken.json",
+    "vocabulary": "models/ministral3/tekken.json, whose special tokens are those of all layouts",
+    "sha256": "the hash of this file",
     "version": "the layout: v3 (Ministral-8B-Instruct-2410), v7, v11 or v13 (Ministral 3)",
     "image_sizes": "height and width of the images in pixels; patches have 14 pixels and are merged 2 x 2",
     "ids": "the ids of the conversation, up to where the answer begins",
@@ -178,24 +179,9 @@ def text_vectors() -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------------- chat
 
 
-def chat_vocabulary() -> dict[str, Any]:
-    """The words of the bundled vocabulary with the special tokens that all layouts need, as a tekken.json."""
-    tekken: dict[str, Any] = checkpoint.read_json(BUNDLED / TEKKEN)
-    names = dict(enumerate(SPECIAL_TOKENS)) | NEWER
-    count = max(names) + 1
-    config = tekken["config"]
-    config["default_num_special_tokens"] = count
-    config["default_vocab_size"] = config["num_vocab_tokens"] + count
-    config["version"] = "v13"
-    specials = []
-    for rank in range(count):
-        specials.append({"rank": rank, "token_str": names.get(rank, f"<SPECIAL_{rank}>"), "is_control": True})
-    return {"config": config, "special_tokens": specials, "vocab": tekken["vocab"]}
-
-
 def chat_vectors() -> dict[str, Any]:
     """The content of vectors/chat.json."""
-    backend = from_tekken(chat_vocabulary())
+    backend, _ = read_tekken(BUNDLED / TEKKEN)
     vision = Mistral3Config.from_dict(ministral3("3B"))
     cases = []
     for name, (versions, messages, tools) in CONVERSATIONS.items():
@@ -210,7 +196,7 @@ def chat_vectors() -> dict[str, Any]:
             text = tokenizer.decode(ids, skip_special_tokens=False)
             case = {"name": name, "version": version, "messages": messages, "tools": tools}
             cases.append({**case, "ids": ids, "text": text})
-    return {"about": ABOUT_CHAT, "image_sizes": IMAGE_SIZES, "cases": cases}
+    return {"about": ABOUT_CHAT, "sha256": sha256(BUNDLED / TEKKEN), "image_sizes": IMAGE_SIZES, "cases": cases}
 
 
 # ------------------------------------------------------------------------------------------------------- sampler
@@ -260,6 +246,5 @@ def write_vectors(directory: Path) -> None:
     write(directory / "tables.json", tables(), depth=3)
     vectors = directory / "vectors"
     write(vectors / "texts.json", text_vectors(), depth=2)
-    write(vectors / "chat_vocabulary.json", chat_vocabulary(), depth=2)
     write(vectors / "chat.json", chat_vectors(), depth=2)
     write(vectors / "sampler.json", sampler_vectors(), depth=2)

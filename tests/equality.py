@@ -173,15 +173,14 @@ def vision_results(rng: random.Random, _: str) -> dict[str, Any]:
     return computed
 
 
-def bundled_results(tree: Path) -> dict[str, Any]:
-    """Text, conversations and conversion of the bundled model."""
+def bundled_results(bundled: Path) -> dict[str, Any]:
+    """Text, conversations and conversion of a bundled model."""
     import torch
 
     import checkpoint
     from generate import generate, load_model
     from tokenizer import Tokenizer
 
-    bundled = tree / "models" / "shakespeare"
     model, tokenizer = load_model(bundled, torch.float32), Tokenizer.from_dir(bundled)
     ids = torch.tensor([tokenizer.encode("To be, or not to be")])
     computed: dict[str, Any] = {"greedy": generate(model, ids, max_new_tokens=60, temperature=0)}
@@ -216,7 +215,9 @@ def probe(tree: Path, models: int) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     parts = {"ministral": text_results, "ministral3": text_results, "heads": head_results, "vision": vision_results}
-    hashes = {f"bundled, {name}": digest(value) for name, value in bundled_results(tree).items()}
+    hashes: dict[str, str] = {}
+    for bundled in sorted((tree / "models").iterdir()):
+        hashes |= {f"{bundled.name}, {name}": digest(value) for name, value in bundled_results(bundled).items()}
     for number in range(models):
         family = FAMILIES[number % len(FAMILIES)]
         results = parts[family](random.Random(number), family)
@@ -251,7 +252,7 @@ def main() -> int:
     before, after = (results(tree.resolve(), options.models) for tree in options.trees)
     names = sorted(before.keys() | after.keys())
     differ = [name for name in names if before.get(name) != after.get(name)]
-    print(f"{len(names)} results of {options.models} random models and the bundled one: {len(differ)} differ")
+    print(f"{len(names)} results of {options.models} random models and the bundled ones: {len(differ)} differ")
     for name in differ[:40]:
         print(f"  {name}")
     return int(bool(differ))

@@ -17,7 +17,7 @@ from transformers.tokenization_mistral_common import MistralCommonBackend as The
 
 import auto
 from images import preprocess, transformers_size
-from model_types import BUNDLED
+from model_types import BUNDLED, BUNDLED_2410
 from processor import MistralCommonBackend, Processor
 from tokenizer import Tokenizer
 
@@ -27,7 +27,7 @@ except ImportError:  # versions that process images with torchvision only
     their_images = None
 needs_their_images = pytest.mark.skipif(their_images is None, reason="this Transformers has no Pillow image processor")
 
-TEXT = dict(vocab_size=2048, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+TEXT = dict(vocab_size=2304, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
             num_key_value_heads=1, head_dim=8)  # fmt: skip
 TOWER = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, patch_size=6,
              image_size=30)  # fmt: skip
@@ -127,7 +127,7 @@ def test_the_example_of_an_image_on_the_card(directories):
     tokenized["pixel_values"] = tokenized["pixel_values"].to(dtype=torch.float32, device="cpu")
     image_sizes = [tokenized["pixel_values"].shape[-2:]]
     logits = model(**tokenized, image_sizes=image_sizes).logits
-    assert logits.shape == (1, len(tokenized["input_ids"][0]), 2048)
+    assert logits.shape == (1, len(tokenized["input_ids"][0]), 2304)
     assert "[IMG]" in tokenizer.decode(tokenized["input_ids"][0])
 
 
@@ -321,8 +321,8 @@ def different(image, config):
         (lambda p: p.apply_chat_template(FAVOURITE, tokenize=True, documents=[1]), r"documents=\[1\] is not supported"),
         (lambda p: p.apply_chat_template(PLACEHOLDER, tokenize=True), "a part of type image has no source"),
         (lambda p: p.decode([1], stride=1), "stride=1 is not supported; docs"),
-        (lambda p: Processor(Tokenizer.from_dir(BUNDLED)), "a processor needs a tokenizer that reads images"),
-        (lambda p: auto.AutoProcessor.from_pretrained(BUNDLED), "use AutoTokenizer for a text model"),
+        (lambda p: Processor(Tokenizer.from_dir(BUNDLED_2410)), "a processor needs a tokenizer that reads images"),
+        (lambda p: auto.AutoProcessor.from_pretrained(BUNDLED_2410), "use AutoTokenizer for a text model"),
     ],
 )  # fmt: skip
 def test_wrong_input_of_the_processor_is_refused(directories, call, reason):
@@ -332,7 +332,7 @@ def test_wrong_input_of_the_processor_is_refused(directories, call, reason):
 
 
 def test_a_tokenizer_beside_another_model_reads_no_images(directories, tmp_path):
-    for path in (BUNDLED, directories["ministral"]):
+    for path in (BUNDLED_2410, directories["ministral"]):
         assert auto.AutoTokenizer.from_pretrained(path).image_reader is None
     named = dict(pretrained_model_name_or_path=directories["mistral3"])
     saved = auto.AutoProcessor.from_pretrained(**named).save_pretrained(save_directory=tmp_path)

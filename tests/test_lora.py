@@ -26,7 +26,8 @@ from tests.published import hub_names, quantize
 from tests.test_checkpoint import assert_same_weights
 from tests.test_formats import draw_model
 from tokenizer import Tokenizer
-from training import corpus, evaluate
+from training import corpus
+from training.bits import bits_per_byte
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),  # peft reads old names
@@ -253,7 +254,7 @@ def test_the_example_learns_and_its_adapter_merges(short, tmp_path, monkeypatch,
     merge(tmp_path / "adapter", BUNDLED, tmp_path / "out", torch.float32)
     held_out = [corpus.spelling_of_1623(short["test"][0][20_000:])]
     merged = load_model(tmp_path / "out")
-    score = evaluate.bits_per_byte(merged, Tokenizer.from_dir(tmp_path / "out"), held_out, 1024)
+    score = bits_per_byte(merged, Tokenizer.from_dir(tmp_path / "out"), held_out, 1024)
     assert score == pytest.approx(after, abs=6e-4)
 
 
@@ -266,7 +267,7 @@ def test_the_spelling():
 def test_the_figure_of_modern_spelling():
     texts = [play[20_000:50_000] for play in corpus.load()["test"]]
     model = load_model(BUNDLED, torch.float32)
-    measured = evaluate.bits_per_byte(model, Tokenizer.from_dir(BUNDLED), texts, 1024)
+    measured = bits_per_byte(model, Tokenizer.from_dir(BUNDLED), texts, 1024)
     assert f"needs {measured:.3f} bits per byte" in lora.__doc__.replace("\n", " ")
 
 

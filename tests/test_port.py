@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from generate import generate
-from model_types import BUNDLED, load_model
+from ministral3 import Ministral3ForCausalLM
+from model_types import BUNDLED, BUNDLED_2410, load_model
 from reference.__main__ import main
 from reference.golden import HERE
 from tests.test_readme import ROOT
@@ -156,15 +157,19 @@ def test_diff_finds_a_mistake(diff, tmp_path, fault):
 # ------------------------------------------------------------------------------------------------------- generation
 
 
-def test_the_bundled_model_continues_a_text(port):
-    tokenizer = Tokenizer.from_dir(BUNDLED)
+@pytest.mark.parametrize("bundled", [BUNDLED, BUNDLED_2410], ids=lambda path: path.name)
+def test_the_bundled_models_continue_a_text(port, tmp_path, bundled):
+    """The port reads text models: of the vision model, the text model is written first."""
+    tokenizer = Tokenizer.from_dir(bundled)
     ids = tokenizer.encode("To be, or not to be")
-    model = load_model(BUNDLED, torch.float32)
+    model = load_model(bundled, torch.float32)
+    if bundled == BUNDLED:
+        Ministral3ForCausalLM.from_pretrained(bundled).save_pretrained(tmp_path)
+        bundled = tmp_path
     settings = {"do_sample": False, "repetition_penalty": 1.0, "eos_token_id": (), "fast": False}
     expected = generate(model, torch.tensor([ids]), max_new_tokens=100, **settings)[0, len(ids):].tolist()
-    out = [int(line) for line in run(port, BUNDLED, "--ids", text(ids), "--generate", 100).splitlines()]
-    assert out == expected and tokenizer.decode(out) == tokenizer.decode(expected)
-    assert tokenizer.decode(out).startswith(" a man")
+    out = [int(line) for line in run(port, bundled, "--ids", text(ids), "--generate", 100).splitlines()]
+    assert out == expected and len(set(out)) > 10
 
 
 def random_numbers(seed):

@@ -13,7 +13,7 @@ import generate
 
 ROOT = Path(generate.__file__).parent
 FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-OTHER_FILES = [ROOT / "benchmarks" / "RESULTS.md", ROOT / "models" / "shakespeare" / "README.md"]
+OTHER_FILES = [ROOT / "benchmarks" / "RESULTS.md", *sorted((ROOT / "models").glob("*/README.md"))]
 PAGES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in FILES + OTHER_FILES}
 
 # Beginnings of command lines that are not run here, and why.

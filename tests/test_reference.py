@@ -18,7 +18,7 @@ from safetensors.numpy import load_file as load_numpy
 from safetensors.torch import load_file
 
 import checkpoint
-from model_types import BUNDLED, load_model
+from model_types import BUNDLED, BUNDLED_2410, load_model
 from reference import golden
 from reference.__main__ import main
 from reference.compare import compare
@@ -88,12 +88,15 @@ def test_the_oracle_stands_alone():
     imported |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
     assert imported <= {"__future__", "math", "collections.abc", "functools", "typing", "numpy"}
     assert len(source.splitlines()) < 250
-    config = json.loads((BUNDLED / "config.json").read_text())
-    weights = {name: tensor.double().numpy() for name, tensor in load_file(BUNDLED / "model.safetensors").items()}
     ids = np.array([[1, 50, 60, 70, 80]])
-    model = load_model(BUNDLED, torch.float64)
-    logits = forward(config, weights, ids)["logits"]
-    assert np.abs(logits - model(torch.from_numpy(ids)).logits.detach().numpy()).max() < 1e-12 * np.abs(logits).max()
+    for directory in (BUNDLED, BUNDLED_2410):
+        config = json.loads((directory / "config.json").read_text())
+        config = config.get("text_config", config)
+        stored = load_file(directory / "model.safetensors").items()
+        weights = {name.replace("language_model.", ""): tensor.double().numpy() for name, tensor in stored}
+        expected = load_model(directory, torch.float64)(torch.from_numpy(ids)).logits.detach().numpy()
+        logits = forward(config, weights, ids)["logits"]
+        assert np.abs(logits - expected).max() < 1e-12 * np.abs(logits).max()
 
 
 # ------------------------------------------------------------------------------------------------------- traces

@@ -17,10 +17,10 @@ from PIL import Image
 from tokenizers import AddedToken, Regex, decoders, pre_tokenizers
 
 from chat import encode_messages
-from model_types import BUNDLED
+from model_types import BUNDLED, BUNDLED_2410, load_model
 from tokenizer import SPLIT, VERSIONS, TextStream, Tokenizer, bpe, from_tekken, read_chat_template
 from training import corpus
-from training.vocabulary import learn
+from training.vocabulary import SPECIALS, as_v3, learn
 from vision import Mistral3Config, PixtralVisionConfig
 
 PUBLISHED = Path(mistral_common.__file__).parent / "data" / "tekken_240911.json"
@@ -37,7 +37,10 @@ texts = st.one_of(
 )
 
 
-@pytest.fixture(scope="module", params=[BUNDLED / "tekken.json", OLDER, PUBLISHED], ids=lambda path: path.name)
+FILES = [directory / "tekken.json" for directory in (BUNDLED, BUNDLED_2410)] + [OLDER, PUBLISHED]
+
+
+@pytest.fixture(scope="module", params=FILES, ids=lambda path: path.parent.name + " " + path.stem)
 def both(request):
     """Our tokenizer and mistral-common's for the same tekken.json."""
     return Tokenizer(from_tekken(json.loads(request.param.read_text()))), Tekkenizer.from_file(request.param)
@@ -59,7 +62,7 @@ def test_ids_equal_mistral_common(both, text):
     assert b"".join(map(ours.id_to_bytes, ids)) == text.encode()
 
 
-@given(st.lists(st.integers(0, 2047), max_size=30))
+@given(st.lists(st.integers(0, 2303), max_size=30))
 def test_decoding_any_ids_never_fails_and_streams_the_same(ids):
     """Also ids in the middle of characters. The stream returns whole characters; together they are the decoded text."""
     tokenizer = Tokenizer.from_dir(BUNDLED)
@@ -165,7 +168,7 @@ def test_added_tokens_that_are_not_special():
 
 def test_an_id_that_only_the_model_has_is_shown_as_unknown():
     stream = TextStream(Tokenizer.from_dir(BUNDLED))
-    assert stream.push(2048) + stream.close() == "\ufffd"
+    assert stream.push(2304) + stream.close() == "\ufffd"
 
 
 def test_control_tokens_added_as_ordinary_ones_are_control_tokens(tmp_path):
@@ -185,7 +188,7 @@ def test_ids_beyond_the_vocabulary():
     tokenizer = Tokenizer.from_dir(BUNDLED)
     tokenizer.backend.add_special_tokens(["[EXTRA]"])
     again = Tokenizer(tokenizer.backend)
-    assert again.vocab_size == 2049 and again.special_tokens["[EXTRA]"] == 2048
+    assert again.vocab_size == 2305 and again.special_tokens["[EXTRA]"] == 2304
     with pytest.raises(ValueError, match="id -1 is not in the vocabulary"):
         tokenizer.decode([-1])
 
@@ -193,11 +196,19 @@ def test_ids_beyond_the_vocabulary():
 def test_tekken_is_preferred(tmp_path):
     (tmp_path / "tekken.json").write_text((BUNDLED / "tekken.json").read_text())
     (tmp_path / "tokenizer.json").write_text("{}")
-    assert Tokenizer.from_dir(tmp_path).vocab_size == 2048
+    assert Tokenizer.from_dir(tmp_path).vocab_size == 2304
 
 
-def test_the_bundled_vocabulary_is_what_training_learns():
-    assert json.loads((BUNDLED / "tekken.json").read_text()) == learn(corpus.load()["train"], 2048)
+@pytest.mark.parametrize("directory, form", [(BUNDLED, dict), (BUNDLED_2410, as_v3)], ids=["V13", "V3"])
+def test_the_bundled_vocabularies_have_the_form_that_training_learns(directory, form):
+    """All but the words, which depend on what the model was trained on."""
+    bundled = json.loads((directory / "tekken.json").read_text())
+    learned = form(learn(corpus.load()["train"][:1], 320))
+    assert bundled.get("special_tokens") == learned.get("special_tokens")
+    assert bundled["vocab"][:256] == learned["vocab"][:256]
+    sizes = {"num_vocab_tokens": len(bundled["vocab"]), "default_vocab_size": len(bundled["vocab"]) + SPECIALS}
+    assert bundled["config"] == learned["config"] | sizes
+    assert Tokenizer.from_dir(directory).vocab_size == load_model(directory).config.get_text_config().vocab_size
 
 
 def test_the_pattern_is_mistrals():
@@ -278,7 +289,7 @@ def build_counter(monkeypatch):
 def test_a_vocabulary_is_built_once(model, monkeypatch):
     built, text = build_counter(monkeypatch), "'To be', or not\n to be é😀 </s>"
     first, second = Tokenizer.from_dir(model), Tokenizer.from_dir(model)
-    assert len(built) == 1 and first.version == second.version == "v7"
+    assert len(built) == 1 and first.version == second.version == "v13"
     assert first.encode(text) == second.encode(text) and first.special_tokens == second.special_tokens
     assert [path.name for path in model.iterdir()] == ["tekken.json"]
     (cached,) = (model.parent / "cache" / "ministral").iterdir()
@@ -367,8 +378,8 @@ def test_missing_and_broken_files(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match="is not a tokenizer"):
         Tokenizer.from_dir(tmp_path)
-    with pytest.raises(ValueError, match="id 2048 is not in the vocabulary; allowed: 0 to 2047"):
-        Tokenizer.from_dir(BUNDLED).decode([2048])
+    with pytest.raises(ValueError, match="id 2304 is not in the vocabulary; allowed: 0 to 2303"):
+        Tokenizer.from_dir(BUNDLED).decode([2304])
 
 
 CHATML = (

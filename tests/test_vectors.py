@@ -152,9 +152,10 @@ def test_a_missing_vocabulary_is_reported(monkeypatch, tmp_path):
 def encoders():
     """mistral-common's encoders of all layouts, with its own image encoder (whose pixels need a library that is not
     there), on the vocabulary of the vectors."""
+    assert CHAT["sha256"] == sha256(BUNDLED / "tekken.json")
     encoders = {}
     for name in VERSIONS:
-        tekkenizer = Tekkenizer.from_file(VECTORS / "chat_vocabulary.json")
+        tekkenizer = Tekkenizer.from_file(BUNDLED / "tekken.json")
         tekkenizer._version = TokenizerVersion(name)
         images = ImageEncoder(ImageConfig(14, 1540, 2), SpecialImageIDs(img=10, img_break=12, img_end=13))
         encoders[name] = getattr(instruct, f"InstructTokenizer{name.upper()}")(tekkenizer, images)

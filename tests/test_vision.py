@@ -33,7 +33,7 @@ from chat import encode_messages
 from generate import generate
 from images import batch_images, image_tokens, load_image, mistral_size, preprocess, transformers_size
 from ministral import KVCache
-from model_types import BUNDLED, load_model
+from model_types import BUNDLED, BUNDLED_2410, load_model
 from tests.cases import draw_chunks, draw_config
 from tests.errors import Errors, number_of_cases
 from tests.published import hub_names
@@ -604,8 +604,8 @@ def test_counts_of_images_that_differ():
         )
     with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
         case.ours(pixel_values=case.pixels)
-    text_only = load_model(BUNDLED)
-    with pytest.raises(ValueError, match="pixel_values for a Ministral3ForCausalLM, a text model"):
+    text_only = load_model(BUNDLED_2410)
+    with pytest.raises(ValueError, match="pixel_values for a MinistralForCausalLM, a text model"):
         generate(text_only, torch.tensor([[1]]), pixel_values=case.pixels)
 
 
@@ -748,7 +748,7 @@ def test_no_tensor_is_quadratic_in_the_images():
 def vision_directory(tmp_path_factory):
     """A directory with a tiny vision model and the bundled tokenizer, and an image."""
     path = tmp_path_factory.mktemp("vision")
-    text = {"model_type": "ministral3", "vocab_size": 2048, "hidden_size": 32, "intermediate_size": 32,
+    text = {"model_type": "ministral3", "vocab_size": 2304, "hidden_size": 32, "intermediate_size": 32,
             "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
             "max_position_embeddings": 512}  # fmt: skip
     vision = PixtralVisionConfig(16, 16, 2, 2, image_size=64, patch_size=4)
@@ -824,9 +824,9 @@ def test_the_command_without_pillow(vision_directory, tmp_path):
 
 
 def test_the_command_with_a_text_model(vision_directory):
-    done = command("x", "--image", str(vision_directory / "a.png"))
+    done = command("x", "--model", str(BUNDLED_2410), "--image", str(vision_directory / "a.png"))
     assert done.returncode == 2 and done.stdout == ""
-    message = f"{BUNDLED} is a text model (model_type 'ministral3'); give a --model that is a vision model"
+    message = f"{BUNDLED_2410} is a text model (model_type 'ministral'); give a --model that is a vision model"
     assert done.stderr == f"error: --image {vision_directory / 'a.png'}: {message} (model_type 'mistral3')\n"
     done = command("x", "--model", str(vision_directory), "--image", str(vision_directory / "none.png"))
     assert done.returncode == 2 and "none.png cannot be read" in done.stderr and done.stderr.count("\n") == 1

@@ -49,6 +49,8 @@ SPECIAL_TOKENS: Sequence[str] = (
 )
 # Special tokens that only newer layouts have, the newest first.
 SIGNS_OF_VERSIONS = {"v13": "[THINK]", "v11": "[ARGS]", "v7": "[SYSTEM_PROMPT]"}
+NEWER_TOKENS = ("[ARGS]", "[CALL_ID]", "[THINK]", "[/THINK]")
+CONTROL_TOKEN = re.compile("|".join([*map(re.escape, (*SPECIAL_TOKENS, *NEWER_TOKENS)), r"<SPECIAL_\d+>"]))
 
 CACHED_FROM = 2**20  # bytes; a smaller tekken.json is built quickly
 CACHE_FORMAT = 1
@@ -168,7 +170,7 @@ def _make_control_tokens_special(backend: Backend) -> None:
     """Make control tokens special that a file adds as ordinary ones. Otherwise they would be found in users' text."""
     added = backend.get_added_tokens_decoder().values()
     ordinary = [token.content for token in added if not token.special]
-    _add_special_tokens(backend, [name for name in ordinary if name in SPECIAL_TOKENS])
+    _add_special_tokens(backend, [name for name in ordinary if CONTROL_TOKEN.fullmatch(name)])
 
 
 def _add_special_tokens(backend: Backend, names: list[str]) -> None:
