@@ -14,6 +14,12 @@ from pretrained import PreTrainedConfig
 from vision import Mistral3ForConditionalGeneration
 
 BUNDLED = Path(__file__).resolve().parent / "models" / "ministral3"
+# What the bundled model learned to do in a chat (training/tasks.py): `--chat` begins with this line.
+ABILITIES = (
+    "the bundled model adds two numbers of up to three digits, answers questions about drawn shapes"
+    " (/image FILE), calls tools (--tools examples/tools.json), and finds a key or the speaker of a line in a"
+    " text (--prompt-file FILE); it knows nothing else, and says so"
+)
 GenerativeModel = MinistralForCausalLM | Mistral3ForConditionalGeneration
 MODELS: dict[str, type[GenerativeModel]] = {
     "ministral": MinistralForCausalLM,
