@@ -280,7 +280,7 @@ def plan_memory(
 
 def choose_format(options: argparse.Namespace, directory: Path) -> tuple[bool, str]:
     """Whether the prompt is a message of a chat, and why: by the options, else by the name of the model, else by a
-    template for chats in its directory. The bundled model knows both, and continues text."""
+    template for chats in its directory. The models of this repository know both, and continue text."""
     names = ("chat", "messages", "system", "tools", "show_thinking")
     asked = [option_name(name) for name in names if getattr(options, name)]
     if options.raw and asked:
@@ -293,12 +293,12 @@ def choose_format(options: argparse.Namespace, directory: Path) -> tuple[bool, s
         return knows_chats(options.model, directory)
     if options.image:
         return True, "--image"
-    return False, "the bundled model continues text, unless --chat, --image, --tools or --show-thinking is given"
+    return False, "a bundled model continues text, unless --chat, --image, --tools or --show-thinking is given"
 
 
 def is_bundled(model: str) -> bool:
-    """Whether that is the directory of the bundled model."""
-    return Path(model).expanduser().resolve() == BUNDLED
+    """Whether that is the directory of a model of this repository."""
+    return Path(model).expanduser().resolve().parent == BUNDLED.parent
 
 
 def knows_chats(model: str, directory: Path) -> tuple[bool, str]:
@@ -545,7 +545,7 @@ def run(options: argparse.Namespace) -> int:
     print_products(options, model, len(ids))
     settings = asdict(sampling) | {"max_new_tokens": new_tokens}
     if options.chat:
-        if is_bundled(options.model):
+        if files.directory.resolve() == BUNDLED:
             print(ABILITIES, file=sys.stderr)
         return converse(conversation, model, options, settings | {"eos_token_id": files.ends})
     settings["seed"] = options.seed

@@ -42,7 +42,7 @@ def test_text_is_streamed_and_then_one_line_of_figures(capsys, monkeypatch):
     monkeypatch.setattr(command, "wide_rows", lambda dtype, device: math.inf)
     code, out, err = run(capsys, "To be, or not to be", "--max-new-tokens", 20, "--seed", 1)
     kind, plan, settings, figures = err.splitlines()
-    assert kind.startswith("plain text: the model continues the prompt; neither its name nor its files tell of chats")
+    assert kind.startswith("plain text: a bundled model continues text, unless --chat")
     assert code == 0 and out.endswith("\n") and out.startswith("To be, or not to be") and len(out) > 40
     assert settings.endswith("20 new tokens at most (--max-new-tokens)")
     assert "million parameters" in plan and "of weights" in plan and "of cache for" in plan

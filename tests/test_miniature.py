@@ -219,8 +219,8 @@ def test_their_tokenizers_of_both_models(plays, readers, seed, name, system):
 )  # fmt: skip
 def test_their_processor_with_other_messages(our_processor, their_processor, messages):
     """What the tasks do not have: thinking in system prompts, an image after a text, images of other sizes, texts side
-    by side, blanks at the end, several calls."""
-    assert_same_inputs(our_processor, their_processor, messages)
+    by side, blanks at the end, several calls; tools are shown once."""
+    assert_same_inputs(our_processor, their_processor, messages, miniature.TOOLS)
 
 
 @pytest.mark.parametrize("name", list(MODELS))
@@ -253,7 +253,7 @@ def test_weights_are_small():
 @pytest.mark.parametrize(
     "arguments, is_chat, why",
     [
-        ([], False, "the bundled model continues text, unless "),
+        ([], False, "a bundled model continues text, unless "),
         (["--image", SHAPES], True, "--image"),
         (["--show-thinking"], True, "--show-thinking"),
         (["--tools", "x"], True, "--tools"),
@@ -263,7 +263,7 @@ def test_weights_are_small():
 )
 def test_the_bundled_model_continues_text_or_answers(monkeypatch, arguments, is_chat, why):
     monkeypatch.chdir(ROOT)
-    for model in ([], ["--model", "models/ministral3"]):
+    for model in ([], ["--model", "models/ministral3"], ["--model", str(MODELS["ministral"])]):
         chosen, reason = command.choose_format(command.parse_arguments(["hello", *arguments, *model]), BUNDLED)
         assert chosen is is_chat and reason.startswith(why)
 
@@ -316,15 +316,13 @@ def typed(monkeypatch, *lines):
     monkeypatch.setattr("builtins.input", read)
 
 
-def test_a_chat_begins_with_what_the_model_can_do(monkeypatch, capsys, tmp_path):
+def test_a_chat_begins_with_what_the_model_can_do(monkeypatch, capsys):
     """In one line; not for another model."""
     typed(monkeypatch)
     code, out, err = run(capsys, "--chat")
     assert code == 0 and out == "" and err.splitlines().count(ABILITIES) == 1 and "\n" not in ABILITIES
     assert "warning" not in err
-    for path in BUNDLED.iterdir():
-        (tmp_path / path.name).symlink_to(path)
-    assert ABILITIES not in run(capsys, "--chat", "--model", tmp_path)[2]
+    assert ABILITIES not in run(capsys, "--chat", "--model", MODELS["ministral"])[2]
 
 
 def test_a_conversation_about_several_images(monkeypatch, capsys, tmp_path):

@@ -273,6 +273,7 @@ TOOLS = [{"type": "function", "function": {"name": "add", "description": "Adds."
         ("mine", [], ["--system", "x"], True, "--system"),
         ("Base", [], ["--chat"], True, "--chat"),
         ("Base", [], ["--messages", "x"], True, "--messages"),
+        ("Base", [], ["--show-thinking"], True, "--show-thinking"),
     ],
 )
 def test_how_the_format_is_chosen(tmp_path, name, files, arguments, chat, why):
@@ -443,7 +444,7 @@ def test_thinking_and_calls_on_the_screen(capsys, instruct, monkeypatch, tmp_pat
         (["--chat", "--seed", "-1"], "--seed -1 is impossible; give a whole number from 0"),
         (["x", "--max-new-tokens", "0"], "--max-new-tokens 0"),
         (["x", "--revision", "v1"], "--revision v1: "),
-        (["x", "--raw", "--show-thinking"], "--show-thinking: plain text has no thinking"),
+        (["x", "--raw", "--show-thinking"], "--raw and --show-thinking: plain text has no messages"),
         (["--chat", "--image", "a.png"], "--image a.png: "),
     ],
 )
@@ -463,14 +464,15 @@ def test_wrong_use_of_chats_is_one_line(capsys, instruct, tmp_path, arguments, m
 
 
 @pytest.mark.parametrize("option", [["--system", "Be brief."], ["--chat"]])
-def test_a_chat_with_a_model_without_chat_training(capsys, monkeypatch, option):
+def test_a_chat_with_a_model_without_chat_training(capsys, monkeypatch, tmp_path, option):
     """There is a warning, and answers are short by default."""
+    path = shutil.copytree(BUNDLED, tmp_path / "mine", ignore=shutil.ignore_patterns("chat_template.jinja"))
     monkeypatch.setattr("builtins.input", lambda *_: (_ for _ in ()).throw(EOFError))
     seen = []
     monkeypatch.setattr(chat, "generate", lambda model, ids, **settings: seen.append(settings) or ids)
-    code, _, err = run(capsys, "Who are you?", *option)
+    code, _, err = run(capsys, "Who are you?", "--model", path, *option)
     assert code == 0 and err.count("warning: ") == 1
-    warning = f"warning: {option[0]} for {BUNDLED}: neither its name nor its files tell of training for chats; expect"
+    warning = f"warning: {option[0]} for {path}: neither its name nor its files tell of training for chats; expect"
     assert warning in err and seen[0]["max_new_tokens"] == 200
 
 
