@@ -28,7 +28,7 @@ from checks import as_list, devices_present
 from cli import Parser, exit_code, format_bytes, progress_bar, setting_type
 from decoder import kv_cache_bytes
 from generate import Sampling, generate
-from model_types import BUNDLED, GenerativeModel, model_class
+from model_types import ABILITIES, BUNDLED, GenerativeModel, model_class
 from products import wide_rows
 from settings import check_length, choose_length, ending_ids
 from terminal import Writer, converse, cut_message, measure, report_calls, system_prompt
@@ -70,7 +70,8 @@ def add_input_options(parser: Parser) -> None:
     add("--messages", metavar="FILE.json", help="answer a conversation: a list of messages with role and"
         " content")  # fmt: skip
     add("--tools", metavar="FILE.json", help="tools the model may call; its calls are printed as JSON")
-    add("--show-thinking", action="store_true", help="print what the model thinks before it answers")
+    add("--show-thinking", action="store_true", help="print what the model thinks before it answers;"
+        " the prompt is a message of a chat")  # fmt: skip
 
 
 def add_sampling_options(parser: Parser) -> None:
@@ -279,15 +280,25 @@ def plan_memory(
 
 def choose_format(options: argparse.Namespace, directory: Path) -> tuple[bool, str]:
     """Whether the prompt is a message of a chat, and why: by the options, else by the name of the model, else by a
-    template for chats in its directory."""
-    asked = [f"--{name}" for name in ("chat", "messages", "system", "tools") if getattr(options, name)]
+    template for chats in its directory. The models of this repository know both, and continue text."""
+    names = ("chat", "messages", "system", "tools", "show_thinking")
+    asked = [option_name(name) for name in names if getattr(options, name)]
     if options.raw and asked:
         raise ValueError(f"--raw and {asked[0]}: plain text has no messages; allowed: one of the two")
     if options.raw:
         return False, "--raw"
     if asked:
         return True, asked[0]
-    return knows_chats(options.model, directory)
+    if not is_bundled(options.model):
+        return knows_chats(options.model, directory)
+    if options.image:
+        return True, "--image"
+    return False, "a bundled model continues text, unless --chat, --image, --tools or --show-thinking is given"
+
+
+def is_bundled(model: str) -> bool:
+    """Whether that is the directory of a model of this repository."""
+    return Path(model).expanduser().resolve().parent == BUNDLED.parent
 
 
 def knows_chats(model: str, directory: Path) -> tuple[bool, str]:
@@ -514,9 +525,6 @@ def run(options: argparse.Namespace) -> int:
     check_options(options)
     files = read_model_files(options)
     chat, reason = choose_format(options, files.directory)
-    if options.show_thinking and not chat:
-        cure = "give --chat or --system, too, or leave it out"
-        raise ValueError(f"--show-thinking: plain text has no thinking; {cure}")
     conversation = start_conversation(options, files, text, chat)
 
     # Choose the settings, and print them.
@@ -537,6 +545,8 @@ def run(options: argparse.Namespace) -> int:
     print_products(options, model, len(ids))
     settings = asdict(sampling) | {"max_new_tokens": new_tokens}
     if options.chat:
+        if files.directory.resolve() == BUNDLED:
+            print(ABILITIES, file=sys.stderr)
         return converse(conversation, model, options, settings | {"eos_token_id": files.ends})
     settings["seed"] = options.seed
     if options.seed is None:

@@ -179,9 +179,8 @@ def test_a_mistral_is_one_in_transformers(tmp_path):
 # ------------------------------------------------------------------------------------------------------ processor
 
 
-@pytest.fixture(scope="module")
-def processors(directories):
-    """Our processor and Transformers' of the same directory, which needs torchvision only to be imported."""
+def their_processor_class():
+    """Transformers' `PixtralProcessor`, which needs torchvision only to be imported; skips the test without it."""
     if their_images is None:
         pytest.skip("this Transformers has no Pillow image processor")
     name = "transformers.models.pixtral.image_processing_pixtral"
@@ -191,10 +190,17 @@ def processors(directories):
     finally:
         if sys.modules[name] is their_images:
             del sys.modules[name]
+    return PixtralProcessor
+
+
+@pytest.fixture(scope="module")
+def processors(directories):
+    """Our processor and Transformers' of the same directory."""
+    processor_class = their_processor_class()
     path = directories["mistral3"]
     tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(path)
     reader = their_images.PixtralImageProcessorPil(patch_size=TOWER["patch_size"], size={"longest_edge": 30})
-    theirs = PixtralProcessor(reader, tokenizer, patch_size=6, spatial_merge_size=2, chat_template=TEMPLATE)
+    theirs = processor_class(reader, tokenizer, patch_size=6, spatial_merge_size=2, chat_template=TEMPLATE)
     return auto.AutoProcessor.from_pretrained(path), theirs
 
 
