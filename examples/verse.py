@@ -1,4 +1,4 @@
-"""Verse or prose? The bundled language model becomes a classifier, in 75 seconds on two CPU cores.
+"""Verse or prose? The bundled language model becomes a classifier, in about three minutes on one CPU core.
 
     python -m examples.verse [--seed N]
 
