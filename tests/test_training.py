@@ -107,8 +107,10 @@ def test_the_tower_learns_what_patches_show(trainer, tmp_path, monkeypatch):
     assert last["answers"] < 0.75 * first["answers"]
     model = load_model(tmp_path / "run", torch.float32)
     pixels = rows.pixel_values(torch.from_numpy(run.rows(stage, model)[0].images))
-    features = torch.cat(model.model.get_image_features(pixels))
-    assert features.std() == pytest.approx(model.model.language_model.embed_tokens.weight.std().item(), rel=0.05)
+    with torch.no_grad():
+        features = torch.cat(model.model.get_image_features(pixels))
+        embeddings = model.model.language_model.embed_tokens.weight
+    assert features.std().item() == pytest.approx(embeddings.std().item(), rel=0.05)
 
 
 def test_the_schedule():
@@ -216,19 +218,15 @@ def test_calls_have_the_arguments_of_the_question(plays, seed, test, name):
 
 @given(SEEDS, st.sampled_from(("plain", "capitals", "word")))
 def test_questions_about_images_have_right_answers(plays, seed, style):
-    """Each answer follows from the shapes. Thinking names every shape in order."""
+    """Each answer follows from the shapes."""
     draw = Draw(str(seed), plays[False], style=style)
     drawn = shapes.draw_shapes(draw)
     question, answer = tasks.ask(draw, drawn)
-    if not isinstance(answer, str):
-        assert re.findall(r"(\w+ (?:circle|square|triangle))", answer[0]["thinking"]) == [shape.name for shape in drawn]
-        counts = re.findall("[0-9]", answer[0]["thinking"])
-        answer = answer[1]["text"]
     answer = answer.lower()
     if question.startswith("How many"):
         noun = question.removeprefix("How many ").removesuffix("s are there?")
         counted = [shape for shape in drawn if noun in ("shape", shape.kind, f"{shape.colour} shape")]
-        assert tasks.NUMBERS[len(counted)] in answer.split() and counts[-1] == str(len(counted))
+        assert tasks.NUMBERS[len(counted)] in answer.split()
     elif question.startswith("What colour"):
         (colour,) = (shape.colour for shape in drawn if f"the {shape.kind}?" in question)
         assert colour in answer

@@ -109,11 +109,6 @@ def turn(question: Any, answer: Any) -> Messages:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def after_thinking(thinking: str, answer: str) -> list[dict[str, Any]]:
-    """The content of an answer that follows thinking."""
-    return [{"type": "thinking", "thinking": thinking, "closed": True}, {"type": "text", "text": answer}]
-
-
 # ------------------------------------------------------------------------------------------------- Shakespeare
 
 
@@ -230,7 +225,8 @@ def addition(draw: Draw) -> Messages:
         carry = total // 10
     question = draw.choice(("What is {} + {}?", "What is {} plus {}?", "Add {} and {}.", "{} + {}?"))
     answer = draw.say(f"{a} + {b} = {a + b}.", str(a + b))
-    return turn(question.format(a, b), after_thinking(" ".join(steps), answer))
+    thinking = {"type": "thinking", "thinking": " ".join(steps), "closed": True}
+    return turn(question.format(a, b), [thinking, {"type": "text", "text": answer}])
 
 
 def schema(name: str) -> dict[str, Any]:
@@ -290,11 +286,8 @@ def caption(shapes: list[Shape]) -> str:
     return ", ".join(parts)
 
 
-def ask(draw: Draw, shapes: list[Shape], where: str = "") -> tuple[str, Any]:
-    """A question about an image, and its answer. `where` ends the question: " in the first image".
-
-    Thinking goes through all shapes before the answer to a question for a number or a place.
-    """
+def ask(draw: Draw, shapes: list[Shape], where: str = "") -> tuple[str, str]:
+    """A question about an image, and its answer. `where` ends the question: " in the first image"."""
     kinds = ["count", "count all", "what", "colour", "where", "caption"]
     if draw.style == "word":
         kinds = kinds[:4]
@@ -304,9 +297,7 @@ def ask(draw: Draw, shapes: list[Shape], where: str = "") -> tuple[str, Any]:
         answer = draw.say(f"The {shape.kind} is {shape.colour}.", shape.colour)
         return f"What colour is the {shape.kind}{where}?", answer
     if kind == "where" and sum(other.name == shape.name for other in shapes) == 1:
-        sentences = [f"The {other.name} is at the {PLACES[other.place]}." for other in shapes]
-        answer = draw.say(sentences[shapes.index(shape)], "")
-        return f"Where is the {shape.name}{where}?", after_thinking(" ".join(sentences), answer)
+        return f"Where is the {shape.name}{where}?", draw.say(f"It is at the {PLACES[shape.place]}.", "")
     if kind == "what":
         place = draw.randrange(4)
         answer = draw.say("Nothing.", "nothing")
@@ -320,21 +311,17 @@ def ask(draw: Draw, shapes: list[Shape], where: str = "") -> tuple[str, Any]:
     return count(draw, shapes, where, everything=kind != "count")
 
 
-def count(draw: Draw, shapes: list[Shape], where: str, everything: bool) -> tuple[str, Any]:
-    """A question for the number of all shapes, or of those of a kind or a colour, and its answer. Thinking counts."""
+def count(draw: Draw, shapes: list[Shape], where: str, everything: bool) -> tuple[str, str]:
+    """A question for the number of all shapes, or of those of a kind or a colour, and its answer."""
     noun = "shape"
+    number = len(shapes)
     if not everything:
         noun = draw.choice((*KINDS, *(f"{colour} shape" for colour in COLOURS)))
-    number = 0
-    steps = []
-    for shape in shapes:
-        number += noun in ("shape", shape.kind, f"{shape.colour} shape")
-        steps.append(f"{shape.name} {number}")
+        number = sum(noun in (shape.kind, f"{shape.colour} shape") for shape in shapes)
     sentence = f"There are {NUMBERS[number]} {noun}s."
     if number == 1:
         sentence = f"There is one {noun}."
-    answer = after_thinking(", ".join(steps), draw.say(sentence, NUMBERS[number]))
-    return f"How many {noun}s are there{where}?", answer
+    return f"How many {noun}s are there{where}?", draw.say(sentence, NUMBERS[number])
 
 
 def image(draw: Draw) -> Messages:
