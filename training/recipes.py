@@ -13,7 +13,6 @@ from vision import Mistral3ForConditionalGeneration
 from vision_config import Mistral3Config, PixtralVisionConfig
 
 CONTEXT = 256  # the original context of the Ministral 3; YaRN stretches it by 16
-WINDOW = 64  # of the sliding layers of the 2410 kind
 COPYING = {"recall": 1.0, "repeat": 1.0}
 CHAT = COPYING | {"speaker": 3.0, "next line": 1.0, "sum": 1.0, "tool": 2.0, "refusal": 0.5}
 VISION = CHAT | {"image": 4.0}
@@ -35,8 +34,8 @@ class Recipe:
     num_hidden_layers: int = 7
     seed: int = 0
 
-    def model(self, factor: float) -> Any:
-        """A new model, whose original context YaRN stretches by `factor`; 1: plain rotary positions."""
+    def model(self, stage: Stage) -> Any:
+        """A new model, with the rotary positions or the window of a stage."""
         sizes: dict[str, Any] = {
             "vocab_size": self.vocab_size, "hidden_size": self.hidden_size, "head_dim": 32,
             "num_attention_heads": self.hidden_size // 32, "num_key_value_heads": self.hidden_size // 128,
@@ -49,17 +48,17 @@ class Recipe:
                 "patch_size": 8, "image_size": SIZE, "hidden_act": "silu",
             }  # fmt: skip
             sizes |= {"max_position_embeddings": 16 * CONTEXT}
-            text = Ministral3Config(**sizes, rope_parameters=rope_parameters(factor))
+            text = Ministral3Config(**sizes, rope_parameters=rope_parameters(stage.factor))
             return Mistral3ForConditionalGeneration(Mistral3Config(PixtralVisionConfig(**vision), text))
         layer_types = MinistralConfig.published_layer_types(self.num_hidden_layers)
         if self.kind == "twin":
             layer_types = ["sliding_attention"] * self.num_hidden_layers
-        sizes |= {"max_position_embeddings": 1024, "sliding_window": WINDOW, "rope_theta": 10000.0}
+        sizes |= {"max_position_embeddings": 1024, "sliding_window": stage.window, "rope_theta": 10000.0}
         return MinistralForCausalLM(MinistralConfig(**sizes, layer_types=layer_types))
 
 
 def rope_parameters(factor: float) -> dict[str, Any]:
-    """The rotary positions of the miniature Ministral 3."""
+    """The rotary positions of the miniature Ministral 3, whose original context YaRN stretches; 1: plain positions."""
     rope = {
         "rope_type": "default", "rope_theta": 10000.0, "original_max_position_embeddings": CONTEXT,
         "llama_4_scaling_beta": 0.1,
@@ -86,11 +85,21 @@ def ministral3(scale: int = 1) -> Recipe:
 
 
 def ministral(kind: str = "ministral", scale: int = 1) -> Recipe:
-    """The 2410 kind, or its twin: text, recall and copying only."""
+    """The 2410 kind, or its twin: text, recall and copying only.
+
+    A window of 64 tokens covers many keys, so the sliding layers learn to find these, and the full layers learn nothing
+    from them. In the third stage the window is too small for that: only a full layer can find a key. The twin has none,
+    so its window stays."""
     tokens, text = 4096 * scale, 0.5 / scale
+    recall = {"recall": 1.0}
+    window = 8
+    if kind == "twin":
+        window = 64
     stages = (
         Stage("text", 800, (5e-3, 4e-3), 4096, row=CONTEXT, text=0.4, shares=COPYING, dropout=0.0),
-        Stage("context", 600, (4e-3, 0.0), tokens, text=text, shares=COPYING, dropout=0.0),
+        Stage("context", 500, (4e-3, 1e-3), tokens, text=text, shares=COPYING, dropout=0.0),
+        Stage("recall", 1000, (2e-3, 2e-3), 4096, row=CONTEXT, text=0.25, shares=recall, window=window, dropout=0.0),
+        Stage("far", 350, (2e-3, 0.0), tokens, text=text, shares=recall, dropout=0.0),
     )
     return Recipe(kind, stages, hidden_size=160, intermediate_size=384, num_hidden_layers=8)
 

@@ -36,6 +36,7 @@ class Stage:
         long_every: every step whose number this divides has rows of 4096 tokens, with recall only; 0: none.
         images: a step trains the vision tower alone on so many images; 0: it trains the language model.
         factor: how far YaRN stretches the original context.
+        window: of the sliding layers.
         dropout: on the embeddings and on what each attention and MLP adds to the residual stream.
     """
 
@@ -49,6 +50,7 @@ class Stage:
     long_every: int = 0
     images: int = 0
     factor: float = 16.0
+    window: int = 64
     dropout: float = 0.1
 
 

@@ -177,7 +177,7 @@ def recall(draw: Draw, size: int | None = None, keys: int | None = None, place: 
         place: where in the passage the first key stands, from 0 to 1; None: drawn.
     """
     if size is None:
-        size = int(draw.limit * draw.random() ** 2)  # short ones teach more in the same time
+        size = int(draw.limit * draw.random())
     if keys is None:
         keys = draw.randint(1, 4)
     play = draw.choice([text for text in draw.plays.texts if len(text) > size + 1000])

@@ -101,7 +101,7 @@ class Trainer:
         while self.progress.stage < len(stages):
             stage = stages[self.progress.stage]
             torch.manual_seed(self.recipe.seed * 1_000_003 + self.progress.stage)
-            model = self.recipe.model(stage.factor).to(self.device)
+            model = self.recipe.model(stage).to(self.device)
             if weights is not None:
                 model.load_state_dict(weights)
             self.run_stage(stage, model, state)
