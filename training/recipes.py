@@ -13,9 +13,11 @@ from vision import Mistral3ForConditionalGeneration
 from vision_config import Mistral3Config, PixtralVisionConfig
 
 CONTEXT = 256  # the original context of the Ministral 3; YaRN stretches it by 16
-COPYING = {"recall": 1.0, "repeat": 1.0}
-CHAT = COPYING | {"speaker": 3.0, "next line": 1.0, "sum": 1.0, "tool": 2.0, "refusal": 0.5}
+RECALL = {"recall": 1.0}
+COPYING = RECALL | {"repeat": 1.0}
+CHAT = {"speaker": 2.0, "next line": 1.0, "recall": 1.0, "sum": 2.0, "tool": 3.0, "refusal": 1.0}
 VISION = CHAT | {"image": 4.0}
+JOINT = {"speaker": 6.0, "next line": 2.0, "recall": 1.5, "sum": 0.7, "tool": 2.0, "refusal": 0.5, "image": 5.0}
 
 
 @dataclass(frozen=True)
@@ -75,12 +77,12 @@ def ministral3(scale: int = 1) -> Recipe:
     `scale` multiplies the tokens of a step of the stages after the first, but not their text: the corpus is small."""
     tokens, text = 8192 * scale, 0.3 / scale
     return Recipe("ministral3", (
-        Stage("text", 1000, (5e-3, 2e-3), row=CONTEXT, text=0.75, shares=COPYING, factor=1.0),
-        Stage("context", 200, (2e-3, 2e-3), tokens, row=16 * CONTEXT, text=0.4, shares=COPYING),
+        Stage("text", 1000, (5e-3, 2e-3), row=CONTEXT, text=0.75, shares=RECALL, factor=1.0),
+        Stage("context", 200, (2e-3, 2e-3), tokens, row=16 * CONTEXT, text=0.4, shares=RECALL),
         Stage("chat", 1500, (2e-3, 2e-3), tokens, text=text, shares=CHAT, long_every=10),
         Stage("tower", 600, (3e-3, 3e-4), images=64 * scale),
-        Stage("vision", 2500, (2e-3, 1e-3), tokens, text=text, shares=VISION, long_every=10),
-        Stage("answers", 1500, (1e-3, 0.0), tokens, text=text, shares=VISION, long_every=10, dropout=0.0),
+        Stage("vision", 2000, (2e-3, 0.0), tokens, text=text, shares=VISION, long_every=10),
+        Stage("joint", 1300, (1.5e-3, 0.0), tokens, text=text, shares=JOINT, long_every=10),
     ))  # fmt: skip
 
 
@@ -91,15 +93,14 @@ def ministral(kind: str = "ministral", scale: int = 1) -> Recipe:
     from them. In the third stage the window is too small for that: only a full layer can find a key. The twin has none,
     so its window stays."""
     tokens, text = 4096 * scale, 0.5 / scale
-    recall = {"recall": 1.0}
     window = 8
     if kind == "twin":
         window = 64
     stages = (
         Stage("text", 800, (5e-3, 4e-3), 4096, row=CONTEXT, text=0.4, shares=COPYING, dropout=0.0),
         Stage("context", 500, (4e-3, 1e-3), tokens, text=text, shares=COPYING, dropout=0.0),
-        Stage("recall", 1000, (2e-3, 2e-3), 4096, row=CONTEXT, text=0.25, shares=recall, window=window, dropout=0.0),
-        Stage("far", 350, (2e-3, 0.0), tokens, text=text, shares=recall, dropout=0.0),
+        Stage("recall", 1000, (2e-3, 2e-3), 4096, row=CONTEXT, text=0.25, shares=RECALL, window=window, dropout=0.0),
+        Stage("far", 350, (2e-3, 0.0), tokens, text=text, shares=RECALL, dropout=0.0),
     )
     return Recipe(kind, stages, hidden_size=160, intermediate_size=384, num_hidden_layers=8)
 
