@@ -59,11 +59,11 @@ CONFIGS: dict[str, MinistralConfig] = {
 
 
 def ours(name: str, dtype: torch.dtype, device: str = "cpu") -> Any:
-    """A model: "bundled", the text model of the bundled one, or one of CONFIGS, whose weights are made on the device."""
+    """A model: "bundled" (its text model), or one of CONFIGS, whose weights are made on the device."""
     if name == "bundled":
-        model = Ministral3ForCausalLM.from_pretrained(BUNDLED, dtype).to(device)
-        model.generation_config = GenerationConfig()  # greedy, as the other models
-        return model
+        bundled = Ministral3ForCausalLM.from_pretrained(BUNDLED, dtype).to(device)
+        bundled.generation_config = GenerationConfig()  # greedy, as the other models
+        return bundled
     config = CONFIGS[name]
     cls = MinistralForCausalLM
     if isinstance(config, Ministral3Config):

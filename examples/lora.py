@@ -98,7 +98,7 @@ def fine_tune(model: nn.Module, rows: Tensor, learning_rate: float = 1e-2, batch
     """Train all parameters that are not frozen. The learning rate falls linearly to zero."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0)
-    batches = rows.split(batch_size)
+    batches = torch.split(rows, batch_size)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, len(batches))
     model.train()
     for ids in tqdm(batches, unit="step"):
