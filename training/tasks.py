@@ -288,9 +288,9 @@ def caption(shapes: list[Shape]) -> str:
 
 def ask(draw: Draw, shapes: list[Shape], where: str = "") -> tuple[str, str]:
     """A question about an image, and its answer. `where` ends the question: " in the first image"."""
-    kinds = ["count", "count", "count all", "what", "colour", "where", "where", "caption"]
+    kinds = ["count", "count all", "what", "colour", "where", "caption"]
     if draw.style == "word":
-        kinds = kinds[:5]
+        kinds = kinds[:4]
     kind = draw.choice(kinds)
     shape = draw.choice(shapes)
     if kind == "colour" and sum(other.kind == shape.kind for other in shapes) == 1:
