@@ -646,9 +646,10 @@ def test_the_convert_command(tmp_path, capsys):
     """The bundled model in both directions, with its tokenizer."""
     code, out, err = run(capsys, "convert", BUNDLED, tmp_path / "m", "--format", "mistral", "--dtype", "fp32")
     assert (code, out, err) == (0, "", "")
-    written = {p.name for p in (tmp_path / "m").iterdir()}
-    assert written >= {"consolidated.safetensors", "params.json", "tekken.json", "README.md", "generation_config.json"}
-    assert "config.json" not in written
+    weights = {"model.safetensors", "config.json"}
+    others = {path.name for path in BUNDLED.iterdir()} - weights
+    assert {"tekken.json", "tokenizer.json", "chat_template.jinja", "processor_config.json"} <= others
+    assert {p.name for p in (tmp_path / "m").iterdir()} == {"consolidated.safetensors", "params.json", *others}
     assert run(capsys, "convert", tmp_path / "m", tmp_path / "hf", "--dtype", "bfloat16")[0] == 0
     assert_same_weights(load_model(tmp_path / "hf"), load_model(BUNDLED))
     lines = [run(capsys, "info", path)[1].splitlines() for path in (BUNDLED, tmp_path / "hf")]
