@@ -196,7 +196,8 @@ def chat_vectors() -> dict[str, Any]:
             text = tokenizer.decode(ids, skip_special_tokens=False)
             case = {"name": name, "version": version, "messages": messages, "tools": tools}
             cases.append({**case, "ids": ids, "text": text})
-    return {"about": ABOUT_CHAT, "sha256": sha256(BUNDLED / TEKKEN), "image_sizes": IMAGE_SIZES, "cases": cases}
+    digest = sha256(BUNDLED / TEKKEN)
+    return {"about": ABOUT_CHAT, "sha256": digest, "image_sizes": IMAGE_SIZES, "cases": cases}
 
 
 # ------------------------------------------------------------------------------------------------------- sampler
