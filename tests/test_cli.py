@@ -20,7 +20,7 @@ from command import available_memory, model_words
 from decoder import kv_cache_bytes
 from generate import main
 from ministral import KVCache, MinistralConfig, MinistralForCausalLM
-from model_types import BUNDLED, load_model
+from model_types import BUNDLED, BUNDLED_2410, load_model
 from terminal import Writer
 from tokenizer import Tokenizer
 
@@ -120,7 +120,13 @@ def copy(tmp_path):
 
 
 def edit_config(path, **change):
-    config = json.loads((path / "config.json").read_text()) | change
+    """Change fields of the whole model, or of its text model."""
+    config = json.loads((path / "config.json").read_text())
+    for name, value in change.items():
+        part = config["text_config"]
+        if name in config:
+            part = config
+        part[name] = value
     (path / "config.json").write_text(json.dumps(config))
 
 
@@ -152,12 +158,12 @@ def edit_config(path, **change):
         (["a", "--repetition-penalty", "0"], "--repetition-penalty 0 is impossible"),
         (["a", "--max-new-tokens", "0"], "--max-new-tokens 0 is impossible; give a whole number not below 1"),
         (["a", "--max-new-tokens", "many"], "--max-new-tokens many is impossible"),
-        (["a", "--image", "x.png"], "--image x.png: "),
+        (["a", "--model", str(BUNDLED_2410), "--image", "x.png"], "--image x.png: "),
         (["a", "--revision", "v1"], "--revision v1: "),
         (["a", "--dtype", "int8"], "invalid choice: 'int8'"),
         (["a", "--attn", "flash"], "invalid choice: 'flash'"),
         (["a", "--frobnicate"], "--frobnicate is not an option"),
-        (["to be " * 2000], "max_position_embeddings=1024"),
+        (["to be " * 5000], "max_position_embeddings=4096"),
         (["a", "--repetition-penalty", "1e-300"], "from 0.01 to 100"),
         (["a\udcff"], "not UTF-8"),
     ],
@@ -172,16 +178,16 @@ def test_wrong_use_is_one_line_and_exit_code_2(capsys, arguments, message):
     "damage, message",
     [
         (lambda p: (p / "model.safetensors").write_bytes(b"0" * 99), "model.safetensors is truncated or not"),
-        (lambda p: os.truncate(p / "model.safetensors", 7_000_000), "model.safetensors is truncated or not"),
+        (lambda p: os.truncate(p / "model.safetensors", 9_000_000), "model.safetensors is truncated or not"),
         (lambda p: (p / "model.safetensors").unlink(), "holds neither model.safetensors"),
         (lambda p: (p / "config.json").write_text("{oops"), "config.json is not JSON"),
         (lambda p: (p / "config.json").write_text('{"a": 1}'), "config.json has model_type None"),
         (lambda p: edit_config(p, model_type="gpt2"), "model_type 'gpt2'"),
         (lambda p: edit_config(p, num_key_value_heads=3), "num_key_value_heads=3"),
         (lambda p: edit_config(p, hidden_size=128), "tensors misshapen"),
-        (lambda p: edit_config(p, num_hidden_layers=7, layer_types=None), "tensors missing"),
-        (lambda p: edit_config(p, num_hidden_layers=5, layer_types=None), "tensors unexpected"),
-        (lambda p: edit_config(p, vocab_size=1000), "tokenizer has 2048 ids, the model vocab_size=1000"),
+        (lambda p: edit_config(p, num_hidden_layers=8), "tensors missing"),
+        (lambda p: edit_config(p, num_hidden_layers=6), "tensors unexpected"),
+        (lambda p: edit_config(p, vocab_size=1000), "tokenizer has 2304 ids, the model vocab_size=1000"),
         (lambda p: (p / "tekken.json").unlink(), "holds neither tekken.json"),
         (lambda p: (p / "tekken.json").write_text("[]"), "is not a Tekken vocabulary"),
     ],
@@ -207,11 +213,11 @@ def test_the_planned_memory_is_that_of_the_arguments(capsys):
         code, _, err = run(capsys, "a", "--stop", " ", "--stop", "e", *arguments)
         plans[name] = err.splitlines()[1]
         assert code == 0
-        cut = "note: --max-new-tokens 1000000000: the context of 1,024 tokens leaves room for 1,022 after the prompt"
+        cut = "note: --max-new-tokens 1000000000: the context of 4,096 tokens leaves room for 4,094 after the prompt"
         assert (cut in err) == (name == "long")
-    assert "7.9 MB of weights and 309.0 kB of cache for 202 tokens" not in plans["float64"]
-    assert "7.9 MB of weights" in plans[""] and "31.5 MB of weights" in plans["float64"]
-    assert "1.6 MB of cache for 1024 tokens" in plans["long"]
+    assert "10.5 MB of weights and 362.0 kB of cache for 202 tokens" in plans[""]
+    assert "42.1 MB of weights and 1.4 MB of cache for 202 tokens" in plans["float64"]
+    assert "10.5 MB of weights and 7.3 MB of cache for 4096 tokens" in plans["long"]
 
 
 def test_where_settings_come_from(capsys, copy, monkeypatch):
@@ -247,8 +253,8 @@ def test_where_settings_come_from(capsys, copy, monkeypatch):
 
 
 def test_a_setting_without_effect_is_named(capsys):
-    err = run(capsys, "To be", "--temperature", 0, "--top-p", 0.9, "--max-new-tokens", 1)[2]
-    assert "note: --top-p 0.9 changes nothing: temperature 0 (--temperature) always takes the most likely token" in err
+    err = run(capsys, "To be", "--temperature", 0, "--top-p", 0.7, "--max-new-tokens", 1)[2]
+    assert "note: --top-p 0.7 changes nothing: temperature 0 (--temperature) always takes the most likely token" in err
 
 
 def test_the_models_own_end_and_stop_texts(capsys, copy):
@@ -276,7 +282,7 @@ def test_the_models_own_end_and_stop_texts(capsys, copy):
         ('{"eos_token_id": [2, "a"]}', "generation_config.json: eos_token_id=[2, 'a'] is impossible"),
         ('{"do_sample": 1}', "generation_config.json: do_sample=1 is impossible; allowed: true or false"),
         ('{"max_length": 2}', "the prompt has 2 tokens, max_length=2 (of the call, or of generation_config.json)"),
-        ('{"eos_token_id": 5000}', "eos_token_id=[5000] is impossible; allowed: ids below 2048"),
+        ('{"eos_token_id": 5000}', "eos_token_id=[5000] is impossible; allowed: ids below 2304"),
     ],
 )
 def test_a_malformed_generation_config_is_one_line(capsys, copy, content, message):

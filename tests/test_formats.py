@@ -646,8 +646,8 @@ def test_the_convert_command(tmp_path, capsys):
     """The bundled model in both directions, with its tokenizer."""
     code, out, err = run(capsys, "convert", BUNDLED, tmp_path / "m", "--format", "mistral", "--dtype", "fp32")
     assert (code, out, err) == (0, "", "")
-    weights = {"model.safetensors", "config.json"}
-    others = {path.name for path in BUNDLED.iterdir()} - weights
+    left_out = {"model.safetensors", "config.json", "loss.png", "training_log.json", "evaluation.json"}
+    others = {path.name for path in BUNDLED.iterdir()} - left_out
     assert {"tekken.json", "tokenizer.json", "chat_template.jinja", "processor_config.json"} <= others
     assert {p.name for p in (tmp_path / "m").iterdir()} == {"consolidated.safetensors", "params.json", *others}
     assert run(capsys, "convert", tmp_path / "m", tmp_path / "hf", "--dtype", "bfloat16")[0] == 0
