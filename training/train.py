@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from checkpoint import GenerationConfig, read_json, replace_file, write_json
+from fast import text_model
 from tokenizer import TEKKEN, Tokenizer, from_tekken
 from training import corpus
 from training.bits import bits_per_byte
@@ -26,7 +27,6 @@ from training.rows import ANSWER, TEXT, Batch, Rows, Stage, pixel_values
 from training.shapes import CLASSES
 from training.tasks import TASKS, Draw, Plays, conversation
 from training.vocabulary import as_v3, learn
-from vision import Mistral3ForConditionalGeneration
 
 LOG_EVERY = 100  # steps
 SAVE_EVERY = 30  # seconds
@@ -127,14 +127,14 @@ class Trainer:
         else:
             add_dropout(model, stage.dropout)
         if self.compiled and not stage.images:
-            decoder_of(model).compile(dynamic=False)
+            text_model(model).compile(dynamic=False)
         optimizers = make_optimizers(module)
         if state.get("optimizers"):
             module.load_state_dict(state["module"])
             for optimizer, saved in zip(optimizers, state["optimizers"]):
                 optimizer.load_state_dict(saved)
 
-        # `list` leaves the batches arrays: they come from the workers through pipes and need no shared memory.
+        # `tuple` leaves the batches arrays: they come from the workers through pipes and need no shared memory.
         steps = range(self.progress.step, stage.steps)
         loader = DataLoader(
             self.rows(stage, model), batch_size=None, sampler=steps, num_workers=self.workers, collate_fn=tuple
@@ -214,13 +214,6 @@ class Trainer:
             raise ValueError(f"{path} belongs to another recipe; choose another --output or remove it")
         self.progress = Progress(**state["progress"])
         return dict(state)
-
-
-def decoder_of(model: Any) -> nn.Module:
-    """The layers of a text model, or of the text part of a vision model."""
-    if isinstance(model, Mistral3ForConditionalGeneration):
-        return model.model.language_model
-    return nn.Module.get_submodule(model, "model")
 
 
 def vocabulary(texts: list[str], recipe: Recipe) -> dict[str, Any]:

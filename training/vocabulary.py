@@ -9,10 +9,10 @@ from typing import Any
 from tokenizers import Regex, Tokenizer as Backend, models, pre_tokenizers, trainers
 
 from tokenizer import BYTES, LETTERS, SPECIAL_TOKENS, SPLIT
+from tokenizer.bpe import NEWER_TOKENS
 
-# Special tokens that only newer layouts have, with the ids of the published files.
-NEWER_TOKENS = {32: "[ARGS]", 33: "[CALL_ID]", 34: "[THINK]", 35: "[/THINK]"}
-SPECIALS = 36  # ids below this one are special tokens
+FIRST_NEWER_TOKEN = 32  # the id of NEWER_TOKENS[0] in the published files
+SPECIALS = FIRST_NEWER_TOKEN + len(NEWER_TOKENS)  # ids below this one are special tokens
 
 
 def learn(texts: Iterable[str], vocab_size: int) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def learn(texts: Iterable[str], vocab_size: int) -> dict[str, Any]:
     merges = sorted((i, token) for token, i in backend.get_vocab().items() if len(token) > 1)
     words = [bytes([byte]) for byte in range(256)]
     words += [bytes(BYTES[letter] for letter in token) for _, token in merges]
-    named = dict(enumerate(SPECIAL_TOKENS)) | NEWER_TOKENS
+    named = dict(enumerate(SPECIAL_TOKENS)) | dict(enumerate(NEWER_TOKENS, FIRST_NEWER_TOKEN))
     return {
         "config": {
             "pattern": SPLIT,
