@@ -34,6 +34,7 @@ from .hub import find
 from .load import list_names
 from .merge import merge
 from .reader import DTYPES, Checkpoint, named_dtype, read_config
+from .writer import leftovers
 
 SHORT_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # of DTYPES
 
@@ -84,6 +85,10 @@ def describe(directory: Path) -> list[str]:
         "context": context,
         "cache": _describe_cache(config, dtype),
     }
+    found = leftovers(directory)
+    if found:
+        size = format_bytes(sum(path.stat().st_size for path in found))
+        lines["leftovers"] = f"{size} of a save that was interrupted ({list_names([path.name for path in found], 3)})"
     return _format(lines)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import reprlib
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from .hf import text_config
 from .hub import refuse_adapter
 from .mistral import from_params
 from .mistral_tensors import from_mistral, half_split, reorder_rows
+from .writer import interrupted_save
 
 DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -45,7 +47,8 @@ def read_config(directory: Path) -> dict[str, Any]:
     if not path.is_file():
         refuse_adapter(directory)
     if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist; a model is a directory with {CONFIG} and {WEIGHTS}")
+        what = f"a model is a directory with {CONFIG} and {WEIGHTS}"
+        raise FileNotFoundError(f"{path} does not exist; {what}{interrupted_save(directory)}")
     content = read_json_object(path)
     if in_mistral_layout:
         return from_params(content)
@@ -156,7 +159,7 @@ class Checkpoint:
             names = sorted(path.name for path in self.directory.iterdir())
             found = ", ".join(names[:8]) if names else "nothing"
             problem = f"{self.directory} holds neither {weights} nor {index.name}"
-            raise FileNotFoundError(f"{problem}; found {found}")
+            raise FileNotFoundError(f"{problem}; found {found}{interrupted_save(self.directory)}")
         # Ranges of quantisation in training ("fake_quantizer") are not used in computing.
         stored = {name: file for name, file in stored.items() if "fake_quantizer" not in name}
         if self.layout == "hf":
@@ -189,8 +192,10 @@ class Checkpoint:
         problem = f"{path} has no weight_map from tensor names to file names"
         if not isinstance(weight_map, dict):
             raise ValueError(problem)
-        if any(Path(str(name)).name != name for name in weight_map.values()):
-            raise ValueError(problem)
+        for name, file in weight_map.items():
+            if Path(str(file)).name != file:
+                problem = f"weight_map names {reprlib.repr(file)} for {reprlib.repr(name)}"
+                raise ValueError(f"{path}: {problem}; allowed: a file name")
         shards = {name: self._open(self.directory / name) for name in sorted(set(weight_map.values()))}
         tensors_in_shard = {name: set(shard.keys()) for name, shard in shards.items()}
         for tensor, file in weight_map.items():

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+import tempfile
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from checks import is_size
 
-from .files import CONFIG, CONSOLIDATED, FORMATS, GENERATION, INDEX, PARAMS, WEIGHTS
+from .files import CONFIG, CONSOLIDATED, CONSOLIDATED_INDEX, FORMATS, GENERATION, INDEX, PARAMS, WEIGHTS
 from .generation_config import GenerationConfig
 
 # A function that writes one file, under the name that it is given.
@@ -42,7 +47,8 @@ def write(
 ) -> None:
     """Write a model directory that Transformers reads too: one weights file, or, above `max_shard_size`, shards
     with an index. Nothing is touched before all files are complete; then the old ones go and the new ones come,
-    config.json last. So a directory in which that is interrupted is refused, never read as a mixture.
+    config.json last. So a directory in which that is interrupted is refused, never read as a mixture; the message says
+    how to finish (`interrupted_save`). One process at a time writes into a directory.
 
     Args:
         config: the content of config.json.
@@ -54,6 +60,7 @@ def write(
 
     Raises:
         NotADirectoryError: `directory` is a file.
+        BlockingIOError: another process or thread is writing into the directory.
         ValueError: an unknown format, or no room in a shard.
     """
     if not isinstance(directory, (str, Path)) or not str(directory):
@@ -82,7 +89,23 @@ def write(
     if generation is not None and generation.to_dict():
         writers[directory / GENERATION] = partial(_write_json, generation.to_dict())
     writers[config_path] = partial(_write_json, config)
-    replace_files(writers, before=partial(_remove_old, directory, config_path))
+    with _only_writer(directory):
+        for leftover in leftovers(directory):
+            leftover.unlink()
+        replace_files(writers, before=partial(_remove_old, directory, config_path, config, writers.keys()))
+
+
+@contextmanager
+def _only_writer(directory: Path) -> Iterator[None]:
+    """Lock a directory against other writers, processes and threads. The lock is a file in the system's directory for
+    temporary files, so that none is left in the model's."""
+    name = hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:16]
+    lock = FileLock(Path(tempfile.gettempdir()) / f"ministral-{name}.lock", timeout=0, mode=0o666)
+    try:
+        with lock:
+            yield
+    except Timeout as error:
+        raise BlockingIOError(f"{directory} is being written by another process; save when it is done") from error
 
 
 def parse_size(max_shard_size: int | str) -> int:
@@ -122,31 +145,65 @@ def _shards(sizes: Mapping[str, int], shard_bytes: int) -> dict[str, list[str]]:
 
 
 def _write_shard(names: list[str], read: Callable[[str], Tensor], path: Path) -> None:
-    try:
-        save_file({name: read(name).contiguous() for name in names}, path, metadata={"format": "pt"})
-    except SafetensorError as error:  # a full disk, for example
-        raise OSError(f"{path} could not be written: {error}") from error
+    save_file({name: read(name).contiguous() for name in names}, path, metadata={"format": "pt"})
 
 
-def _remove_old(directory: Path, config_path: Path) -> None:
-    """Remove the configuration and weights of an earlier save, the configuration first: without it nothing is read.
-    Its generation_config.json is removed, too: the new model would end where the old one did."""
-    config_path.unlink(missing_ok=True)
-    (directory / GENERATION).unlink(missing_ok=True)
+def _remove_old(directory: Path, config_path: Path, config: Any, new: Iterable[Path]) -> None:
+    """Remove the weights and the configuration of an earlier save. Its generation_config.json is removed, too: the new
+    model would end where the old one did.
+
+    Nothing is removed if the earlier save has the same configuration and the same files, the weights in one. Then the
+    old version can be read until the new weights replace the old ones."""
     weights = "consolidated"
     if config_path.name == CONFIG:
         weights = r"model(-\d+-of-\d+)?"
-    for path in directory.iterdir():
-        if re.fullmatch(rf"{weights}\.safetensors(\.index\.json)?", path.name):
-            path.unlink()
+    old = [path for path in directory.iterdir() if re.fullmatch(rf"{weights}\.safetensors(\.index\.json)?", path.name)]
+    old += [path for path in (config_path, directory / GENERATION) if path.is_file()]
+    if set(old) == set(new) and len(old) <= 3 and config_path.read_bytes() == _json_bytes(config):
+        return
+    for path in sorted(old, key=_removal_order):
+        path.unlink()
+
+
+def _removal_order(path: Path) -> int:
+    """Weights are removed before the configuration, and the index before its shards: so what an interruption leaves is
+    refused, and finishing the save by hand does not leave weights of both."""
+    if path.name in (INDEX, CONSOLIDATED_INDEX):
+        return 0
+    if path.suffix == ".safetensors":
+        return 1
+    return 2
+
+
+def leftovers(directory: Path) -> list[Path]:
+    """The temporary files of saves of a model that were interrupted."""
+    names = "|".join(map(re.escape, (CONFIG, PARAMS, GENERATION)))
+    weights = r"(model(-\d+-of-\d+)?|consolidated)\.safetensors(\.index\.json)?"
+    temporary = re.compile(rf"\.({names}|{weights})\.[\d-]+\.tmp")
+    return sorted(path for path in directory.iterdir() if temporary.fullmatch(path.name))
+
+
+def interrupted_save(directory: Path) -> str:
+    """How to finish a save that was interrupted after its last file was complete, as the end of an error message; ""
+    if there was none. The configuration is written last, so the other files are complete if it is there."""
+    found = leftovers(directory)
+    if not any(path.name.startswith((f".{CONFIG}.", f".{PARAMS}.")) for path in found):
+        return ""
+    names = ", ".join(path.name for path in found[:4])
+    cure = "save again, or rename each .NAME.NUMBER.tmp to NAME, the configuration last"
+    return f"; a save was interrupted here ({names}): {cure}"
 
 
 # --------------------------------------------------------------------------------------------------------- files
 
 
-def _write_json(content: Any, path: Path) -> None:
+def _json_bytes(content: Any) -> bytes:
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    path.write_text(text, encoding="utf-8", errors="replace")
+    return text.encode("utf-8", errors="replace")
+
+
+def _write_json(content: Any, path: Path) -> None:
+    path.write_bytes(_json_bytes(content))
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -155,28 +212,47 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def replace_file(path: Path, write_to: Writer) -> None:
-    """Let `write_to` write a temporary file beside `path`, then put that in its place: whole or not at all."""
+    """Let `write_to` write a temporary file beside `path`, then put that in its place: whole or not at all (raises as
+    `replace_files`)."""
     replace_files({path: write_to})
 
 
 def replace_files(writers: Mapping[Path, Writer], before: Callable[[], object] = lambda: None) -> None:
     """The same for several files: when all temporary files are written, `before` is called and they are put in their
-    places, in the given order."""
+    places, in the given order.
+
+    Raises:
+        FileNotFoundError: the directory of a file does not exist, or a directory is in its place.
+        OSError: a file cannot be written; the message says which and why, for example a full disk.
+    """
     for path in writers:
         if path.is_dir():
             raise FileNotFoundError(f"{path} cannot be written: it is a directory")
         if not path.parent.is_dir():
             raise FileNotFoundError(f"{path} cannot be written: {path.parent} is no directory")
-    temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in writers}
+    number = f"{os.getpid()}-{threading.get_ident()}"  # no other thread has it
+    temporary = {path: path.with_name(f".{path.name}.{number}.tmp") for path in writers}
     try:
         for path, write_to in writers.items():
-            temporary[path].touch()
-            usual_mode = temporary[path].stat().st_mode  # safetensors gives no permissions to the group
-            write_to(temporary[path])
-            temporary[path].chmod(usual_mode)
+            _write_temporary(path, temporary[path], write_to)
         before()
         for path, written in temporary.items():
             os.replace(written, path)
     finally:
         for written in temporary.values():
             written.unlink(missing_ok=True)
+
+
+def _write_temporary(path: Path, temporary: Path, write_to: Writer) -> None:
+    """Write the temporary file of `path`."""
+    try:
+        temporary.touch()
+        usual_mode = temporary.stat().st_mode  # safetensors gives no permissions to the group
+        write_to(temporary)
+        temporary.chmod(usual_mode)
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
+    except OSError as error:
+        if error.errno is None or error.filename not in (None, str(temporary), temporary):
+            raise  # another file is the reason, and the message names it
+        raise type(error)(error.errno, f"{path} cannot be written: {error.strerror}") from error

@@ -1,12 +1,17 @@
 """Model directories: round trips with Transformers in both directions, shards, ties, and broken files."""
 
+import itertools
 import json
 import os
 import random
 import re
+import shutil
+import signal
 import subprocess
 import sys
+import threading
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +20,7 @@ from hypothesis import given, strategies as st
 from safetensors.torch import load_file, save_file
 
 import checkpoint
+from checkpoint.__main__ import main as checkpoint_main
 from ministral import MinistralConfig, MinistralForCausalLM, MinistralModel
 from ministral3 import Ministral3ForCausalLM, Ministral3Model
 from model_types import load_model
@@ -283,7 +289,7 @@ def test_broken_shards_are_named(saved):
     moved = index["weight_map"] | {"model.norm.weight": shards[0]}
     for weight_map, message in (
         (moved, f"{shards[0]} lacks model.norm.weight"),
-        ({"a": "../config.json"}, "no weight_map"),
+        ({"a": "../config.json"}, "weight_map names '../config.json' for 'a'; allowed: a file name"),
         (None, "no weight_map"),
     ):
         (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
@@ -493,3 +499,107 @@ def test_a_save_that_is_interrupted_while_renaming_is_no_mixture(saved, monkeypa
     with pytest.raises(FileNotFoundError):
         load_model(path)
     assert not list(path.glob(".*"))
+
+
+def killed_saves(path, model, size):
+    """The directory as it is left by a save that is killed at each of its steps: before it opens a temporary file,
+    removes one or renames one."""
+    for step in itertools.count(1):
+        copy = path / f"killed_{step}"
+        shutil.copytree(path, copy, ignore=shutil.ignore_patterns("killed_*"))
+        child = os.fork()
+        if child == 0:
+            save_and_be_killed(model, copy, size, step)
+        _, status = os.waitpid(child, 0)
+        if status == 0:
+            return
+        assert status == signal.SIGKILL
+        yield copy
+
+
+def save_and_be_killed(model, path, size, step):
+    """Save in a process of its own, which ends at a step."""
+    steps = itertools.count(1)
+
+    def count(event, arguments):
+        relevant = event in ("os.rename", "os.remove") or (event == "open" and ".tmp" in str(arguments[0]))
+        if relevant and next(steps) == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(count)
+    try:
+        model.save_pretrained(path, max_shard_size=size)
+        os._exit(0)
+    finally:
+        os._exit(1)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+@pytest.mark.parametrize("size", ["5GB", "1KB"])
+def test_a_save_that_is_killed_is_the_old_model_the_new_one_or_can_be_finished(saved, size):
+    model, path = saved
+    model.save_pretrained(path)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(2.0)
+
+    def values(directory):
+        return {value for p in load_model(directory).parameters() for value in p.flatten().tolist()}
+
+    kinds = []
+    for copy in killed_saves(path, model, size):
+        try:
+            found = values(copy)
+            assert found in ({2.0}, values(path))
+            kinds.append("new" if found == {2.0} else "old")
+        except FileNotFoundError as error:
+            assert "rename each .NAME.NUMBER.tmp to NAME" in str(error)
+            for leftover in sorted(copy.glob(".*.tmp"), key=lambda found: "config" in found.name):
+                leftover.rename(copy / leftover.name[1:].rsplit(".", 2)[0])
+            assert values(copy) == {2.0}
+            kinds.append("finished")
+        model.save_pretrained(copy)
+        assert not list(copy.glob(".*"))  # the next save removes what was left
+    if size == "5GB":  # the same files and configuration: the weights are replaced in one step
+        assert set(kinds) == {"old", "new"}
+    else:
+        assert set(kinds) == {"old", "finished", "new"}
+
+
+def test_two_writers_do_not_mix(saved, monkeypatch):
+    """The second writer is refused while the first one writes. (The lock is that of another process, too.)"""
+    model, path = saved
+    save = checkpoint.writer.save_file
+
+    def meanwhile(*arguments, **keywords):
+        monkeypatch.setattr(checkpoint.writer, "save_file", save)
+        errors = []
+
+        def second():
+            with pytest.raises(BlockingIOError, match="is being written by another process"):
+                model.save_pretrained(path)
+            errors.append(1)
+
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join()
+        assert errors
+        save(*arguments, **keywords)
+
+    monkeypatch.setattr(checkpoint.writer, "save_file", meanwhile)
+    model.save_pretrained(path)
+    model.save_pretrained(path)
+
+
+def test_info_names_the_leftovers_of_a_save(saved, capsys):
+    _, path = saved
+    (path / ".model.safetensors.12-345.tmp").write_bytes(b"12345")
+    assert checkpoint_main(["info", str(path)]) == 0
+    assert "5 B of a save that was interrupted (.model.safetensors.12-345.tmp)" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_one_line(tmp_path):
+    with pytest.raises(OSError, match=f"{tmp_path}/x cannot be written: No space left on device"):
+        checkpoint.replace_file(tmp_path / "x", lambda _: Path("/dev/full").write_bytes(b"1"))
+    assert list(tmp_path.iterdir()) == []

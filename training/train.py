@@ -4,9 +4,9 @@ Everything random comes from the seed, the stage and the step, so a resumed run 
 
 from __future__ import annotations
 
+import io
 import time
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -200,7 +200,9 @@ class Trainer:
         state: dict[str, Any] = {"model": model.state_dict(), "module": module.state_dict()}
         state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
         state |= {"progress": asdict(self.progress), "recipe": repr(self.recipe)}
-        replace_file(self.output / "state.pt", partial(torch.save, state))
+        buffer = io.BytesIO()  # torch.save into a file does not say that the disk is full
+        torch.save(state, buffer)
+        replace_file(self.output / "state.pt", lambda temporary: temporary.write_bytes(buffer.getbuffer()))
         record = {"recipe": asdict(self.recipe), "torch": torch.__version__, "device": self.device.type}
         write_json(self.output / "training_log.json", record | {"log": self.progress.log})
 
