@@ -5,8 +5,8 @@ Types and shapes are always checked. Values are checked only where reading them 
 
 from __future__ import annotations
 
-import math
 import reprlib
+import sys
 import warnings
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
+LARGEST_INTEGER = 2**31 - 1  # of all whole numbers in a configuration
+MOST_LAYERS = 1000  # more take minutes to make before the weights are looked at
+MOST_LABELS = 100_000
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 
@@ -27,20 +30,33 @@ def may_read(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def is_number(value: Any, kind: type, least: float, most: float = math.inf) -> bool:
+def is_number(value: Any, kind: type, least: float, most: float | None = None) -> bool:
     """Whether `value` is a finite number from `least` to `most`, of the kind int or float (an int is a float, too).
 
-    With `numbers.Integral` and `numbers.Real`, NumPy's numbers are accepted as well.
+    With `numbers.Integral` and `numbers.Real`, NumPy's numbers are accepted as well. `most=None` is `LARGEST_INTEGER`
+    for int, and the largest float for the others.
     """
     if isinstance(value, bool):
         return False
+    if most is None:
+        most = sys.float_info.max
+        if kind is int:
+            most = LARGEST_INTEGER
     of_kind = isinstance(value, kind) or (kind is float and isinstance(value, int))
-    return of_kind and least <= value <= most and value < math.inf
+    return of_kind and least <= value <= most
 
 
 def is_size(value: object) -> bool:
-    """Whether `value` is a whole number above 0."""
+    """Whether `value` is a whole number from 1 to `LARGEST_INTEGER`."""
     return is_number(value, int, 1)
+
+
+def brief(value: Any) -> str:
+    """The `repr` of a value, shortened and on one line, for error messages."""
+    try:
+        return " ".join(reprlib.repr(value).split())
+    except ValueError:  # Python writes no numbers of more than 4300 digits
+        return "a number of thousands of digits"
 
 
 def is_whole(tensor: Tensor) -> bool:
@@ -54,13 +70,19 @@ def is_whole(tensor: Tensor) -> bool:
 def require(config: Any, name: str, valid: object, allowed: str) -> None:
     """Raise ValueError unless `valid`. The message has the field's name, its value and what is allowed."""
     if not valid:
-        raise ValueError(f"{name}={getattr(config, name)!r} is impossible; allowed: {allowed}")
+        raise ValueError(f"{name}={brief(getattr(config, name))} is impossible; allowed: {allowed}")
 
 
 def require_sizes(config: Any, *names: str) -> None:
-    """Raise ValueError unless the fields are whole numbers above 0."""
+    """Raise ValueError unless the fields are whole numbers above 0, which fit in 32 bits."""
     for name in names:
-        require(config, name, is_number(getattr(config, name), int, 1), "a whole number not below 1")
+        require(config, name, is_size(getattr(config, name)), f"a whole number from 1 to {LARGEST_INTEGER}")
+
+
+def require_layers(config: Any) -> None:
+    """Raise ValueError unless the number of layers is possible."""
+    valid = is_number(config.num_hidden_layers, int, 1, MOST_LAYERS)
+    require(config, "num_hidden_layers", valid, f"a whole number from 1 to {MOST_LAYERS}")
 
 
 def is_fraction(value: Any) -> bool:
@@ -75,7 +97,7 @@ def check_common_fields(config: Any, activations: Collection[str], implementatio
     require(config, "initializer_range", valid, "a number not below 0")
     require(config, "attention_dropout", is_fraction(config.attention_dropout), "a number from 0 to below 1")
     if config.attn_implementation not in implementations:
-        found = f"attn_implementation={config.attn_implementation!r}"
+        found = f"attn_implementation={brief(config.attn_implementation)}"
         raise ValueError(f"{found} is not supported; supported: {', '.join(implementations)}")
     check_output_fields(config)
 
@@ -88,7 +110,8 @@ def check_output_fields(config: Any) -> None:
 
 def check_text_sizes(config: Any) -> None:
     """Check the sizes of a text model, from which other fields follow."""
-    require_sizes(config, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+    require_sizes(config, "vocab_size", "hidden_size", "intermediate_size")
+    require_layers(config)
     require_sizes(config, "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
 
 
@@ -161,7 +184,7 @@ def check_rope_parameters(config: Any, older_name: object) -> None:
     for key, value in rope.items():
         least = config.rope_keys[key]
         if least is not None and value is not None and not is_number(value, float, least):
-            raise ValueError(f"rope_parameters[{key!r}]={value!r}: allowed: a number not below {least}")
+            raise ValueError(f"rope_parameters[{key!r}]={brief(value)}: allowed: a number not below {least}")
 
 
 def require_rope_key(config: Any, key: str) -> None:
@@ -185,7 +208,7 @@ def as_list(value: Any) -> list[Any]:
 def expect_size(name: str, value: object) -> None:
     """Raise ValueError unless the value is None or a whole number above 0."""
     if value is not None and not is_size(value):
-        found = reprlib.repr(value)
+        found = brief(value)
         raise ValueError(f"{name}={found} is impossible; allowed: a whole number above 0, or None")
 
 
@@ -307,7 +330,7 @@ def has_effect(value: Any, without_effect: Any = None) -> bool:
 def refuse_argument(name: str, value: Any, cure: str, without_effect: Any = None) -> None:
     """Raise ValueError for an argument that is not supported, if its value has an effect (see `has_effect`)."""
     if has_effect(value, without_effect):
-        raise ValueError(f"{name}={reprlib.repr(value)} is not supported; {cure}")
+        raise ValueError(f"{name}={brief(value)} is not supported; {cure}")
 
 
 def refuse_arguments(arguments: dict[str, Any], cures: dict[str, str]) -> dict[str, Any]:

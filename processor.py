@@ -20,9 +20,9 @@ from torch import Tensor
 
 import checkpoint
 from checkpoint.files import CONFIG, PARAMS, has_any
-from checks import as_list
+from checks import as_list, brief
 from images import read_image
-from tokenizer import BatchEncoding, Tokenizer, brief
+from tokenizer import BatchEncoding, Tokenizer
 from tokenizer.batches import TENSORS, expect_choice, split_conversations
 from tokenizer.tokens import list_of_texts, refuse_unsupported
 from vision_config import Mistral3Config

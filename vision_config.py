@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from checks import check_common_fields, check_output_fields, is_number, require, require_sizes
+from checks import brief, check_common_fields, check_output_fields, is_number, require, require_sizes
 from ministral import ATTENTION, MinistralConfig
 from ministral3 import Ministral3Config
 from pretrained import ACTIVATIONS, PreTrainedConfig
@@ -166,7 +166,7 @@ class Mistral3Config(PreTrainedConfig):
         last = self.vision_config.num_hidden_layers
         if not is_number(number, int, -last - 1) or number > last:
             allowed = f"one number from {-last - 1} to {last}"
-            raise ValueError(f"vision_feature_layer={layer!r} is impossible; allowed: {allowed}")
+            raise ValueError(f"vision_feature_layer={brief(layer)} is impossible; allowed: {allowed}")
         return int(number) % (last + 1)
 
     def get_text_config(self) -> MinistralConfig:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 import re
-import reprlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checks import as_list, is_number, is_size
+from checks import as_list, brief, is_number, is_size
 
 from .files import ADAPTER, ADAPTER_WEIGHTS, has_any, read_json_object
 from .reader import KINDS, open_safetensors
@@ -124,14 +123,14 @@ class Adapter:
     def _expect(self, key: str, valid: object, allowed: str) -> None:
         """Raise ValueError unless a value of adapter_config.json is `valid`."""
         if not valid:
-            found = f"{self.directory / ADAPTER} has {key}={reprlib.repr(self.config.get(key))}"
+            found = f"{self.directory / ADAPTER} has {key}={brief(self.config.get(key))}"
             raise ValueError(f"{found}; allowed: {allowed}")
 
     def _expect_config(self) -> None:
         """Raise ValueError unless the merged weight follows the formula at the top of this file."""
         config = self.config
         if config.get("peft_type") != "LORA":
-            kind = f"{self.directory / ADAPTER} has peft_type={config.get('peft_type')!r}"
+            kind = f"{self.directory / ADAPTER} has peft_type={brief(config.get('peft_type'))}"
             raise ValueError(f"{kind}, which is not supported; supported: 'LORA'; {PEFT_CURE}")
         self._expect("r", is_size(config.get("r")), "a whole number above 0")
         self._expect("lora_alpha", _is_alpha(config.get("lora_alpha")), "a number of float64")
@@ -143,7 +142,7 @@ class Adapter:
         self._expect("init_lora_weights", start in INITIALISATIONS, f"{unchanged}; {cure}")
         for key in sorted(config.keys() - READ_KEYS - OTHER_KEYS):
             if config[key] not in (None, False, "", [], {}):
-                found = f"{self.directory / ADAPTER} has {key}={reprlib.repr(config[key])}"
+                found = f"{self.directory / ADAPTER} has {key}={brief(config[key])}"
                 raise ValueError(f"{found}, which is not supported; {PEFT_CURE}")
         self._expect_patterns()
 

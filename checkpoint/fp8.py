@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checks import is_size
+from checks import brief, is_size
 
 FP8 = "F8_E4M3"  # in safetensors
 SCALE = "_scale_inv"  # what the name of a weight's scale ends with, though the weight is not divided by it
@@ -20,7 +20,7 @@ def expect_fp8(quantization: Any) -> None:
     if quantization is None:
         return
     if not isinstance(quantization, dict):
-        raise ValueError(f"quantization_config={quantization!r} is impossible; allowed: an object")
+        raise ValueError(f"quantization_config={brief(quantization)} is impossible; allowed: an object")
     method = quantization.get("quant_method", "of unknown kind")
     numbers = quantization.get("fmt", "e4m3")
     if quantization and (method, numbers) != ("fp8", "e4m3"):
@@ -32,7 +32,7 @@ def expect_fp8(quantization: Any) -> None:
     block = quantization.get("weight_block_size")
     if block is not None and not (isinstance(block, list) and len(block) == 2 and all(map(is_size, block))):
         allowed = "none, or two whole numbers above 0"
-        raise ValueError(f"weight_block_size={block!r} is impossible; allowed: {allowed}")
+        raise ValueError(f"weight_block_size={brief(block)} is impossible; allowed: {allowed}")
 
 
 def expect_scale(name: str, shape: tuple[int, ...], scale: Tensor, block: list[int] | None) -> None:

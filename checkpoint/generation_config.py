@@ -9,7 +9,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-from checks import has_effect, is_number
+from checks import brief, has_effect, is_number
 
 from .files import GENERATION, read_json_object
 
@@ -97,7 +97,7 @@ def check_setting(name: str, value: Any, where: str = "") -> None:
     valid and means: not given."""
     allowed, valid = SETTINGS[name]
     if value is not None and not valid(value):
-        raise ValueError(f"{where}{name}={value!r} is impossible; allowed: {allowed}")
+        raise ValueError(f"{where}{name}={brief(value)} is impossible; allowed: {allowed}")
 
 
 # ------------------------------------------------------------------------------- settings that are not supported

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterable
 from typing import Any
 
-from checks import LAYER_TYPES, is_number, is_size
+from checks import LARGEST_INTEGER, LAYER_TYPES, MOST_LABELS, MOST_LAYERS, brief, is_number
 
 from .files import CONFIG
 from .fp8 import expect_fp8
@@ -123,9 +123,10 @@ def label_maps(
 
     for key, value in (("id2label", id2label), ("label2id", label2id)):
         if not isinstance(value, (dict, type(None))):
-            raise ValueError(f"{key}={value!r} is impossible; allowed: an object, or none")
-    if num_labels is not None and not is_size(num_labels):
-        raise ValueError(f"num_labels={num_labels!r} is impossible; allowed: a whole number not below 1")
+            raise ValueError(f"{key}={brief(value)} is impossible; allowed: an object, or none")
+    if num_labels is not None and not is_number(num_labels, int, 1, MOST_LABELS):
+        allowed = f"a whole number from 1 to {MOST_LABELS}"
+        raise ValueError(f"num_labels={brief(num_labels)} is impossible; allowed: {allowed}")
 
     names = {_label_number(key): str(name) for key, name in (id2label or {}).items()}
     names_in_label2id = {_label_number(key): str(name) for name, key in (label2id or {}).items()}
@@ -168,16 +169,16 @@ def expect_model_type(d: Any, model_types: Iterable[str]) -> str:
         raise ValueError(f"{CONFIG} must hold a JSON object; found {type(d).__name__}")
     for key in ("rope_scaling", "rope_parameters", "quantization_config", "vision_config", "text_config"):
         if not isinstance(d.get(key), (dict, type(None))):
-            raise ValueError(f"{key}={d[key]!r} is impossible; allowed: an object")
+            raise ValueError(f"{key}={brief(d[key])} is impossible; allowed: an object")
     if not isinstance(d.get("model_type"), (str, type(None))):
-        raise ValueError(f"model_type={d['model_type']!r} is impossible; allowed: a name")
+        raise ValueError(f"model_type={brief(d['model_type'])} is impossible; allowed: a name")
     model_type = d.get("model_type") or next(iter(model_types))
     if model_type not in model_types:
         allowed = ", ".join(model_types)
-        raise ValueError(f"model_type {model_type!r} computes another function; allowed: {allowed}")
+        raise ValueError(f"model_type {brief(model_type)} computes another function; allowed: {allowed}")
     for key in ("attention_bias", "mlp_bias"):
         if d.get(key):
-            raise ValueError(f"{key}={d[key]!r}: biases make it another function; allowed: false, or none")
+            raise ValueError(f"{key}={brief(d[key])}: biases make it another function; allowed: false, or none")
     expect_fp8(d.get("quantization_config"))
     return str(model_type)
 
@@ -201,14 +202,18 @@ def expect_complete(config: dict[str, Any]) -> None:
         for key in VISION_SIZES:
             _expect_size(vision, key, "vision_config.")
     if not is_number(text.get("rms_norm_eps"), float, -math.inf):
-        raise ValueError(f"{CONFIG} has rms_norm_eps={text.get('rms_norm_eps')!r}; allowed: a number")
+        raise ValueError(f"{CONFIG} has rms_norm_eps={brief(text.get('rms_norm_eps'))}; allowed: a number")
     _expect_rope(text)
     _expect_layers(text, text_type)
 
 
 def _expect_size(part: dict[str, Any], key: str, where: str = "") -> None:
-    if not is_size(part.get(key)):
-        raise ValueError(f"{CONFIG} has {where}{key}={part.get(key)!r}; allowed: a whole number above 0")
+    most = LARGEST_INTEGER
+    if key == "num_hidden_layers":
+        most = MOST_LAYERS
+    if not is_number(part.get(key), int, 1, most):
+        allowed = f"a whole number from 1 to {most}"
+        raise ValueError(f"{CONFIG} has {where}{key}={brief(part.get(key))}; allowed: {allowed}")
 
 
 def _expect_rope(text: dict[str, Any]) -> None:
@@ -219,7 +224,7 @@ def _expect_rope(text: dict[str, Any]) -> None:
         keys += ["factor", "original_max_position_embeddings"]
     for key in keys:
         if not is_number(rope.get(key), float, -math.inf):
-            raise ValueError(f"{CONFIG} has {key}={rope.get(key)!r} for rotary positions; allowed: a number")
+            raise ValueError(f"{CONFIG} has {key}={brief(rope.get(key))} for rotary positions; allowed: a number")
 
 
 def _expect_layers(text: dict[str, Any], text_type: str) -> None:
@@ -236,4 +241,4 @@ def _expect_layers(text: dict[str, Any], text_type: str) -> None:
     names = isinstance(kinds, list) and len(kinds) == layers and set(map(str, kinds)) <= set(LAYER_TYPES)
     if not names or ("sliding_attention" in kinds and not window):
         allowed = f"{layers} names of {', '.join(LAYER_TYPES)}, and a window for sliding ones"
-        raise ValueError(f"{CONFIG} has sliding_window={window!r}, layer_types={kinds!r}; allowed: {allowed}")
+        raise ValueError(f"{CONFIG} has sliding_window={brief(window)}, layer_types={brief(kinds)}; allowed: {allowed}")

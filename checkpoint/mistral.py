@@ -6,7 +6,7 @@ import math
 import warnings
 from typing import Any
 
-from checks import is_number, is_size
+from checks import brief, is_number, is_size
 
 from .files import PARAMS
 from .hf import ARCHITECTURES, VISION_SIZES, expect_complete, text_config
@@ -40,21 +40,21 @@ class Fields(dict[str, Any]):
         """A value of a kind: an int is above 0, a float may be a whole number."""
         value = self.pop(key, None)
         if not _is_kind(value, kind):
-            raise ValueError(f"{PARAMS} has {key}={value!r}; allowed: {KIND_NAMES[kind]}")
+            raise ValueError(f"{PARAMS} has {key}={brief(value)}; allowed: {KIND_NAMES[kind]}")
         return value
 
     def optional(self, key: str, kind: type = int) -> Any:
         """The same; None if there is none."""
         value = self.pop(key, None)
         if value is not None and not _is_kind(value, kind):
-            raise ValueError(f"{PARAMS} has {key}={value!r}; allowed: {KIND_NAMES[kind]}, or none")
+            raise ValueError(f"{PARAMS} has {key}={brief(value)}; allowed: {KIND_NAMES[kind]}, or none")
         return value
 
     def expect_all_read(self) -> None:
         """Refuse the keys that are left if they make another model, and warn of unknown ones."""
         for key in sorted(FOREIGN_KEYS & self.keys()):
             if self[key] not in (None, False):
-                problem = f"{PARAMS} has {key}={self[key]!r}, which is another function"
+                problem = f"{PARAMS} has {key}={brief(self[key])}, which is another function"
                 raise ValueError(f"{problem}; allowed: none")
         known = UNUSED_KEYS | FOREIGN_KEYS
         unknown = sorted(key for key, value in self.items() if value and key not in known)
@@ -325,4 +325,4 @@ def _expect_value(key: str, value: Any, *supported: Any) -> None:
     """Raise ValueError unless a value is none, or one of those that params.json implies."""
     if value is not None and value not in supported:
         names = " or ".join(map(str, supported)) if supported else "none"
-        raise ValueError(f"{PARAMS} has no field for {key}={value!r}; supported: {names}")
+        raise ValueError(f"{PARAMS} has no field for {key}={brief(value)}; supported: {names}")

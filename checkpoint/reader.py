@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import reprlib
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from checks import brief
 
 from .files import CONFIG, CONSOLIDATED, PARAMS, WEIGHTS, layout, read_json, read_json_object
 from .fp8 import ACTIVATION_SCALE, FP8, SCALE, dequantize, expect_fp8, expect_scale
@@ -194,7 +195,7 @@ class Checkpoint:
             raise ValueError(problem)
         for name, file in weight_map.items():
             if Path(str(file)).name != file:
-                problem = f"weight_map names {reprlib.repr(file)} for {reprlib.repr(name)}"
+                problem = f"weight_map names {brief(file)} for {brief(name)}"
                 raise ValueError(f"{path}: {problem}; allowed: a file name")
         shards = {name: self._open(self.directory / name) for name in sorted(set(weight_map.values()))}
         tensors_in_shard = {name: set(shard.keys()) for name, shard in shards.items()}

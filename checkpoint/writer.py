@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from checks import is_size
+from checks import is_number
 
 from .files import CONFIG, CONSOLIDATED, CONSOLIDATED_INDEX, FORMATS, GENERATION, INDEX, PARAMS, WEIGHTS
 from .generation_config import GenerationConfig
@@ -121,7 +121,7 @@ def parse_size(max_shard_size: int | str) -> int:
         if found is not None:
             number, unit = found.groups()
             nbytes = int(float(number) * UNITS[unit])
-    if not is_size(nbytes):
+    if not is_number(nbytes, int, 1, 2**63):
         allowed = "a whole number of bytes not below 1, or text such as '5GB', '500MB' or '1GiB'"
         raise ValueError(f"max_shard_size={max_shard_size!r} is impossible; allowed: {allowed}")
     return int(nbytes)

@@ -188,8 +188,15 @@ YARN = dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_
     [
         (MinistralConfig, dict(num_key_value_heads=5), "num_key_value_heads=5.*divisor of 32"),
         (MinistralConfig, dict(head_dim=7), "head_dim=7.*even"),
-        (MinistralConfig, dict(hidden_size=0), "hidden_size=0.*not below 1"),
+        (MinistralConfig, dict(hidden_size=0), "hidden_size=0.*whole number from 1"),
         (MinistralConfig, dict(vocab_size=-3), "vocab_size=-3"),
+        (MinistralConfig, dict(hidden_size=2**64), "hidden_size=18446744073709551616.*from 1 to 2147483647"),
+        (MinistralConfig, dict(sliding_window=2**53 + 1), "sliding_window=9007199254740993"),
+        (MinistralConfig, dict(num_hidden_layers=65536), "num_hidden_layers=65536.*from 1 to 1000"),
+        (MinistralConfig, dict(num_labels=10**7), "num_labels=10000000.*from 1 to 100000"),
+        (MinistralConfig, dict(rope_theta=10**400), r"rope_theta=1000.*\.\.\..*a number above 1"),
+        (MinistralConfig, dict(max_position_embeddings=10**5000), "max_position_embeddings=a number of thousands"),
+        (MinistralConfig, dict(hidden_act="x" * 20000), "hidden_act='xxxx.*silu"),
         (MinistralConfig, dict(num_hidden_layers=2.5), "num_hidden_layers=2.5.*whole number"),
         (MinistralConfig, dict(hidden_act="tanhshrink"), "hidden_act='tanhshrink'.*silu"),
         (MinistralConfig, dict(layer_types=["full_attention"]), "layer_types.*num_hidden_layers=32"),
@@ -226,6 +233,7 @@ def test_impossible_values_are_refused(cls, values, message):
     with pytest.raises(ValueError, match=message) as error:
         cls(**values)
     assert "allowed" in str(error.value) or "; supported: sdpa, eager" in str(error.value)
+    assert len(str(error.value)) < 300 and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -695,7 +695,7 @@ def test_names_of_transformers_in_mistrals_file_are_refused(tmp_path):
         (dict(attention_bias=True), "biases make it another function"),
         (dict(rope_parameters=None), "has rope_theta=None for rotary positions; allowed: a number"),
         (dict(rope_parameters=3), "rope_parameters=3 is impossible; allowed: an object"),
-        (dict(head_dim=None), "has head_dim=None; allowed: a whole number above 0"),
+        (dict(head_dim=None), "has head_dim=None; allowed: a whole number from 1 to 2147483647"),
         (dict(num_key_value_heads=None), "has num_key_value_heads=None"),
         (dict(hidden_size=-4), "has hidden_size=-4"),
         (dict(num_attention_heads=0), "has num_attention_heads=0"),

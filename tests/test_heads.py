@@ -449,7 +449,7 @@ def test_label_names():
     assert three(id2label={0: "O", 1: "O"}, label2id={"O": 0})[1] == {0: "O", 1: "O"}
     for wrong, message in (
         ({"num_labels": True}, "num_labels=True is impossible"),
-        ({"num_labels": 0}, "num_labels=0 is impossible; allowed: a whole number not below 1"),
+        ({"num_labels": 0}, "num_labels=0 is impossible; allowed: a whole number from 1 to 100000"),
         ({"num_labels": 3, "id2label": names[1]}, "num_labels=3 is impossible; allowed: 2, the number of given names"),
         ({"id2label": {1: "a", 2: "b"}}, "labels numbered 1, 2; allowed: 0, 1, 2, ..."),
         ({"label2id": {"a": 0, "b": 0, "c": 2}}, "labels numbered 0, 2; allowed"),

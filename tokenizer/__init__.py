@@ -26,6 +26,7 @@ from tokenizers import Tokenizer as Backend
 from torch import Tensor
 
 import checkpoint
+from checks import brief
 
 from .answers import SWITCHES, ChatStream, decode_chat, switches
 from .batches import (
@@ -55,7 +56,7 @@ from .bpe import (
 )
 from .layouts import LAYOUTS, VERSIONS, Writer
 from .messages import ROLES, content_with_thinking, read_turns, split_thinking, with_image_sources
-from .objects import IMAGE_SOURCES, KEYS, MAY_BE_EMPTY, brief
+from .objects import IMAGE_SOURCES, KEYS, MAY_BE_EMPTY
 from .streamer import TextIteratorStreamer, TextStreamer
 from .templates import read_chat_template, sign_of_other_layout
 from .tokens import refuse_unsupported
@@ -80,7 +81,6 @@ __all__ = [
     "TextStream",
     "TextStreamer",
     "Tokenizer",
-    "brief",
     "content_with_thinking",
     "from_tekken",
     "read_chat_template",

@@ -9,8 +9,10 @@ from contextlib import suppress
 from itertools import count, takewhile
 from typing import Any
 
+from checks import brief
+
 from .bpe import TextStream, TextTokenizer
-from .objects import brief, check_call_id, check_keys, read_call
+from .objects import check_call_id, check_keys, read_call
 
 # The kind of an answer after a special token.
 SWITCHES = {"[THINK]": "thinking", "[/THINK]": "text", "[TOOL_CALLS]": "call"}

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from checks import expect_size, is_number
+from checks import brief, expect_size, is_number
 from images import batch_images
 
-from .objects import brief, check_text
+from .objects import check_text
 from .tokens import TokenNames, list_of_texts, refuse_unsupported, to_lists
 
 PADDING: dict[Any, str] = {False: "", "do_not_pad": "", True: "longest", "longest": "longest",

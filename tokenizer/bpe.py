@@ -26,8 +26,9 @@ import tokenizers
 from tokenizers import AddedToken, Regex, Tokenizer as Backend, decoders, models, pre_tokenizers
 
 from checkpoint import read_json, replace_file
+from checks import brief
 
-from .objects import brief, check_text
+from .objects import check_text
 
 TEKKEN, TOKENIZER = "tekken.json", "tokenizer.json"
 # Tekken's expression: words with the blank before them, single digits, punctuation with the newlines after it,

@@ -11,9 +11,10 @@ from functools import partial
 from itertools import groupby
 from typing import Any, NamedTuple
 
+from checks import brief
+
 from .objects import (
     Part,
-    brief,
     check_call_id,
     check_keys,
     check_list,

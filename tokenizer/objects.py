@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 import os
 import re
-import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
+
+from checks import brief
 
 # The keys that are read of each object of a conversation. Any other is refused by name. Some are checked and
 # change no id: the "name" of a result, the "index" of a call, the "detail" of an image, and the "error" of a
@@ -61,11 +62,6 @@ Part = tuple[str, Any]
 
 
 # Checks that all objects share
-
-
-def brief(value: Any) -> str:
-    """The `repr` of a value, shortened and on one line."""
-    return " ".join(reprlib.repr(value).split())
 
 
 def read_each(name: str, items: Iterable[Any], read: Callable[[Any], Any]) -> list[Any]:

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from checks import refuse_argument
+from checks import brief, refuse_argument
 
 from .bpe import TextTokenizer
-from .objects import brief, check_text
+from .objects import check_text
 
 # Arguments of Transformers' tokenizers and processors that are not supported, each with a number that asks for nothing
 # (None and False never do).
