@@ -179,8 +179,10 @@ def check_rope_parameters(config: Any, older_name: object) -> None:
     require(config, "rope_parameters", kind in config.rope_types, f"rope_type {supported}")
     whole = rope.get("partial_rotary_factor", 1.0) == 1.0
     require(config, "rope_parameters", whole, "no partial_rotary_factor: every pair of a head is rotated")
-    known = rope.keys() <= config.rope_keys.keys()
-    require(config, "rope_parameters", known, f"keys {', '.join(config.rope_keys)}")
+    unknown = [key for key in rope if key not in config.rope_keys]
+    if unknown:
+        allowed = f"keys {', '.join(config.rope_keys)}"
+        raise ValueError(f"rope_parameters has the key {brief(unknown[0])}; allowed: {allowed}")
     for key, value in rope.items():
         least = config.rope_keys[key]
         if least is not None and value is not None and not is_number(value, float, least):

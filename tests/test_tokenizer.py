@@ -475,3 +475,86 @@ def test_random_bytes_round_trip():
     for _ in range(50):
         text = bytes(rng.randrange(256) for _ in range(40)).decode("utf-8", errors="replace")
         assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+# ------------------------------------------------------------------------------------------------- hostile files
+
+
+def edited(tmp_path, file, edit):
+    """A directory with the bundled tekken.json or tokenizer.json, changed by a function."""
+    content = json.loads((BUNDLED / file).read_text())
+    edit(content)
+    (tmp_path / file).write_text(json.dumps(content))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "edit, message",
+    [
+        (lambda t: t["config"].update(default_num_special_tokens=10**9), "default_num_special_tokens=10{9}; allowed"),
+        (lambda t: t["config"].update(default_vocab_size=64.0), r"default_vocab_size=64\.0; allowed: a whole number"),
+        (lambda t: t["special_tokens"][5].update(token_str=5), "a special token is named 5; allowed: text"),
+        (lambda t: t["special_tokens"][5].update(token_str="\ud800x"), r"named '\\ud800x'; allowed: text"),
+        (lambda t: t["special_tokens"][5].update(token_str="a\nb"), r"named 'a\\nb'; allowed: text"),
+        (lambda t: t["config"].update(pattern="("), "the tokenizers library refuses it: Oniguruma error"),
+        (lambda t: t["config"].update(pattern=5), "is not a Tekken vocabulary"),
+        (lambda t: t.update(vocab=5), "is not a Tekken vocabulary"),
+        (lambda t: t["config"].pop("pattern"), "is not a Tekken vocabulary: KeyError: 'pattern'"),
+    ],
+)
+def test_a_damaged_tekken_is_refused_in_one_line(tmp_path, edit, message):
+    with pytest.raises(ValueError, match=message) as error:
+        Tokenizer.from_dir(edited(tmp_path, "tekken.json", edit))
+    assert len(str(error.value)) < 300 and "\n" not in str(error.value)
+
+
+def test_a_panic_of_the_library_is_an_error(tmp_path):
+    def backtrack(tekken):
+        tekken["config"]["pattern"] = "(a+)+$"
+
+    tokenizer = Tokenizer.from_dir(edited(tmp_path, "tekken.json", backtrack))
+    with pytest.raises(ValueError, match="the tokenizers library refuses it: Onig: Regex search error"):
+        tokenizer.encode("a" * 40 + "b")
+
+    def charsmap(content):
+        content["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+
+    (tmp_path / "tekken.json").unlink()
+    with pytest.raises(ValueError, match="is not a tokenizer: the tokenizers library refuses it: Precompiled"):
+        Tokenizer.from_dir(edited(tmp_path, "tokenizer.json", charsmap))
+
+
+def test_an_expression_that_keeps_names_whole_makes_no_special_tokens(tmp_path):
+    """The vocabulary has the names of special tokens as entries, and a piece that is an entry is looked up whole."""
+
+    def whole(tekken):
+        tekken["config"]["pattern"] = ".+"
+
+    tokenizer = Tokenizer.from_dir(edited(tmp_path, "tekken.json", whole))
+    for name in tokenizer.special_tokens:
+        ids = tokenizer.encode(name, bos=False)
+        assert tokenizer.decode(ids) == name
+        assert not set(ids) & set(tokenizer.special_tokens.values())
+
+
+def test_control_tokens_of_any_name_are_special(tmp_path):
+    """Added tokens from id 0 on are control tokens, also if the file says that they are not special. Tokens that were
+    added at the end, for a word of a user, stay what they are."""
+
+    def ordinary(content):
+        for token in content["added_tokens"]:
+            token["special"] = False
+            name = token["content"]
+            if name.startswith("<SPECIAL_"):
+                token["content"] = name.replace("<SPECIAL_", "[AUDIO_").replace(">", "]")
+                content["model"]["vocab"][token["content"]] = content["model"]["vocab"].pop(name)
+        word = {"id": 2304, "content": "<word>", "single_word": False, "lstrip": False, "rstrip": False}
+        content["added_tokens"].append(word | {"normalized": False, "special": False})
+
+    tokenizer = Tokenizer.from_dir(edited(tmp_path, "tokenizer.json", ordinary))
+    added = json.loads((tmp_path / "tokenizer.json").read_text())["added_tokens"]
+    names = [token["content"] for token in added[:-1]]
+    assert sum(name.startswith("[AUDIO_") for name in names) > 8
+    ids = tokenizer.encode(" ".join(names), bos=False)
+    assert not set(ids) & {token["id"] for token in added[:-1]}
+    assert tokenizer.encode("<word>", bos=False) == [2304]

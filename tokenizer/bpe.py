@@ -16,7 +16,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from numbers import Integral
 from pathlib import Path
@@ -26,7 +26,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, Tokenizer as Backend, decoders, models, pre_tokenizers
 
 from checkpoint import read_json, replace_file
-from checks import brief
+from checks import brief, is_number
 
 from .objects import check_text
 
@@ -55,6 +55,7 @@ CONTROL_TOKEN = re.compile("|".join([*map(re.escape, (*SPECIAL_TOKENS, *NEWER_TO
 
 CACHED_FROM = 2**20  # bytes; a smaller tekken.json is built quickly
 CACHE_FORMAT = 1
+MOST_IDS = 2**22  # 32 times the published vocabularies
 
 
 def _byte_alphabet() -> dict[int, str]:
@@ -93,6 +94,7 @@ class TextTokenizer:
         learned = backend.get_vocab_size(with_added_tokens=False)
         self.vocab_size: int = max(learned, *(i + 1 for i in self._added_tokens), 0)
         self.special_tokens = {token.content: i for i, token in self._added_tokens.items() if token.special}
+        self._special_ids = frozenset(self.special_tokens.values())
         longest_first = sorted(self.special_tokens, key=len, reverse=True)
         self._special_names = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
         self.bos_token_id = self.special_tokens.get("<s>")
@@ -116,7 +118,7 @@ class TextTokenizer:
                 Use False only for text that no user can write.
 
         Raises:
-            ValueError: not a text.
+            ValueError: not a text, or one that the library cannot split.
         """
         ids = []
         if bos and self.bos_token_id is not None:
@@ -129,7 +131,19 @@ class TextTokenizer:
             if place % 2 == 1:
                 ids.append(self.special_tokens[piece])
             else:
-                ids += self.backend.encode(piece, add_special_tokens=False).ids
+                ids += self._encode_plain(piece)
+        return ids
+
+    def _encode_plain(self, text: str) -> list[int]:
+        """The ids of a text without special tokens, whatever the vocabulary and the split expression are."""
+        ids: list[int] = backend_call(self.backend.encode, text, add_special_tokens=False).ids
+        if self._special_ids.isdisjoint(ids):
+            return ids
+        # A whole piece of the text is the name of a special token, which the vocabulary has as an entry. (Tekken's
+        # expression cuts such names in two.) Single characters are not.
+        ids = [i for character in text for i in self.backend.encode(character, add_special_tokens=False).ids]
+        if not self._special_ids.isdisjoint(ids):
+            raise ValueError(f"the tokenizer makes special tokens of {brief(text)}; it needs another vocabulary")
         return ids
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
@@ -168,10 +182,27 @@ class TextTokenizer:
 
 
 def _make_control_tokens_special(backend: Backend) -> None:
-    """Make control tokens special that a file adds as ordinary ones. Otherwise they would be found in users' text."""
-    added = backend.get_added_tokens_decoder().values()
-    ordinary = [token.content for token in added if not token.special]
-    _add_special_tokens(backend, [name for name in ordinary if CONTROL_TOKEN.fullmatch(name)])
+    """Make control tokens special that a file adds as ordinary ones. Otherwise they would be found in users' text.
+
+    Control tokens are those of Mistral's names, and all added tokens of the unbroken run of ids that begins with 0."""
+    added = backend.get_added_tokens_decoder()
+    first = next(i for i in range(len(added) + 1) if i not in added)  # the first id after the run
+    names = []
+    for i, token in added.items():
+        if not token.special and (i < first or CONTROL_TOKEN.fullmatch(token.content)):
+            names.append(token.content)
+    _add_special_tokens(backend, names)
+
+
+def backend_call(function: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+    """Call a function of the `tokenizers` library. What it raises becomes a ValueError: bare Exception, or the
+    PanicException of Rust, which is no Exception."""
+    try:
+        return function(*arguments, **keywords)
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:
+        raise ValueError(f"the tokenizers library refuses it: {' '.join(str(error).split())[:200]}") from error
 
 
 def _add_special_tokens(backend: Backend, names: list[str]) -> None:
@@ -231,8 +262,8 @@ class StopText:
 def read_tokenizer_json(path: Path) -> Backend:
     """The tokenizer in a tokenizer.json (raises ValueError if it holds none)."""
     try:
-        return Backend.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
+        return backend_call(Backend.from_file, str(path))
+    except ValueError as error:
         raise ValueError(f"{path} is not a tokenizer: {error}") from error
 
 
@@ -316,8 +347,9 @@ def from_tekken(tekken: Any, source: str = TEKKEN) -> Backend:
     """
     try:
         names, words, split = _read_vocabulary(tekken)
-    except Exception as error:  # the library raises bare Exception for a bad expression
-        raise ValueError(f"{source} is not a Tekken vocabulary: {type(error).__name__}: {error}") from error
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+        problem = f"{type(error).__name__}: {str(error)[:200]}"
+        raise ValueError(f"{source} is not a Tekken vocabulary: {problem}") from error
     vocab = {token: i for i, token in enumerate(names + words)}
     # With ignore_merges, a whole piece is looked up in the vocabulary first.
     backend = Backend(models.BPE(vocab=vocab, merges=_merges(words), ignore_merges=True))
@@ -334,18 +366,24 @@ def _read_vocabulary(tekken: Any) -> tuple[list[str], list[str], Regex]:
     config = tekken["config"]
     specials = config["default_num_special_tokens"]
     size = config["default_vocab_size"]
+    for key, value in (("default_num_special_tokens", specials), ("default_vocab_size", size)):
+        if not is_number(value, int, 0, MOST_IDS):
+            raise ValueError(f"{key}={brief(value)}; allowed: a whole number from 0 to {MOST_IDS}")
     entries = tekken["vocab"][: size - specials]
     contents = [base64.b64decode(entry["token_bytes"], validate=True) for entry in entries]
     names = special_token_names(tekken)
     if len(set(contents)) != size - specials or {len(content) for content in contents[:256]} != {1}:
         raise ValueError("the vocabulary must be distinct, single bytes first, and as long as config says")
+    for name in names:
+        if not isinstance(name, str) or not name or not name.isprintable():
+            raise ValueError(f"a special token is named {brief(name)}; allowed: text of printable characters")
     if len(set(names)) != specials:
         raise ValueError("the special tokens must have different names")
     words = [content.decode("latin-1").translate(LETTERS) for content in contents]
     both = sorted(set(names) & set(words))
     if both:
         raise ValueError(f"{both[0]!r} is the name of a special token and an entry of the vocabulary")
-    return names, words, Regex(config["pattern"])
+    return names, words, backend_call(Regex, config["pattern"])
 
 
 def _merges(words: list[str]) -> list[tuple[str, str]]:
