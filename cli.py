@@ -7,14 +7,18 @@ import difflib
 import os
 import re
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
 from checkpoint import SETTINGS
+
+MOST_BYTES = 64 * 10**6  # of a file of text or JSON that an option names
 
 
 class Parser(argparse.ArgumentParser):
@@ -40,7 +44,7 @@ class Parser(argparse.ArgumentParser):
         """Print one line on standard error and exit with code 2."""
         message = re.sub("^argument ([^:]+): (.* is impossible; )", r"\1 \2", message)
         message = message.removeprefix("argument ")
-        print(f"error: {message} (--help lists the options)", file=sys.stderr)
+        print(f"error: {one_line(message)} (--help lists the options)", file=sys.stderr)
         sys.exit(2)
 
 
@@ -65,8 +69,9 @@ def setting_type(name: str) -> Callable[[str], Any]:
 
 
 def exit_code(command: Callable[[], int], interrupted: str = "interrupted") -> int:
-    """Run a command and return its exit code. An error is one line on standard error, and so is each warning."""
-    warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)
+    """Run a command and return its exit code. An error is one line on standard error, and so is each warning. An error
+    of this project's code is a traceback, and the exit code is 2, too: 1 is a verdict of `reference diff`."""
+    warnings.showwarning = lambda message, *_, **__: print(f"note: {one_line(message)}", file=sys.stderr)
     try:
         return command()
     except BrokenPipeError:  # stdout was closed
@@ -76,8 +81,53 @@ def exit_code(command: Callable[[], int], interrupted: str = "interrupted") -> i
         print(interrupted, file=sys.stderr)
         return 130
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
+    except Exception:
+        traceback.print_exc()
+        return 2
+
+
+def one_line(message: object) -> str:
+    """A message on one line. Characters that are not printable, of file names or of tensors' names, are escaped: a
+    terminal would obey them."""
+    words = " ".join(str(message).split())
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in words)
+
+
+def read_file(path: str, option: str) -> bytes:
+    """The content of the file that an option names, - for standard input.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is longer than `MOST_BYTES`.
+    """
+    try:
+        if path == "-":
+            data = sys.stdin.buffer.read(MOST_BYTES + 1)
+        else:
+            with Path(path).expanduser().open("rb") as file:
+                data = file.read(MOST_BYTES + 1)
+    except OSError as error:
+        if not path:
+            path = "''"
+        raise OSError(f"{option} {path}: {error.strerror}; give a file that can be read") from error
+    if len(data) > MOST_BYTES:
+        raise ValueError(f"{option} {path} is too long; allowed: {format_bytes(MOST_BYTES)}")
+    return data
+
+
+def read_text(path: str, option: str) -> str:
+    """The same as text (raises ValueError, too, if it is not UTF-8)."""
+    return decode(read_file(path, option), f"{option} {path}")
+
+
+def decode(data: bytes, name: str) -> str:
+    """Bytes as text; raises ValueError, which has `name`, if they are not UTF-8."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not UTF-8: {error.reason} at byte {error.start}") from error
 
 
 def format_bytes(count: float) -> str:

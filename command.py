@@ -25,12 +25,12 @@ import checkpoint
 from chat import Conversation, awaits_user, batch_or_none, open_calls
 from checkpoint import DTYPES, GenerationConfig
 from checks import as_list, devices_present
-from cli import Parser, exit_code, format_bytes, progress_bar, setting_type
+from cli import Parser, decode, exit_code, format_bytes, progress_bar, read_file, read_text, setting_type
 from decoder import kv_cache_bytes
 from generate import Sampling, generate
 from model_types import ABILITIES, BUNDLED, GenerativeModel, model_class
 from products import wide_rows
-from settings import check_length, choose_length, ending_ids
+from settings import check_characters, check_length, choose_length, ending_ids
 from terminal import Writer, converse, cut_message, measure, report_calls, system_prompt
 from tokenizer import Tokenizer, read_chat_template
 from vision_config import Mistral3Config
@@ -122,28 +122,12 @@ def read_prompt(options: argparse.Namespace) -> str | None:
         others = "--prompt-file FILE, or --chat (--help lists the options)"
         raise ValueError(f"no prompt; give {example}, or {others}")
     if options.prompt is not None:
-        data = os.fsencode(options.prompt)
-    elif options.prompt_file == "-":
-        data = sys.stdin.buffer.read()
+        text = decode(os.fsencode(options.prompt), "the prompt")
     else:
-        data = read_file(options.prompt_file, "--prompt-file")
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"the prompt is not UTF-8: {error}") from error
+        text = read_text(options.prompt_file, "--prompt-file")
     if not text:
         raise ValueError("the prompt is empty; give at least one character")
     return text
-
-
-def read_file(path: str, option: str) -> bytes:
-    """The content of the file that an option names (raises OSError, which names the option)."""
-    try:
-        return Path(path).expanduser().read_bytes()
-    except OSError as error:
-        if not path:
-            path = "''"
-        raise OSError(f"{option} {path}: {error.strerror}; give a file that can be read") from error
 
 
 def read_list(path: str, option: str) -> list[Any]:
@@ -346,7 +330,7 @@ def first_messages(options: argparse.Namespace, directory: Path, prompt: str | N
 
     system = options.system
     file = directory / "SYSTEM_PROMPT.txt"
-    if system is None and not has_system and file.is_file() and "[THINK]" in file.read_text(encoding="utf-8"):
+    if system is None and not has_system and file.is_file() and "[THINK]" in read_text(str(file), "the file"):
         print(f"system prompt: {file} (--system gives another)", file=sys.stderr)
         system = str(file)
     if system:
@@ -533,6 +517,7 @@ def run(options: argparse.Namespace) -> int:
     if trained:
         kind = advice_kind(options, files.directory, files.config, conversation.messages)
     sampling, new_tokens, sources = choose_sampling(options, kind, files.generation_config)
+    check_characters(text, files.config.get_text_config())
     ids, images = encode_first(options, conversation, text, chat)
     prompt = Prompt(text, chat, conversation, ids, images)
     check_length(len(ids), files.config.get_text_config())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -125,6 +126,43 @@ def embed_images(
         raise ValueError(f"pixel_values for a {name}, a text model; allowed: a mistral3 model")
     embeds, _ = model.model.embed(input_ids, pixels.to(model.device), image_sizes)
     return embeds
+
+
+@torch.no_grad()
+def expect_finite(model: Any, x: Tensor, mask: Tensor, logits: Tensor) -> None:
+    """Raise ValueError if logits (B, V) have NaN or infinite numbers. The message names the weight, or else the first
+    part of the model, where they begin.
+
+    Args:
+        x: what was read: ids (B, S) or embeddings (B, S, E).
+        mask: bool (B, S), False at padding.
+    """
+    if logits.isfinite().all():
+        return
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            cure = "`python -m checkpoint info --check DIR` lists all such tensors; fetch the model again"
+            raise ValueError(f"{name} has numbers that are NaN or infinite; {cure}")
+    found: list[str] = []
+
+    def look(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(output, tuple):
+            output = output[0]
+        if isinstance(output, Tensor) and not output.isfinite().all():
+            found.append(name)
+
+    handles = [part.register_forward_hook(partial(look, name)) for name, part in model.named_modules()]
+    try:
+        inputs = {"input_ids": x}
+        if x.ndim == 3:
+            inputs = {"inputs_embeds": x}
+        model(**inputs, attention_mask=mask, use_cache=False, return_dict=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    first = next(iter(found), "the cache")
+    kind = str(logits.dtype).removeprefix("torch.")
+    raise ValueError(f"the output of {first} is the first that is NaN or infinite in {kind}; try another dtype")
 
 
 class Decoder:

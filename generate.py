@@ -24,7 +24,7 @@ from torch import Tensor
 import checks
 import settings
 from checkpoint import GenerationConfig, check_setting
-from decoder import Decoder, choose_forward, embed_images
+from decoder import Decoder, choose_forward, embed_images, expect_finite
 from fast import FlatModel
 from ministral import KVCache
 from model_types import BUNDLED as BUNDLED, GenerativeModel, expect_model, load_model as load_model
@@ -160,11 +160,14 @@ def sample(
     """
     logits = logits.to(at_least_float32(logits.dtype))
     if sampling.temperature == 0:
-        return logits.argmax(-1)
-    probs = filter_logits(logits, sampling).softmax(-1)
+        probs = logits.amax(-1)  # NaN if one of them is
+    else:
+        probs = filter_logits(logits, sampling).softmax(-1)
     if probs.isnan().any():
         cure = "check the weights and the dtype"
         raise ValueError(f"no token can be drawn, because the logits contain NaN; {cure}")
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
     if isinstance(generator, Sequence):
         # All rows in one call, as in `torch.multinomial`: the token with the largest quotient of its probability and
         # an exponentially distributed random number.
@@ -444,6 +447,7 @@ def generate(
         # Prefill: read the prompt into the cache.
         decoder = Decoder(forward, cache, visible, record, compile, expected)
         logits = decoder.prefill(unread, plan.chunk_size, on_prompt)
+        expect_finite(model, unread, padding_mask[:, -unread.shape[1] :].to(device), logits)
 
         # Draw, append, stop, step.
         for _ in range(plan.new_tokens):

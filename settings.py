@@ -269,6 +269,15 @@ def check_length(tokens: int, config: MinistralConfig) -> None:
         raise ValueError(f"the prompt has {tokens} tokens; allowed: {allowed}; shorten it")
 
 
+def check_characters(text: str | None, config: MinistralConfig) -> None:
+    """Raise ValueError if a text is too long by far for the positions of a model. Cutting it into tokens could take
+    minutes, and tokens have less than 6 bytes on average."""
+    limit = 16 * config.max_position_embeddings
+    if text is not None and len(text) > limit:
+        allowed = f"{limit}, 16 for each of the {config.max_position_embeddings} positions"
+        raise ValueError(f"the prompt has {len(text)} characters; allowed: {allowed}; shorten it")
+
+
 def choose_chunk_size(given: int | None, device: torch.device) -> int:
     """The number of tokens of the prompt that are read at once (raises ValueError)."""
     if given is None:

@@ -22,7 +22,7 @@ import torch
 import checkpoint
 from chat import Conversation, awaits_user, open_calls, take_back
 from checkpoint import GenerationConfig
-from cli import progress_bar
+from cli import progress_bar, read_text
 from model_types import GenerativeModel
 from settings import ending_ids
 from tokenizer import ChatStream, TextStream, Tokenizer, split_thinking
@@ -200,15 +200,23 @@ def system_prompt(text_or_file: str, model: str) -> Any:
     """The content of a system message: the text itself; of a file its text, in which [THINK]...[/THINK] is thinking and
     {name}, {today}, {yesterday} are filled in, as in Mistral's prompts."""
     path = os.path.expanduser(text_or_file)
-    if not os.path.isfile(path):
+    if not os.path.exists(path):
+        if is_file_name(text_or_file):
+            raise FileNotFoundError(f"--system {text_or_file}: no such file; give a file, or a text of several words")
         return text_or_file
     today = datetime.date.today()
     yesterday = today - datetime.timedelta(days=1)
-    text = Path(path).read_text(encoding="utf-8")
-    text = text.replace("{name}", Path(model).resolve().name)
-    text = text.replace("{today}", str(today))
-    text = text.replace("{yesterday}", str(yesterday))
-    return split_thinking(text)
+    values = {"{name}": Path(model).resolve().name, "{today}": str(today), "{yesterday}": str(yesterday)}
+    parts = split_thinking(read_text(path, "--system"))
+    for part in parts:  # after the split: a directory's name may contain [THINK]
+        for place, value in values.items():
+            part[part["type"]] = part[part["type"]].replace(place, value)
+    return parts
+
+
+def is_file_name(text: str) -> bool:
+    """Whether a text is meant as the name of a file: one word with a folder or an ending in it."""
+    return len(text.split()) == 1 and (os.sep in text or text.endswith((".txt", ".md")))
 
 
 class Terminal:

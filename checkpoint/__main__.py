@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from cli import Parser, exit_code, format_bytes
 
@@ -126,9 +127,24 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def check_numbers(directory: Path) -> None:
+    """Read all weights; raise ValueError if some are NaN or infinite."""
+    files = Checkpoint(directory)
+    names = [name for name in tqdm(files.names(), unit=" tensors", leave=False, delay=2) if not is_finite(files, name)]
+    if names:
+        raise ValueError(f"{directory}: {len(names)} tensors have NaN or infinite numbers: {list_names(names, 6)}")
+
+
+def is_finite(files: Checkpoint, name: str) -> bool:
+    """Whether all numbers of a tensor are finite."""
+    return bool(files.read(name).isfinite().all())
+
+
 def run(options: argparse.Namespace) -> int:
     """Run a command; returns the exit code."""
     if options.command == "info":
+        if options.check:
+            check_numbers(find(options.model, options.revision))
         print("\n".join(describe(find(options.model, options.revision, parts="config"))))
         return 0
     dtype = None
@@ -148,6 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     info = commands.add_parser("info", help="sizes, types, context and cache of a model, without loading it")
     small = "of a Hub repository only the small files are fetched"
     info.add_argument("model", metavar="DIR_OR_HUB_ID", help=small)
+    info.add_argument("--check", action="store_true", help="read all weights, and name those that are NaN or infinite")
     to = commands.add_parser("convert", help="write a model in another layout or type")
     to.add_argument("source", metavar="DIR_OR_HUB_ID")
     to.add_argument("destination", metavar="DIR", help="a new directory")

@@ -52,6 +52,7 @@ def convert(
     # Tensors: new name -> stored name.
     in_mistral = mistral_names(files)
     expect_tensors(directory, model, in_mistral)
+    _expect_shapes(files, model, in_mistral)
     stored_names = in_mistral
     if format != "mistral":
         stored_names = {name: name for name in in_mistral.values()}
@@ -74,6 +75,7 @@ def convert(
     with new_directory(destination) as temporary:
         write(temporary, config, sizes, read, max_shard_size, format=format)
         copy_other_files(directory, temporary)
+        _expect_readable(temporary)
 
 
 # ------------------------------------------------------------------------------------------------------- tensors
@@ -95,6 +97,16 @@ def mistral_names(files: Checkpoint) -> dict[str, str]:
     return names
 
 
+def _expect_shapes(files: Checkpoint, model: Any, stored_names: dict[str, str]) -> None:
+    """Raise ValueError unless every tensor has the shape that the configuration asks for. `stored_names` has them by
+    Mistral's names."""
+    for name, parameter in model.named_parameters():
+        stored = stored_names.get(str(to_mistral(name)))
+        if stored is not None and files.shape(stored) != tuple(parameter.shape):
+            asked = f"the configuration asks for {list(parameter.shape)}"
+            raise ValueError(f"{files.directory}: {stored} is {list(files.shape(stored))}, {asked}")
+
+
 def _expect_no_grid(files: Checkpoint, names: list[str]) -> None:
     """Raise ValueError if FP8 scales belong to blocks of rows, and rows are about to be reordered."""
     for name in names:
@@ -107,6 +119,15 @@ def nbytes(files: Checkpoint, name: str, dtype: torch.dtype | None) -> int:
     """The bytes of a tensor, cast to `dtype` if one is given."""
     itemsize = files.itemsize(name) if dtype is None else dtype.itemsize
     return math.prod(files.shape(name)) * itemsize
+
+
+def _expect_readable(directory: Path) -> None:
+    """Raise ValueError unless the written configuration and weights can be read again."""
+    try:
+        files = Checkpoint(directory, raw=True)
+        empty_model(files.config)
+    except ValueError as error:
+        raise ValueError(f"the converted model could not be read: {error}") from error
 
 
 # ------------------------------------------------------------------------------------------------- configuration

@@ -56,8 +56,13 @@ def read_json(path: Path) -> Any:
         raise FileNotFoundError(f"{path} does not exist")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"{path} is not JSON: it is nested too deeply") from error
+    except ValueError as error:
+        problem = str(error)
+        if "integer string" in problem:
+            problem = "a number has thousands of digits"
+        raise ValueError(f"{path} is not JSON: {problem}") from error
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from checkpoint import DTYPES, find
+from checks import brief
 from cli import Parser, exit_code
 from images import batch_images, read_image
 from model_types import BUNDLED, GenerativeModel, load_model
@@ -29,6 +30,7 @@ from reference.diff import diff
 from reference.mutants import MUTANTS
 from reference.names import KNOWN_MAPS
 from reference.trace import POINTS, record, save
+from settings import check_characters
 from tokenizer import Tokenizer
 
 
@@ -108,14 +110,18 @@ def write_trace(options: argparse.Namespace) -> int:
         inputs = prompt_inputs(options, model, directory)
     else:
         inputs = {"input_ids": torch.tensor([parse_numbers("--ids", options.ids)])}
+    tokens = inputs["input_ids"].shape[1]
+    limit = model.config.get_text_config().max_position_embeddings
+    if tokens > limit:
+        raise ValueError(f"{tokens} tokens; allowed: max_position_embeddings={limit}; shorten the prompt")
     if options.positions is not None:
         inputs["position_ids"] = parse_positions(options.positions, inputs["input_ids"].shape[1])
     if options.steps is not None:
         inputs["step_lengths"] = torch.tensor(parse_numbers("--steps", options.steps))
     try:
         pattern = re.compile(options.keep)
-    except re.error as error:
-        raise ValueError(f"--keep {options.keep!r} is no regular expression: {error}") from error
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"--keep {brief(options.keep)} is no regular expression: {error}") from error
 
     def keep(name: str) -> bool:
         return pattern.search(name) is not None
@@ -147,6 +153,7 @@ def prompt_inputs(
         pixels, image_ids = read_image(source, model.config, tokenizer)
         images.append(pixels)
         ids += image_ids
+    check_characters(options.prompt, model.config.get_text_config())
     ids += tokenizer.encode(options.prompt, bos=False)
     inputs: dict[str, Tensor] = {}
     if images:

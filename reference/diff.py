@@ -25,7 +25,7 @@ from reference.mutants import MUTANTS, ROUNDING
 from reference.names import KNOWN_MAPS, redundant, translate
 from reference.show import plot, show
 from reference.texts import choose_text, one_text, texts_in_words
-from reference.trace import general_name, load, record, take_inputs
+from reference.trace import dimensions, general_name, load, record, take_inputs
 
 INPUTS = {"input_ids", "attention_mask", "position_ids", "pixel_values", "image_sizes", "step_lengths"}
 Trace = Mapping[str, Tensor]
@@ -64,7 +64,7 @@ def read_map_file(path: Path) -> dict[str, str]:
         raise FileNotFoundError(f"--map {path}: no such file; allowed: a JSON file, or {', '.join(KNOWN_MAPS)}")
     try:
         names = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} must hold a JSON object: your name -> the reference's") from error
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise ValueError(f"{path} must hold a JSON object: your name -> the reference's")
@@ -108,7 +108,27 @@ def read_reference(
         if tensor.is_floating_point() and tensor.dtype != torch.float64:
             kind = str(tensor.dtype).removeprefix("torch.")
             raise ValueError(f"{path}: {name} is {kind}; allowed: a float64 trace (is it the other way?)")
+    check_shapes(path, reference)
     return reference, inputs, about
+
+
+def check_shapes(path: Path, reference: Trace) -> None:
+    """Raise ValueError unless every known tensor of the reference has its dimensions, each with one size throughout.
+    Those that depend on a step or a layer (S, T) may differ."""
+    sizes: dict[str, int] = {}
+    for name, tensor in reference.items():
+        letters = dimensions(name).split()
+        if not letters:
+            continue
+        if tensor.ndim != len(letters) or 0 in tensor.shape:
+            found = f"{name} has the shape {tuple(tensor.shape)}"
+            raise ValueError(f"{path}: {found}; allowed: {len(letters)} dimensions ({' '.join(letters)})")
+        part = name.startswith("vision.")  # its letters stand for other sizes
+        for letter, size in zip(letters, tensor.shape):
+            known = sizes.setdefault(f"{part} {letter}", size)
+            if size != known and letter not in ("S", "T"):
+                found = f"{name} has the shape {tuple(tensor.shape)}"
+                raise ValueError(f"{path}: {found}, where {letter} is {size}; elsewhere {letter} is {known}")
 
 
 # ------------------------------------------------------------------------------------------------ the comparison

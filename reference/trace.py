@@ -14,6 +14,7 @@ import json
 import re
 import sys
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -37,6 +38,10 @@ from vision import PixtralAttentionLayer
 from vision_config import Mistral3Config
 
 FORMAT = "1"
+# What damaged files of arrays and metadata raise, beside ValueError, TypeError and OSError.
+DAMAGED = (
+    zipfile.BadZipFile, zlib.error, NotImplementedError, KeyError, MemoryError, RecursionError, SyntaxError,
+)  # fmt: skip
 
 # name -> (dimensions, meaning), in the order of computing. N is a layer; B texts, S tokens, T keys, E hidden size,
 # H heads, G key heads, D numbers of a head, F intermediate size, V vocabulary; P patches of all images, C their size,
@@ -405,6 +410,15 @@ def save(
     checkpoint.replace_file(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
 
+def _expect_real_size(path: Path) -> None:
+    """Raise ValueError if the arrays of a compressed file are more than a hundred times as large as the file, and more
+    than a gigabyte."""
+    with zipfile.ZipFile(path) as archive:
+        size = sum(entry.file_size for entry in archive.infolist())
+    if size > max(100 * path.stat().st_size, 2**30):
+        raise ValueError(f"{path.stat().st_size} bytes stand for {size}")
+
+
 def take_inputs(trace: dict[str, Tensor]) -> dict[str, Tensor]:
     """Remove the inputs from a trace that was loaded, and return them: "input.input_ids" is `input_ids`."""
     names = [name for name in trace if name.startswith("input.")]
@@ -425,6 +439,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if path.suffix == ".npy":
             return {"logits": torch.from_numpy(np.load(path, allow_pickle=False))}, {}
         if path.suffix == ".npz":
+            _expect_real_size(path)
             with np.load(path, allow_pickle=False) as arrays:
                 tensors = {name: torch.from_numpy(np.array(arrays[name])) for name in arrays}
             return {name: tensors[name] for name in order(tensors)}, {}
@@ -434,8 +449,9 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             metadata = file.metadata()
             if metadata is not None:
                 about = json.loads(metadata.get("trace", "{}"))
-    except (SafetensorError, OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is no trace ({error}); allowed: .safetensors, .npz or .npy") from error
+    except (SafetensorError, OSError, EOFError, ValueError, TypeError, *DAMAGED) as error:
+        problem = " ".join(f"{type(error).__name__} {error}".split())[:100]
+        raise ValueError(f"{path} is no trace ({problem}); allowed: .safetensors, .npz or .npy") from error
     if not isinstance(about, dict):
         about = {}
     return tensors, about

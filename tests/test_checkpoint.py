@@ -603,3 +603,30 @@ def test_a_full_disk_is_one_line(tmp_path):
     with pytest.raises(OSError, match=f"{tmp_path}/x cannot be written: No space left on device"):
         checkpoint.replace_file(tmp_path / "x", lambda _: Path("/dev/full").write_bytes(b"1"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_info_check_names_tensors_that_are_not_finite(saved, capsys):
+    model, path = saved
+    assert checkpoint_main(["info", "--check", str(path)]) == 0
+    with torch.no_grad():
+        model.model.norm.weight[0] = torch.nan
+    model.save_pretrained(path)
+    capsys.readouterr()
+    assert checkpoint_main(["info", "--check", str(path)]) == 2
+    assert capsys.readouterr().err.endswith("1 tensors have NaN or infinite numbers: model.norm.weight\n")
+
+
+def test_what_is_refused_is_not_converted(saved, tmp_path):
+    """Mistral's layout takes whole numbers only, and the shapes are those of the configuration."""
+    _, path = saved
+    config = json.loads((path / "config.json").read_text())
+    for change, message in (
+        ({"max_position_embeddings": 64.0}, "max_position_embeddings=64.0"),
+        ({"tie_word_embeddings": -1}, "tie_word_embeddings=-1 is impossible"),
+        ({"intermediate_size": config["intermediate_size"] + 1}, "the configuration asks for"),
+    ):
+        (path / "config.json").write_text(json.dumps(config | change))
+        for format in ("hf", "mistral"):
+            with pytest.raises(ValueError, match=re.escape(message)):
+                checkpoint.convert(path, tmp_path / "new", format=format)
+            assert not (tmp_path / "new").exists()

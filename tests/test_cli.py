@@ -15,13 +15,13 @@ import torch
 
 import command
 import generate
-from cli import format_bytes, progress_bar
+from cli import exit_code, format_bytes, progress_bar
 from command import available_memory, model_words
 from decoder import kv_cache_bytes
 from generate import main
 from ministral import KVCache, MinistralConfig, MinistralForCausalLM
 from model_types import BUNDLED, BUNDLED_2410, load_model
-from terminal import Writer
+from terminal import Writer, system_prompt
 from tokenizer import Tokenizer
 
 ROOT = Path(generate.__file__).parent
@@ -166,6 +166,9 @@ def edit_config(path, **change):
         (["to be " * 5000], "max_position_embeddings=4096"),
         (["a", "--repetition-penalty", "1e-300"], "from 0.01 to 100"),
         (["a\udcff"], "not UTF-8"),
+        (["to be " * 20000], "the prompt has 120000 characters; allowed: 65536, 16 for each of the 4096 positions"),
+        (["a", "--system", "prompts/no-such.txt", "--chat"], "--system prompts/no-such.txt: no such file"),
+        (["a", "--model", "/no/\x1b[31mred"], "/no/\\x1b[31mred"),
     ],
 )
 def test_wrong_use_is_one_line_and_exit_code_2(capsys, arguments, message):
@@ -377,3 +380,35 @@ def test_only_long_prompts_show_a_bar(capsys, seconds):
     printed = capsys.readouterr().err
     assert ("reading:  67%" in printed) == (seconds > 2), printed
     show(1536, 1536)
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="needs /dev/zero")
+def test_files_without_an_end_and_without_text_are_refused(capsys, tmp_path):
+    (tmp_path / "latin").write_bytes(b"caf\xe9")
+    for arguments, message in (
+        (["--prompt-file", "/dev/zero"], "--prompt-file /dev/zero is too long; allowed: 64.0 MB"),
+        (["--prompt-file", tmp_path / "latin"], "latin is not UTF-8: unexpected end of data at byte 3"),
+        (["a", "--chat", "--system", tmp_path / "latin"], "latin is not UTF-8"),
+        (["--chat", "--messages", "/dev/zero"], "--messages /dev/zero is too long"),
+    ):
+        code, _, err = run(capsys, *arguments)
+        assert code == 2 and message in err and "Traceback" not in err
+
+
+def test_an_error_of_the_code_has_another_exit_code_than_a_verdict(capsys):
+    def fail():
+        raise IndexError("found by nobody")
+
+    assert exit_code(fail) == 2 and "Traceback" in capsys.readouterr().err
+
+
+def test_the_name_of_a_directory_makes_no_thinking(tmp_path):
+    """Names are filled in after the text of the file was read for [THINK]."""
+    (tmp_path / "prompt.txt").write_text("You are {name}. [THINK]As {name}[/THINK]")
+    directory = tmp_path / "[THINK]evil"
+    directory.mkdir()
+    parts = system_prompt(str(tmp_path / "prompt.txt"), str(directory))
+    assert parts == [
+        {"type": "text", "text": "You are [THINK]evil. "},
+        {"type": "thinking", "thinking": "As [THINK]evil", "closed": True},
+    ]

@@ -408,3 +408,33 @@ def test_wrong_use_is_one_line(capsys, tmp_path, arguments, message):
     assert code == 2 and message in out.err and out.err.count("\n") == 1 and out.err.startswith("error: ")
 
 
+
+
+def test_damaged_and_oversized_files_are_one_line(capsys, tmp_path):
+    """Files of a port, of a reference and of names that claim what they do not hold."""
+    golden_trace = HERE / "ministral" / "float64.safetensors"
+    np.savez_compressed(tmp_path / "zeros.npz", logits=np.zeros((1, 2**14, 2**14), np.float32))
+    np.savez_compressed(tmp_path / "damaged.npz", logits=np.arange(4000.0))
+    content = bytearray((tmp_path / "damaged.npz").read_bytes())
+    content[len(content) // 2] ^= 255
+    (tmp_path / "damaged.npz").write_bytes(content)
+    with (tmp_path / "claims.npy").open("wb") as file:
+        claim = {"descr": "<f8", "fortran_order": False, "shape": (9, 999999999999)}
+        np.lib.format.write_array_header_1_0(file, claim)
+    tensors = load_file(golden_trace)
+    flat = tensors | {"final_norm": tensors["final_norm"].flatten()}
+    save_file(tensors | {"embedding": tensors["embedding"][:, :, :3].contiguous()}, tmp_path / "narrow.safetensors")
+    save_file(flat, tmp_path / "flat.safetensors")
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    save_file({"logits": torch.zeros(1)}, tmp_path / "deep.safetensors", metadata={"trace": "[" * 100_000})
+    for arguments, message in (
+        ([tmp_path / "zeros.npz", golden_trace], "is no trace (ValueError"),
+        ([tmp_path / "damaged.npz", golden_trace], "is no trace ("),
+        ([tmp_path / "claims.npy", golden_trace], "is no trace ("),
+        ([golden_trace, tmp_path / "flat.safetensors"], "allowed: 3 dimensions (B S E)"),
+        ([golden_trace, tmp_path / "narrow.safetensors"], "where E is"),
+        ([golden_trace, tmp_path / "deep.safetensors"], "is no trace (RecursionError"),
+        ([golden_trace, golden_trace, "--map", tmp_path / "deep.json"], "must hold a JSON object"),
+    ):
+        code, _, err = diff(capsys, *arguments)
+        assert code == 2 and message in err and err.count("\n") == 1 and len(err) < 420

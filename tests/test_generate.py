@@ -473,3 +473,32 @@ def test_sampling_is_a_pure_function():
 def test_a_tiny_temperature_is_greedy_and_never_nan(temperature, dtype):
     logits = torch.tensor([1.0, 30.0, 29.0, -60000.0], dtype=dtype)
     assert sample(logits, Sampling(temperature=temperature, top_p=0.9, min_p=0.1)).item() == 1
+
+
+SMALL = dict(vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+             num_key_value_heads=1, head_dim=16)  # fmt: skip
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("fast", [True, False])
+def test_weights_that_are_not_finite_are_named(temperature, fast):
+    model = MinistralForCausalLM(MinistralConfig(**SMALL)).eval()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[1, 2] = torch.inf
+    message = r"model\.layers\.0\.mlp\.up_proj\.weight has numbers that are NaN or infinite"
+    with pytest.raises(ValueError, match=message):
+        generate(model, torch.tensor([[1, 2, 3]]), max_new_tokens=2, temperature=temperature, fast=fast)
+
+
+def test_the_first_result_that_is_not_finite_is_named():
+    """Finite weights whose products overflow in float16."""
+    model = MinistralForCausalLM(MinistralConfig(**SMALL)).half().eval()
+    with torch.no_grad():
+        for p in model.model.layers[1].mlp.parameters():
+            p.fill_(60.0)
+    message = r"output of model\.layers\.1\.mlp.* is the first .* in float16; try another dtype"
+    with pytest.raises(ValueError, match=message):
+        generate(model, torch.tensor([[1, 2, 3]]), max_new_tokens=2)
+    for temperature in (0.0, 1.0):
+        with pytest.raises(ValueError, match="the logits contain NaN"):
+            sample(torch.tensor([[1.0, torch.nan]]), Sampling(temperature))

@@ -51,7 +51,7 @@ def draw_image(rng):
 def tiny(kind, rng):
     """A random model for the vocabulary above: "full", "window" (of 5), "vision", or "vision and window"."""
     torch.manual_seed(rng.randrange(2**31))
-    sizes = dict(vocab_size=2052, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+    sizes = dict(vocab_size=2304, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
                  num_key_value_heads=1, head_dim=16, max_position_embeddings=4096, initializer_range=0.3)  # fmt: skip
     if "vision" in kind:
         vision_config = PixtralVisionConfig(16, 16, 2, 2, image_size=64, patch_size=4, initializer_range=0.3)

@@ -22,6 +22,7 @@ from model_types import BUNDLED, load_model
 from tests.conftest import newer_torch
 from tokenizer import Tokenizer
 from training import corpus, evaluate, recipes, rows, shapes, tasks, train
+from training.__main__ import main as training_command
 from training.bits import bits_per_byte, model_bits, ngram_bits_per_byte
 from training.optimizer import Muon, orthogonalize
 from training.recipes import Recipe
@@ -493,3 +494,18 @@ def test_the_readme_shows_what_the_model_writes():
         ids = torch.tensor([tokenizer.encode(prompts[text])])
         tokens = generate(model, ids, max_new_tokens=200, seed=int(seed), **shipped_settings())
         assert tokenizer.decode(tokens[0].tolist()).startswith(text.removesuffix("...\n").rstrip("\n"))
+
+
+def test_wrong_use_of_the_command_is_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "no.tar.gz").write_text("no archive")
+    (tmp_path / "quick").mkdir()
+    (tmp_path / "quick" / "state.pt").write_bytes(b"damaged")
+    for arguments, message in (
+        (["--device", "foo"], "device='foo' is not supported"),
+        (["corpus", str(tmp_path / "no.tar.gz")], "is damaged or no package"),
+        (["--quick", "--output", str(tmp_path / "quick")], "state.pt is damaged (UnpicklingError); remove it"),
+    ):
+        monkeypatch.setattr("sys.argv", ["training", *arguments])
+        assert training_command() == 2
+        err = capsys.readouterr().err
+        assert message in err and err.count("\n") == 1

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from checks import as_device
 from cli import Parser, exit_code
 from training import corpus, evaluate, recipes
 from training.train import Trainer
@@ -38,7 +39,7 @@ def main() -> int:
 
 def run(options: argparse.Namespace) -> int:
     """The command that was chosen; without one, train."""
-    device = torch.device(options.device)
+    device = as_device(options.device)
     if options.command == "corpus":
         corpus.build(options.package)
     elif options.command == "evaluate":

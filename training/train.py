@@ -5,6 +5,7 @@ Everything random comes from the seed, the stage and the step, so a resumed run 
 from __future__ import annotations
 
 import io
+import pickle
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -211,11 +212,14 @@ class Trainer:
         path = self.output / "state.pt"
         if not path.exists():
             return {}
-        state = torch.load(path, map_location=self.device, weights_only=True)
-        if state["recipe"] != repr(self.recipe):
+        try:
+            state = dict(torch.load(path, map_location=self.device, weights_only=True))
+            recipe, self.progress = state["recipe"], Progress(**state["progress"])
+        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path} is damaged ({type(error).__name__}); remove it to begin anew") from error
+        if recipe != repr(self.recipe):
             raise ValueError(f"{path} belongs to another recipe; choose another --output or remove it")
-        self.progress = Progress(**state["progress"])
-        return dict(state)
+        return state
 
 
 def vocabulary(texts: list[str], recipe: Recipe) -> dict[str, Any]:
