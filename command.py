@@ -49,6 +49,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--dtype", choices=("auto", *DTYPES), default="auto", help="default: as stored; FP8 becomes bfloat16")
     add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
     add("--attn", choices=("sdpa", "eager"), default="sdpa", help="attention implementation")
+    add("--check", action="store_true", help="check whether the device computes right numbers, and end")
+    add("--no-check", action="store_true", help="no such check before the first use of a device that is not the CPU")
     add("--json", action="store_true", help="print one JSON object with text, ids, settings, timing")
     return parser.parse_args(arguments)
 
@@ -504,8 +506,10 @@ def plan_length(
 def run(options: argparse.Namespace) -> int:
     """The command. Returns the exit code; raises the errors that `main` prints as one line."""
     # Read the input.
-    text = read_prompt(options)
     device = choose_device(options.device)
+    if options.check:
+        return check_device(device, DTYPES.get(options.dtype, torch.bfloat16))
+    text = read_prompt(options)
     check_options(options)
     files = read_model_files(options)
     chat, reason = choose_format(options, files.directory)
@@ -527,6 +531,10 @@ def run(options: argparse.Namespace) -> int:
 
     # Load the model, and generate.
     model = load(options, files, device)
+    if device.type != "cpu" and not options.no_check:
+        from reference.device import checked_once  # imported late: it takes a tenth of a second
+
+        checked_once(device, model.dtype)
     print_products(options, model, len(ids))
     settings = asdict(sampling) | {"max_new_tokens": new_tokens}
     if options.chat:
@@ -537,6 +545,21 @@ def run(options: argparse.Namespace) -> int:
     if options.seed is None:
         settings["seed"] = int.from_bytes(os.urandom(4), "big")
     return generate_once(options, files, model, prompt, settings)
+
+
+def check_device(device: torch.device, dtype: torch.dtype) -> int:
+    """Print whether a device computes right numbers in a type. Returns the exit code: 0 if it does, else 1."""
+    from reference.device import CHECKED_MODELS, description, first_difference
+
+    start = time.perf_counter()
+    wrong = first_difference(device, dtype)
+    seconds = time.perf_counter() - start
+    name = f"{description(device)}, torch {torch.__version__}, {str(dtype).removeprefix('torch.')}"
+    if wrong is not None:
+        print(f"{name}: wrong numbers; {wrong}")
+        return 1
+    print(f"{name}: {len(CHECKED_MODELS)} models agree with the float64 reference at every stage ({seconds:.1f} s)")
+    return 0
 
 
 def print_format(options: argparse.Namespace, prompt: Prompt, reason: str, trained: bool) -> None:

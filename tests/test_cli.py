@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,12 +16,14 @@ import torch
 
 import command
 import generate
+import ministral
 from cli import exit_code, format_bytes, progress_bar
 from command import available_memory, model_words
-from decoder import kv_cache_bytes
+from decoder import Decoder, kv_cache_bytes
 from generate import main
 from ministral import KVCache, MinistralConfig, MinistralForCausalLM
 from model_types import BUNDLED, BUNDLED_2410, load_model
+from reference.device import checked_once
 from terminal import Writer, system_prompt
 from tokenizer import Tokenizer
 
@@ -412,3 +415,42 @@ def test_the_name_of_a_directory_makes_no_thinking(tmp_path):
         {"type": "text", "text": "You are [THINK]evil. "},
         {"type": "thinking", "thinking": "As [THINK]evil", "closed": True},
     ]
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32", "float16"])
+def test_the_device_is_checked(capsys, dtype):
+    code, out, err = run(capsys, "--check", "--device", "cpu", "--dtype", dtype)
+    assert code == 0 and err == "" and out.count("\n") == 1
+    assert "3 models agree with the float64 reference at every stage" in out
+
+
+@pytest.mark.parametrize(
+    "broken, found",
+    [
+        ("eager", "ministral, eager attention: .*layers.0.attention"),
+        ("sdpa", "ministral, sdpa attention: .*logits"),
+        ("step", "ministral, the steps of generate: .*logits"),
+    ],
+)
+def test_a_device_that_computes_wrong_numbers_is_found(capsys, monkeypatch, tmp_path, broken, found):
+    """A kernel that forgets the mask, as drivers have done, in one of the three ways to compute attention."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    if broken == "step":
+        step = Decoder.step
+        monkeypatch.setattr(Decoder, "step", lambda self, ids: step(self, ids) * 1.5)
+    else:
+        right = ministral.ATTENTION[broken]
+
+        def forgets_mask(q, k, v, mask, *rest):
+            return right(q, k, v, torch.ones_like(mask) if isinstance(mask, torch.Tensor) else None, *rest)
+
+        monkeypatch.setitem(ministral.ATTENTION, broken, forgets_mask)
+    code, out, _ = run(capsys, "--check", "--device", "cpu", "--dtype", "float32")
+    assert code == 1 and re.search(f"wrong numbers; {found}", out)
+    with pytest.raises(ValueError, match=f"cpu computes wrong numbers: {found}.*--no-check goes on"):
+        checked_once(torch.device("cpu"), torch.float32)
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert checked_once(torch.device("cpu"), torch.float32)
+    assert not checked_once(torch.device("cpu"), torch.float32)  # it has passed before
+    assert checked_once(torch.device("cpu"), torch.bfloat16)

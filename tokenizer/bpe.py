@@ -305,14 +305,15 @@ def read_tekken(path: Path) -> tuple[Backend, str]:
 
 def _cache_file(content: bytes) -> Path | None:
     """The file that stores the tokenizer built from `content`; None where the user has no folder for such files."""
-    folder = os.path.expanduser(_cache_folder())
+    folder = os.path.expanduser(cache_folder())
     if not os.path.isabs(folder):
         return None
     key = hashlib.sha256(f"{CACHE_FORMAT} {tokenizers.__version__} ".encode() + content).hexdigest()
     return Path(folder, "ministral", f"tekken-{key}.json")
 
 
-def _cache_folder() -> str:
+def cache_folder() -> str:
+    """The folder for files that programs can make again; it may begin with ~."""
     folder = os.environ.get("XDG_CACHE_HOME")
     if not folder and sys.platform == "win32":
         folder = os.environ.get("LOCALAPPDATA")
