@@ -327,7 +327,7 @@ def test_memory_figures():
 
 def test_ctrl_c_keeps_what_was_written(tmp_path):
     process = subprocess.Popen(
-        [*COMMAND, "O Romeo", "--max-new-tokens", "1000", "--seed", "1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [*COMMAND, "O Romeo", "--max-new-tokens", "4000", "--seed", "1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     first = process.stdout.read(10)  # the model is talking
     process.send_signal(signal.SIGINT)
