@@ -23,7 +23,7 @@ const VIEWS = [];
 const data = JSON.parse(document.getElementById("data").textContent);
 const state = {
   run: null, // null until the model has read the first text
-  view: "tokens",
+  view: "attention",
   settings: null,
   busy: false,
   parameters: 0,
@@ -143,11 +143,12 @@ function tint(element, share) {
   return element;
 }
 
-// Draw a heat map on a canvas of `size` CSS pixels.
+// Draw a heat map on a canvas of `size` CSS pixels, or, with `cells`, of one pixel for each cell, for CSS to enlarge.
 //     value(row, column)   a share from 0 to 1
 //     hidden(row, column)  null, or why a cell is hidden: "future" is plain, everything else has hatches
-function heat(canvas, { rows, columns, value, hidden = () => null, size = 64 }) {
-  const ratio = Math.min(window.devicePixelRatio || 1, 2);
+function heat(canvas, { rows, columns, value, hidden = () => null, size = 64, cells = false }) {
+  let ratio = Math.min(window.devicePixelRatio || 1, 2);
+  if (cells) [size, ratio] = [columns, 1];
   const pixels = Math.round(size * ratio);
   [canvas.width, canvas.height] = [pixels, Math.max(Math.round((pixels * rows) / columns), 1)];
   const image = new ImageData(canvas.width, canvas.height);
@@ -323,12 +324,25 @@ function renderStrip() {
       "aria-selected": String(position === selected), title: `position ${position}, id ${token.id}`,
       click: () => { select({ query: position }); focusToken(); },
     }, labelOf(token));
-    if (glow && state.live === null) tint(element, glow(state.run, position));
+    if (glow && state.live === null) {
+      const share = glow(state.run, position);
+      if (share !== null) tint(element, share);
+    }
     return element;
   }));
+  byId("legend").textContent = state.live === null ? currentView()?.legend?.(state.run) ?? "" : "";
   breakLines(strip, tokens);
   if (hadFocus) focusToken();
-  if (state.live !== null) strip.scrollTop = strip.scrollHeight;
+  showInStrip(strip, state.live === null ? strip.querySelector("[aria-selected=true]") : strip.lastElementChild);
+}
+
+// Scroll the strip, and nothing else, to a token.
+function showInStrip(strip, element) {
+  if (element === null) return;
+  const top = element.offsetTop;
+  const bottom = top + element.offsetHeight;
+  if (top < strip.scrollTop) strip.scrollTop = top - 8;
+  else if (bottom > strip.scrollTop + strip.clientHeight) strip.scrollTop = bottom + 8 - strip.clientHeight;
 }
 
 // A line of the text is a line of the strip.
