@@ -31,7 +31,7 @@ VIEWS.push({
         make("th", { scope: "row" }, String(position)),
         make("td", { className: "label" }, labelOf(run.tokens[position])),
         make("td", {}, String(id)),
-        make("td", { className: "mono" }, hex(bytes)),
+        make("td", { className: "mono label" }, hex(bytes)),
         make("td", { className: "muted" }, position < run.prompt ? "read" : "written"));
     };
     element.replaceChildren(
@@ -134,8 +134,8 @@ VIEWS.push({
       make("span", {}, stageWords(run, stages, index))));
     const rows = shown.map((id) => {
       const removed = removedBy(stages, id);
-      let fate = removed === null ? "can be drawn" : `removed by ${removed}`;
-      if (id === next) fate += query + 1 < run.prompt ? "; is in the prompt" : "; was drawn";
+      let fate = removed === null ? "kept" : `cut by ${removed}`;
+      if (id === next) fate += query + 1 < run.prompt ? ", in the prompt" : ", drawn";
       return make("tr", { className: `${id === next ? "chosen" : ""} ${removed === null ? "" : "removed"}` },
         make("td", { className: "muted" }, String(order.indexOf(id) + 1)),
         make("th", { scope: "row", className: "label" }, labelOf(names.get(id))),
@@ -246,7 +246,8 @@ function cellSentence(run, layer, map, query, key) {
   const p = map.probability(query, key);
   if (best === key) return `Visible, and the highest score of this query: it gets ${percent(p)} of the attention.`;
   const less = map.score(query, best) - map.score(query, key);
-  return `Visible. The score is ${number(less)} below that of “${tokenLabel(best)}” (position ${best}), so the probability is e^${number(less)} times smaller: ${percent(p)}.`;
+  return `Visible. The score is ${number(less)} below that of “${tokenLabel(best)}” (position ${best}), so the probability is `
+    + `exp(${number(less)}) = ${number(Math.exp(less))} times smaller: ${percent(p)}.`;
 }
 
 // For each layer and head, the mean probability of each pattern in this text; null where the text has no case of it.
@@ -311,6 +312,7 @@ function smallMaps(run) {
   const H = headCount(run);
   const S = run.tokens.length;
   const grid = make("div", { className: "maps", role: "group", "aria-label": "Heads" });
+  grid.classList.toggle("smooth", S > 36); // a map has about 36 pixels on a phone
   grid.style.gridTemplateColumns = `auto repeat(${H}, minmax(0, 1fr))`;
   run.text.layer_types.forEach((kind, layer) => {
     const words = kind === "sliding_attention" ? `window ${run.text.sliding_window}` : "full";
@@ -462,7 +464,7 @@ function mapPainter(run, layer, map, canvas) {
     context.textBaseline = "middle";
     context.textAlign = "right";
     const text = (place, marked) => {
-      context.fillStyle = marked ? accentOf(canvas) : probe.color;
+      context.fillStyle = marked ? accent() : probe.color;
       context.font = `${marked ? "bold " : ""}12px ${style.fontFamily}`;
     };
     for (let place = 0; hasLabels && place < S; place++) {
@@ -485,7 +487,7 @@ function mapPainter(run, layer, map, canvas) {
       context.fillText("query →", 0, 0);
       context.restore();
     }
-    context.strokeStyle = accentOf(canvas);
+    context.strokeStyle = accent();
     context.lineWidth = 1;
     context.strokeRect(margin.left + 0.5, margin.top + query * cell, side - 1, cell);
     context.lineWidth = 2;
@@ -494,8 +496,8 @@ function mapPainter(run, layer, map, canvas) {
   return Object.assign(paint, { margin, cell, ratio });
 }
 
-function accentOf(element) {
-  return getComputedStyle(element).color;
+function accent() {
+  return getComputedStyle(document.querySelector("#tabs [aria-selected=true]")).color;
 }
 
 function clip(text, length) {

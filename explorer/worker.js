@@ -43,7 +43,8 @@ function buffersOf(result) {
 
 async function start({ config, tekken, weights }) {
   const binary = atob(weights);
-  const packed = Uint8Array.from({ length: binary.length }, (_, i) => binary.charCodeAt(i));
+  const packed = new Uint8Array(binary.length);
+  for (let i = 0; i < binary.length; i++) packed[i] = binary.charCodeAt(i);
   const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("deflate"));
   const planes = new Uint8Array(await new Response(stream).arrayBuffer());
   const file = new Uint8Array(planes.length); // bytes at even places first, then those at odd places
@@ -64,7 +65,7 @@ function describe(id) {
 
 // The images of a message, {rgb, height, width} with one byte for a number, as the model takes them.
 function readImages(images) {
-  return images.map(({ rgb, height, width }) => ({ pixels: preprocess(rgb, height, width), height, width }));
+  return images.map(({ rgb, height, width }) => preprocess(rgb, height, width));
 }
 
 function idsOf({ text, mode = "text", images = [] }) {
