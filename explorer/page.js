@@ -1,7 +1,9 @@
 // The page: it starts the worker, keeps the run that all views show, and calls the views.
 //
-// A view is an object {id, title, about, render(element, run)} in VIEWS; it fills the empty `element` each time that
-// the run, the selection or the sampling settings change. Text of models and readers only ever becomes `textContent`.
+// A view is an object {id, title, about, render(element, run)} in VIEWS. It fills `element` each time that the run, the
+// selection or the sampling settings change; after that, the element with the focus gets it again by its place in the
+// tree. A view may also have first(run) (a selection to begin with), glow(run, position) (a share that colours a token
+// above) and legend(run) (what that colour means). Text of models and readers only ever becomes `textContent`.
 //
 //     run.config, run.text          the parsed config.json, and its text configuration with all fields
 //     run.tokens                    [{id, text, bytes, special}] of everything read and written
@@ -210,6 +212,7 @@ function showCode(name) {
 function setRun(result, source, steps) {
   const { config, generation, name, sources } = data;
   const text = textConfig();
+  const isFirst = state.run === null;
   const old = state.run?.selected ?? { layer: 0, head: 0, query: 0, key: 0 };
   const last = result.tokens.length - 1;
   const help = { make, tokenLabel, labelOf, number, percent, scaleColour, inkOn, tint, heat, isDark, point, showCode, openView,
@@ -219,6 +222,9 @@ function setRun(result, source, steps) {
     prompt: result.tokens.length - steps.length, images: source.images ?? [], source, settings: settingsOfPage(),
     selected: { ...old, query: last, key: Math.min(old.key, last) }, ask, help,
   };
+  if (isFirst) {
+    for (const view of VIEWS) Object.assign(state.run.selected, view.first?.(state.run));
+  }
   renderStrip();
   renderView();
 }

@@ -137,7 +137,7 @@ VIEWS.push({
       let fate = removed === null ? "kept" : `cut by ${removed}`;
       if (id === next) fate += query + 1 < run.prompt ? ", in the prompt" : ", drawn";
       return make("tr", { className: `${id === next ? "chosen" : ""} ${removed === null ? "" : "removed"}` },
-        make("td", { className: "muted" }, String(order.indexOf(id) + 1)),
+        make("td", { className: "muted rank" }, String(order.indexOf(id) + 1)),
         make("th", { scope: "row", className: "label" }, labelOf(names.get(id))),
         bar(make, stages[0].probabilities[id], percent),
         bar(make, stages[1].probabilities[id], percent),
@@ -152,7 +152,7 @@ VIEWS.push({
         make("table", { className: "bars" },
           make("caption", {}, "The most likely candidates"),
           make("thead", {}, make("tr", {}, ["rank", "token", "model", `temperature ${run.settings.temperature}`, "after all settings", "result"]
-            .map((name) => make("th", { scope: "col" }, name)))),
+            .map((name) => make("th", { scope: "col", className: name === "rank" ? "rank" : "" }, name)))),
           make("tbody", {}, rows))),
       make("p", { className: "muted" }, "Change the settings above: the bars follow. A low temperature widens the lead of the first; ",
         "top-k keeps the k most likely; top-p keeps the most likely that together reach p; min-p removes what is less likely than min-p times the first."));
@@ -283,6 +283,10 @@ VIEWS.push({
     if (position > query) return null;
     return headMap(run, layer, head).probability(query, position);
   },
+  first(run) { // the head that looks most at the token before, and where it looks
+    const { layer, head } = patternScores(run).reduce((best, scores) => (scores.means[0] > best.means[0] ? scores : best));
+    return { layer, head, key: Math.max(run.selected.query - 1, 0) };
+  },
   legend(run) {
     const { layer, head, query } = run.selected;
     return `Colour: where “${run.help.tokenLabel(query)}” (position ${query}) looks in layer ${layer}, head ${head}.`;
@@ -301,7 +305,8 @@ VIEWS.push({
     element.replaceChildren(make("div", { className: "attention" }, largeMap(run),
       make("div", { className: "heads" },
         make("h3", {}, "All heads"),
-        make("p", { className: "muted" }, "A row is a layer, a column is a head. Click one, or use the arrow keys."),
+        make("p", { className: "muted" }, "A row is a layer, a column is a head. Click one, or use the arrow keys.",
+          new Set(run.text.layer_types).size > 1 ? ` W: a window of ${run.text.sliding_window} tokens.` : ""),
         drawn.grid, patternTable(run))));
   },
 });
@@ -314,9 +319,11 @@ function smallMaps(run) {
   const grid = make("div", { className: "maps", role: "group", "aria-label": "Heads" });
   grid.classList.toggle("smooth", S > 36); // a map has about 36 pixels on a phone
   grid.style.gridTemplateColumns = `auto repeat(${H}, minmax(0, 1fr))`;
-  run.text.layer_types.forEach((kind, layer) => {
-    const words = kind === "sliding_attention" ? `window ${run.text.sliding_window}` : "full";
-    grid.append(make("span", { className: "muted", title: words }, String(layer)));
+  const isMixed = new Set(run.text.layer_types).size > 1;
+  run.text.layer_types.forEach((_, layer) => {
+    const window = windowOf(run, layer);
+    const words = window === null ? "full attention" : `window of ${window}`;
+    grid.append(make("span", { className: "muted" }, `${layer}${isMixed ? ` ${window === null ? "full" : "W"}` : ""}`));
     for (let head = 0; head < H; head++) {
       const map = headMap(run, layer, head);
       const canvas = make("canvas", { "aria-hidden": "true" });
@@ -354,7 +361,7 @@ function patternTable(run) {
       make("td", {}, make("div", { className: "buttons" }, best.map((other) => make("button", {
         type: "button", className: "small", click: () => select({ layer: other.layer, head: other.head }),
       }, `${other.layer}.${other.head}: ${percent(other.means[index])}`)))),
-      make("td", {}, percent(own.means[index])));
+      make("td", { className: "label" }, percent(own.means[index])));
   });
   return make("div", { className: "patterns" },
     make("h3", {}, "Which head looks where, in this text"),
