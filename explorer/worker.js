@@ -64,7 +64,7 @@ function describe(id) {
 
 // The images of a message, {rgb, height, width} with one byte for a number, as the model takes them.
 function readImages(images) {
-  return images.map(({ rgb, height, width }) => ({ pixels: preprocess(rgb, height, width), height, width }));
+  return images.map(({ rgb, height, width }) => preprocess(rgb, height, width));
 }
 
 function idsOf({ text, mode = "text", images = [] }) {
