@@ -216,7 +216,7 @@ function functionLines(source, name) {
 // --------------------------------------------------------------------------------------------------- elements
 // What the reader chose in a view. It lives here, because a view is made anew when the selection changes.
 const chosen = {
-  cache: { step: null, slot: 3, window: "model", reading: "once" },
+  cache: { step: null, slot: 3, window: "model", reading: "single" },
   positions: { position: null },
   mistakes: { name: null, long: false, results: new Map() },
   image: { shapes: [{ place: 0, kind: "circle", colour: "red" }, { place: 3, kind: "square", colour: "blue" }],
@@ -306,7 +306,7 @@ VIEWS.push({
 
     const own = modelWindow === null ? "none: every position is kept" : `${modelWindow}, of this model`;
     const windows = [["model", own], ...[4, 8, 16].map((size) => [size, `${size}, a demonstration`])];
-    const readings = [["once", "in one step, as the model does"], ["single", "token by token"]];
+    const readings = [["single", "token by token"], ["once", "in one step, as in this run"]];
     const result = make("div");
     const draw = () => result.replaceChildren(...cacheResult(run, window, draw));
     element.replaceChildren(
@@ -316,7 +316,7 @@ VIEWS.push({
         choice("The prompt is read", readings, state.reading, (value) => { state.reading = value; state.step = null; again(); }),
         slider("Step", { min: 1, max: last, value: state.step, describe: (step) => stepText(run, state.reading, step) },
           (step) => { state.step = step; draw(); })),
-      cacheAbout(modelWindow, window),
+      cacheAbout(run, modelWindow, window),
       result);
     draw();
   },
@@ -337,17 +337,18 @@ function stepTokens(run, reading, step) {
 
 function stepText(run, reading, step) {
   const [past, fresh] = stepTokens(run, reading, step);
-  if (fresh === 1) return `step ${step} reads position ${past}`;
-  return `step ${step} reads positions ${past} to ${past + fresh - 1}`;
+  return `step ${step}: ${past + fresh} ${past + fresh === 1 ? "token" : "tokens"} read`;
 }
 
-function cacheAbout(modelWindow, window) {
+function cacheAbout(run, modelWindow, window) {
   if (window === null) {
-    return paragraph("This layer uses full attention. Its cache only grows: position p is in slot p, and no key is "
-      + "overwritten. Choose a small window above to see what a ring does with the same text.");
+    const rings = [...run.text.layer_types.keys()].filter((layer) => run.text.layer_types[layer] === "sliding_attention");
+    const hint = rings.length === 0 ? "No layer of this model has a ring; choose a small window to see what one does with the same text."
+      : `Layers ${rings.join(", ")} have a ring of ${run.text.sliding_window} slots.`;
+    return paragraph(`This layer uses full attention. Its cache only grows: position p is in slot p, and no key is overwritten. ${hint}`);
   }
   const text = `A ring of W = ${window} slots: position p is in slot p % ${window}. A token sees the last ${window} positions, `
-    + "its own included, so a key that is overwritten is one that no later token may see.";
+    + `its own included. So ${window} keys are all that it needs, and a new key takes the place of the one that has just left the window.`;
   if (window === modelWindow) return paragraph(text);
   const model = modelWindow === null ? "keeps every position" : `has ${modelWindow} slots`;
   return paragraph(make("strong", {}, "Demonstration of the slot arithmetic. "), text,
@@ -449,8 +450,8 @@ function keysSentence(window, past, fresh, step) {
     return `The ${fresh} new keys, in the order of the text. ${before} The mask hides those outside the window of each token.`;
   }
   if (end <= window) return "The ring is not full: slots are positions, and all of them are visible.";
-  return "All slots, in the order of slots, and all are visible. The order does not matter: a key is rotated by its position before "
-    + "it is stored, and attention adds up all of them.";
+  return `Position ${past} sees positions ${end - window} to ${past}: these are W = ${window} keys, and they are all in the ring. They come in `
+    + "the order of slots. That does not matter: a key is rotated by its position before it is stored, and attention adds up all of them.";
 }
 
 // -------------------------------------------------------------------------------------------------- positions
