@@ -16,6 +16,7 @@
 //     run.tensors                   {name: shape} of the weights
 //     run.generation, run.name      the parsed generation_config.json, and the name of the model
 //     run.ask(message, progress)    Promise of an answer of the worker, see worker.js
+//     run.codePoint                 the point whose Python lines another view wants to show (help.showCode), or undefined
 //     run.help                      the functions below
 "use strict";
 
@@ -23,7 +24,7 @@ const VIEWS = [];
 const data = JSON.parse(document.getElementById("data").textContent);
 const state = {
   run: null, // null until the model has read the first text
-  view: "tokens",
+  view: "attention",
   settings: null,
   busy: false,
   parameters: 0,
@@ -118,7 +119,7 @@ function isDark() {
 // Colours of a scale from 0 to 1, monotone in lightness: legible in grey, too.
 const SCALES = {
   light: [[253, 249, 244], [252, 222, 190], [244, 165, 100], [205, 92, 30], [122, 40, 8], [58, 14, 2]],
-  dark: [[30, 31, 38], [74, 46, 36], [135, 66, 30], [205, 104, 44], [246, 172, 105], [255, 240, 220]],
+  dark: [[30, 30, 33], [74, 46, 36], [135, 66, 30], [205, 104, 44], [246, 172, 105], [255, 240, 220]],
 };
 const HIDDEN = { light: ["#e6e7ec", "#c3c6d0"], dark: ["#0e0f13", "#2c2f39"] }; // plain, and the lines of hatches
 
@@ -145,11 +146,12 @@ function tint(element, share) {
   return element;
 }
 
-// Draw a heat map on a canvas of `size` CSS pixels.
+// Draw a heat map on a canvas of `size` CSS pixels, or, with `cells`, of one pixel for each cell, for CSS to enlarge.
 //     value(row, column)   a share from 0 to 1
 //     hidden(row, column)  null, or why a cell is hidden: "future" is plain, everything else has hatches
-function heat(canvas, { rows, columns, value, hidden = () => null, size = 64 }) {
-  const ratio = Math.min(window.devicePixelRatio || 1, 2);
+function heat(canvas, { rows, columns, value, hidden = () => null, size = 64, cells = false }) {
+  let ratio = Math.min(window.devicePixelRatio || 1, 2);
+  if (cells) [size, ratio] = [columns, 1];
   const pixels = Math.round(size * ratio);
   [canvas.width, canvas.height] = [pixels, Math.max(Math.round((pixels * rows) / columns), 1)];
   const image = new ImageData(canvas.width, canvas.height);
@@ -337,12 +339,25 @@ function renderStrip() {
       "aria-selected": String(position === selected), title: `position ${position}, id ${token.id}`,
       click: () => { select({ query: position }); focusToken(); },
     }, labelOf(token));
-    if (glow && state.live === null) tint(element, glow(state.run, position));
+    if (glow && state.live === null) {
+      const share = glow(state.run, position);
+      if (share !== null) tint(element, share);
+    }
     return element;
   }));
+  byId("legend").textContent = state.live === null ? currentView()?.legend?.(state.run) ?? "" : "";
   breakLines(strip, tokens);
   if (hadFocus) focusToken();
-  if (state.live !== null) strip.scrollTop = strip.scrollHeight;
+  showInStrip(strip, state.live === null ? strip.querySelector("[aria-selected=true]") : strip.lastElementChild);
+}
+
+// Scroll the strip, and nothing else, to a token.
+function showInStrip(strip, element) {
+  if (element === null) return;
+  const top = element.offsetTop;
+  const bottom = top + element.offsetHeight;
+  if (top < strip.scrollTop) strip.scrollTop = top - 8;
+  else if (bottom > strip.scrollTop + strip.clientHeight) strip.scrollTop = bottom + 8 - strip.clientHeight;
 }
 
 // A line of the text is a line of the strip.
@@ -405,6 +420,7 @@ function renderView() {
   const element = byId("view");
   const path = pathOf(document.activeElement, element);
   state.run.settings = settingsOfPage();
+  byId("view-title").textContent = view.title;
   byId("about").textContent = view.about;
   if (element.dataset.view !== view.id) element.replaceChildren();
   element.dataset.view = view.id;
@@ -428,6 +444,87 @@ function pathOf(element, ancestor) {
   return path;
 }
 
+// --------------------------------------------------------------------------------------------------------- tour
+const STOPS = [
+  { view: "tokens", mark: "text", title: "The model reads tokens",
+    text: "Your text is cut into pieces from a fixed vocabulary. A blank belongs to the word after it. Click a token: all views follow it." },
+  { view: "sampling", mark: "input", title: "It writes one token at a time",
+    text: "Press “Next token”. The view shows how likely each candidate was, and what temperature, top-k, top-p and min-p left of it. Change a setting and watch the bars." },
+  { view: "attention", mark: "panel", title: "Tokens look back",
+    text: "Each small map is a head. A bright or dark line beside the diagonal is a head that looks at the token before. Point at a cell to read its score, and why it is hidden if it is." },
+  { view: "layers", mark: "panel", title: "The guess forms layer by layer",
+    text: "After each layer, the vector of a token can be read as a guess of the next one. Here you see from which layer on the guess stands." },
+  { view: "cache", mark: "panel", title: "Keys and values are kept",
+    text: "The model reads a token once. Its keys and values stay in the cache: in a sliding layer in a ring with a fixed number of slots. Move the slider to see which slot is overwritten." },
+  { view: "mistakes", mark: "panel", title: "Now break it",
+    text: "Switch a known mistake on, and compare text and numbers with the right model. Then write your own text at the top: everything is live." },
+];
+const tour = { stop: 0, stops: [] };
+
+function startTour(takeFocus) {
+  tour.stops = STOPS.filter(({ view }) => VIEWS.some(({ id }) => id === view));
+  byId("tour").hidden = false;
+  document.body.classList.add("touring");
+  showStop(0);
+  if (takeFocus) byId("tour").focus();
+}
+
+function showStop(stop) {
+  tour.stop = stop;
+  const { view, mark, title, text } = tour.stops[stop];
+  openView(view);
+  markStop(mark);
+  byId("tour-count").textContent = `Stop ${stop + 1} of ${tour.stops.length}`;
+  byId("tour-title").textContent = title;
+  byId("tour-text").textContent = text;
+  byId("tour-back").hidden = stop === 0;
+  byId("tour-next").textContent = stop === tour.stops.length - 1 ? "Finish" : "Next";
+  byId("tour-skip").hidden = stop === tour.stops.length - 1;
+}
+
+function markStop(mark) {
+  for (const element of document.querySelectorAll(".toured")) element.classList.remove("toured");
+  if (mark === null) return;
+  byId(mark).classList.add("toured");
+  if (tour.stop > 0 || document.activeElement !== document.body) byId(mark).scrollIntoView({ block: mark === "panel" ? "start" : "nearest" });
+}
+
+function endTour() {
+  byId("tour").hidden = true;
+  document.body.classList.remove("touring");
+  markStop(null);
+  remember("tour", "seen");
+  byId("start-tour").focus({ preventScroll: true });
+}
+
+// Where the browser stores nothing for this page, the tour begins each time.
+function remember(name, value) {
+  try {
+    localStorage.setItem(`explorer-${name}`, value);
+  } catch { /* not allowed here */ }
+}
+
+function remembered(name) {
+  try {
+    return localStorage.getItem(`explorer-${name}`);
+  } catch {
+    return null;
+  }
+}
+
+function listenForTour() {
+  byId("start-tour").addEventListener("click", () => startTour(true));
+  byId("tour-back").addEventListener("click", () => showStop(tour.stop - 1));
+  byId("tour-skip").addEventListener("click", endTour);
+  byId("tour-next").addEventListener("click", () => {
+    if (tour.stop < tour.stops.length - 1) showStop(tour.stop + 1);
+    else endTour();
+  });
+  document.addEventListener("keydown", (event) => {
+    if (event.key === "Escape" && !byId("tour").hidden) endTour();
+  });
+}
+
 // -------------------------------------------------------------------------------------------------------- start
 function showTheme() {
   byId("theme").textContent = isDark() ? "Light" : "Dark";
@@ -436,6 +533,7 @@ function showTheme() {
 
 function changeTheme() {
   document.documentElement.dataset.theme = isDark() ? "light" : "dark";
+  remember("theme", document.documentElement.dataset.theme);
   showTheme();
   if (state.run !== null) {
     renderStrip();
@@ -481,10 +579,12 @@ function listen() {
 async function startPage() {
   const hasChat = data.tekken.special_tokens?.some(({ token_str: name }) => name === "[INST]") ?? true;
   byId("modes").hidden = !hasChat;
+  if (["light", "dark"].includes(remembered("theme"))) document.documentElement.dataset.theme = remembered("theme");
   showTheme();
   showExamples();
   useGenerationConfig();
   listen();
+  listenForTour();
   openView(state.view);
   document.title = `${data.name}: explorer`;
   byId("title").textContent = data.name;
@@ -497,6 +597,7 @@ async function startPage() {
     + `${count(text.num_attention_heads, "query head")} on ${count(text.num_key_value_heads, "key/value head")}. `
     + "The model runs in this page; nothing is sent.";
   await read();
+  if (remembered("tour") === null) startTour(false);
 }
 
 Object.assign(globalThis, { VIEWS, select, make, explorer: state });

@@ -1165,8 +1165,14 @@ VIEWS.push({
   title: "Sizes and code",
   about: "The shape and the bytes of every stage, and the lines of Python that compute it.",
   render(element, run) {
-    const names = Object.keys(run.trace).filter((name) => inLayer(name, run.selected.layer));
     const state = chosen.sizes;
+    if (run.codePoint !== undefined) { // another view wants to show these lines
+      state.point = run.codePoint;
+      run.codePoint = undefined;
+      if (/^layers/.test(state.point)) run.selected.layer = Number(state.point.match(/\d+/)[0]);
+    }
+    const names = Object.keys(run.trace).filter((name) => inLayer(name, run.selected.layer));
+    state.point = state.point?.replace(/^layers\.\d+/, `layers.${run.selected.layer}`);
     if (!names.includes(state.point)) state.point = names.find((name) => name.endsWith("attention.scores")) ?? names[0];
     const code = make("div", { className: "state-code", role: "region", "aria-label": "Code of the chosen stage" });
     const list = make("div");
@@ -1217,8 +1223,13 @@ function lettersText(run) {
   const { hidden_size: E, num_attention_heads: H, num_key_value_heads: G, head_dim: D, intermediate_size: F, vocab_size: V } = run.text;
   const letters = { B: [1, "texts"], S: [run.tokens.length, "tokens"], T: [run.tokens.length, "keys"], E: [E, "hidden size"], H: [H, "query heads"],
     G: [G, "key/value heads"], D: [D, "size of a head"], F: [F, "size of the MLP"], V: [V, "vocabulary"] };
+  const vision = run.config.vision_config;
+  if (run.trace["vision.patches"]) {
+    Object.assign(letters, { P: [run.trace["vision.patches"].shape[0], "patches"], C: [vision.hidden_size, "size of their vectors"],
+      M: [run.trace["projector.merged"].shape[0], "merged patches"], "H, F": [`${vision.num_attention_heads}, ${vision.intermediate_size}`, "in the vision encoder"] });
+  }
   return make("dl", { className: "state-letters" }, Object.entries(letters).map(([letter, [size, meaning]]) =>
-    make("div", {}, make("dt", {}, letter), make("dd", {}, `${count(size)} ${meaning}`))));
+    make("div", {}, make("dt", {}, letter), make("dd", {}, `${size.toLocaleString("en-US")} ${meaning}`))));
 }
 
 function stageTable(run, names, show) {

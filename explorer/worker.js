@@ -43,7 +43,8 @@ function buffersOf(result) {
 
 async function start({ config, tekken, weights }) {
   const binary = atob(weights);
-  const packed = Uint8Array.from({ length: binary.length }, (_, i) => binary.charCodeAt(i));
+  const packed = new Uint8Array(binary.length);
+  for (let i = 0; i < binary.length; i++) packed[i] = binary.charCodeAt(i);
   const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("deflate"));
   const planes = new Uint8Array(await new Response(stream).arrayBuffer());
   const file = new Uint8Array(planes.length); // bytes at even places first, then those at odd places
