@@ -66,14 +66,16 @@ function ask(message, progress) {
 
 // ------------------------------------------------------------------------------------------------------ helpers
 // An element with properties and children. Properties that exist are set, functions are listeners, others attributes.
+// "svg:line" is an element of SVG, whose properties are all attributes.
 function make(tag, properties = {}, ...children) {
-  const element = document.createElement(tag);
+  const isDrawing = tag.startsWith("svg:");
+  const element = isDrawing ? document.createElementNS("http://www.w3.org/2000/svg", tag.slice(4)) : document.createElement(tag);
   for (const [name, value] of Object.entries(properties)) {
     if (typeof value === "function") element.addEventListener(name, value);
-    else if (name in element) element[name] = value;
-    else element.setAttribute(name, value);
+    else if (name in element && !isDrawing) element[name] = value;
+    else if (value !== null) element.setAttribute(name, value);
   }
-  element.append(...children.flat().filter((child) => child !== null && child !== undefined));
+  element.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined));
   return element;
 }
 
@@ -216,7 +218,7 @@ function setRun(result, source, steps) {
   const old = state.run?.selected ?? { layer: 0, head: 0, query: 0, key: 0 };
   const last = result.tokens.length - 1;
   const help = { make, tokenLabel, labelOf, number, percent, scaleColour, inkOn, tint, heat, isDark, point, showCode, openView,
-    softmax: softmaxOf, read };
+    softmax: softmaxOf, read, answer };
   state.run = {
     config, generation, name, sources, text, tensors: state.tensors, tokens: result.tokens, trace: result.trace, steps,
     prompt: result.tokens.length - steps.length, images: source.images ?? [], source, settings: settingsOfPage(),
@@ -241,6 +243,18 @@ async function read(source = sourceOfPage()) {
     const result = await ask({ kind: "run", ...source, trace: true });
     setRun(result, source, []);
     showStatus(`Read ${count(result.tokens.length, "token")} in ${seconds(started)}.`);
+  });
+}
+
+// Ask a question about images, {text, mode: "chat", images}; all views show it with the most likely answer.
+async function answer(source) {
+  await busyWith("Answering ...", async () => {
+    byId("prompt").value = source.text;
+    document.querySelector("input[name=mode][value=chat]").checked = true;
+    const message = { kind: "run", ...source, generate: 60, settings: { temperature: 0 }, trace: true };
+    const result = await ask(message);
+    setRun(result, source, result.steps);
+    showStatus(`Answered with ${count(result.steps.length, "token")}.`);
   });
 }
 
@@ -592,5 +606,5 @@ async function startPage() {
   if (remembered("tour") === null) startTour(false);
 }
 
-Object.assign(globalThis, { VIEWS, select, explorer: state });
+Object.assign(globalThis, { VIEWS, select, make, explorer: state });
 document.addEventListener("DOMContentLoaded", () => startPage().catch((error) => showError(error.message)));
