@@ -71,9 +71,10 @@ function make(tag, properties = {}, ...children) {
   const isDrawing = tag.startsWith("svg:");
   const element = isDrawing ? document.createElementNS("http://www.w3.org/2000/svg", tag.slice(4)) : document.createElement(tag);
   for (const [name, value] of Object.entries(properties)) {
+    if (value === null || value === undefined) continue;
     if (typeof value === "function") element.addEventListener(name, value);
     else if (name in element && !isDrawing) element[name] = value;
-    else if (value !== null) element.setAttribute(name, value);
+    else element.setAttribute(name, value);
   }
   element.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined));
   return element;
@@ -456,13 +457,13 @@ const STOPS = [
     text: "Your text is cut into pieces from a fixed vocabulary. A blank belongs to the word after it. Click a token: all views follow it." },
   { view: "sampling", mark: "input", title: "It writes one token at a time",
     text: "Press “Next token”. The view shows how likely each candidate was, and what temperature, top-k, top-p and min-p left of it. Change a setting and watch the bars." },
-  { view: "attention", mark: "panel", title: "Tokens look back",
+  { view: "attention", mark: "views", title: "Tokens look back",
     text: "Each small map is a head. A bright or dark line beside the diagonal is a head that looks at the token before. Point at a cell to read its score, and why it is hidden if it is." },
-  { view: "layers", mark: "panel", title: "The guess forms layer by layer",
+  { view: "layers", mark: "views", title: "The guess forms layer by layer",
     text: "After each layer, the vector of a token can be read as a guess of the next one. Here you see from which layer on the guess stands." },
-  { view: "cache", mark: "panel", title: "Keys and values are kept",
+  { view: "cache", mark: "views", title: "Keys and values are kept",
     text: "The model reads a token once. Its keys and values stay in the cache: in a sliding layer in a ring with a fixed number of slots. Move the slider to see which slot is overwritten." },
-  { view: "mistakes", mark: "panel", title: "Now break it",
+  { view: "mistakes", mark: "views", title: "Now break it",
     text: "Switch a known mistake on, and compare text and numbers with the right model. Then write your own text at the top: everything is live." },
 ];
 const tour = { stop: 0, stops: [] };
@@ -492,7 +493,7 @@ function markStop(mark) {
   for (const element of document.querySelectorAll(".toured")) element.classList.remove("toured");
   if (mark === null) return;
   byId(mark).classList.add("toured");
-  if (tour.stop > 0 || document.activeElement !== document.body) byId(mark).scrollIntoView({ block: mark === "panel" ? "start" : "nearest" });
+  if (tour.stop > 0 || document.activeElement !== document.body) byId(mark).scrollIntoView({ block: mark === "views" ? "start" : "nearest" });
 }
 
 function endTour() {

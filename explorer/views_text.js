@@ -452,27 +452,30 @@ function mapPainter(run, layer, map, canvas) {
   const ratio = Math.min(devicePixelRatio || 1, 2);
   const room = Math.min(Math.max(document.getElementById("view").clientWidth, 240), 620);
   const hasLabels = (room - 84) / S >= LABELLED;
-  const margin = hasLabels ? { left: 84, top: 84 } : { left: 22, top: 22 };
+  const style = getComputedStyle(document.documentElement);
+  const context = canvas.getContext("2d");
+  const font = `12px ${style.fontFamily}`;
+  context.font = `bold ${font}`;
+  const widest = Math.max(...run.tokens.map((_, place) => context.measureText(clip(tokenLabel(place), 11)).width));
+  const edge = hasLabels ? Math.ceil(widest) + 10 : 22;
+  const margin = { left: edge, top: edge };
   const cell = Math.min((room - margin.left) / S, 30);
   const side = Math.round(cell * S);
-  const style = getComputedStyle(document.documentElement);
   const probe = getComputedStyle(document.getElementById("about"));
   const base = document.createElement("canvas");
   heat(base, { rows: S, columns: S, size: side, value: map.probability, hidden: (query, key) => whyHidden(run, layer, map, query, key) });
   canvas.width = (margin.left + side) * ratio;
   canvas.height = (margin.top + side) * ratio;
   canvas.style.width = `${margin.left + side}px`;
-  const context = canvas.getContext("2d");
   const paint = (query, key) => {
     context.setTransform(ratio, 0, 0, ratio, 0, 0);
     context.clearRect(0, 0, canvas.width, canvas.height);
     context.drawImage(base, margin.left, margin.top, side, side);
-    context.font = `12px ${style.fontFamily}`;
     context.textBaseline = "middle";
     context.textAlign = "right";
     const text = (place, marked) => {
       context.fillStyle = marked ? accent() : probe.color;
-      context.font = `${marked ? "bold " : ""}12px ${style.fontFamily}`;
+      context.font = `${marked ? "bold " : ""}${font}`;
     };
     for (let place = 0; hasLabels && place < S; place++) {
       text(place, place === query);
