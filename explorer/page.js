@@ -182,13 +182,6 @@ function point(name) {
   return state.run.trace[name];
 }
 
-const softmaxOf = (logits) => {
-  const largest = logits.reduce((a, b) => Math.max(a, b));
-  const exponentials = Float64Array.from(logits, (logit) => Math.exp(logit - largest));
-  const total = exponentials.reduce((sum, value) => sum + value, 0);
-  return exponentials.map((value) => value / total);
-};
-
 // ------------------------------------------------------------------------------------------- run and selection
 function settingsOfPage() {
   const settings = {};
@@ -219,7 +212,7 @@ function setRun(result, source, steps) {
   const old = state.run?.selected ?? { layer: 0, head: 0, query: 0, key: 0 };
   const last = result.tokens.length - 1;
   const help = { make, tokenLabel, labelOf, number, percent, scaleColour, inkOn, tint, heat, isDark, point, showCode, openView,
-    softmax: softmaxOf, read, answer };
+    read, answer };
   state.run = {
     config, generation, name, sources, text, tensors: state.tensors, tokens: result.tokens, trace: result.trace, steps,
     prompt: result.tokens.length - steps.length, images: source.images ?? [], source, settings: settingsOfPage(),

@@ -72,9 +72,13 @@ function logitsAfter(run, position) {
   return data.subarray(position * V, (position + 1) * V);
 }
 
+function probabilitiesOf(logits) {
+  return softmax(Float64Array.from(logits)); // a copy, because softmax writes in place
+}
+
 // What the settings do to logits: [{name, probabilities, left, removed: Set of ids}], the model's own first.
 function samplingStages(logits, settings) {
-  const stages = [{ name: "model", probabilities: softmax(logits), left: logits.length }];
+  const stages = [{ name: "model", probabilities: probabilitiesOf(logits), left: logits.length }];
   if (settings.temperature === 0) {
     const best = logits.indexOf(logits.reduce((a, b) => Math.max(a, b)));
     stages.push({ name: "temperature", probabilities: logits.map((_, id) => Number(id === best)), left: 1 });
@@ -82,7 +86,7 @@ function samplingStages(logits, settings) {
   }
   for (const { name, logits: filtered } of filterLogits(logits, { ...settings, min_p: settings.min_p || null })) {
     const left = filtered.reduce((sum, logit) => sum + Number(logit > -Infinity), 0);
-    stages.push({ name, probabilities: softmax(filtered), left });
+    stages.push({ name, probabilities: probabilitiesOf(filtered), left });
   }
   return stages;
 }
@@ -113,7 +117,7 @@ VIEWS.push({
   about: "The model gives each token of the vocabulary a number, its logit. The settings decide from which tokens one is drawn.",
   glow(run, position) { // how likely the model held each token before it
     if (position === 0) return null;
-    return softmax(logitsAfter(run, position - 1))[run.tokens[position].id];
+    return probabilitiesOf(logitsAfter(run, position - 1))[run.tokens[position].id];
   },
   legend(run) {
     const end = run.help.isDark() ? "brighter" : "darker";
