@@ -82,7 +82,7 @@ function make(tag, properties = {}, ...children) {
 
 // A token as a short text, with signs for blanks and newlines: " the" -> "·the".
 function labelOf({ text, bytes, special }) {
-  if (special !== null) return special;
+  if (special !== null) return special.replaceAll(/\p{C}/gu, hexOf);
   const isWhole = !text.includes("\ufffd");
   if (!isWhole) return [...bytes].map((byte) => `<${byte.toString(16).padStart(2, "0")}>`).join("");
   return text.replaceAll(" ", "·").replaceAll("\n", "↵").replaceAll("\t", "⇥").replaceAll(/[\p{C}\p{Z}]/gu, hexOf);
@@ -157,20 +157,31 @@ function heat(canvas, { rows, columns, value, hidden = () => null, size = 64, ce
   if (cells) [size, ratio] = [columns, 1];
   const pixels = Math.round(size * ratio);
   [canvas.width, canvas.height] = [pixels, Math.max(Math.round((pixels * rows) / columns), 1)];
+  const [plain, line] = HIDDEN[isDark() ? "dark" : "light"].map(rgbOf).map(packed);
+  const colours = new Uint32Array(rows * columns);
+  const hasHatches = new Uint8Array(rows * columns);
+  for (let cell = 0; cell < colours.length; cell++) {
+    const [row, column] = [Math.floor(cell / columns), cell % columns];
+    const why = hidden(row, column);
+    colours[cell] = why === null ? packed(scaleColour(value(row, column))) : plain;
+    hasHatches[cell] = Number(why !== null && why !== "future");
+  }
   const image = new ImageData(canvas.width, canvas.height);
-  const [plain, line] = HIDDEN[isDark() ? "dark" : "light"].map(rgbOf);
-  for (let y = 0; y < canvas.height; y++) {
-    const row = Math.min(Math.floor((y * rows) / canvas.height), rows - 1);
-    for (let x = 0; x < canvas.width; x++) {
-      const column = Math.min(Math.floor((x * columns) / canvas.width), columns - 1);
-      const why = hidden(row, column);
-      let colour = plain;
-      if (why === null) colour = scaleColour(value(row, column));
-      else if (why !== "future" && (x + y) % (4 * ratio) < ratio) colour = line;
-      image.data.set([...colour, 255], (y * canvas.width + x) * 4);
+  const result = new Uint32Array(image.data.buffer);
+  for (let y = 0, place = 0; y < canvas.height; y++) {
+    const start = Math.min(Math.floor((y * rows) / canvas.height), rows - 1) * columns;
+    for (let x = 0; x < canvas.width; x++, place++) {
+      const cell = start + Math.floor((x * columns) / canvas.width);
+      const isLine = hasHatches[cell] === 1 && (x + y) % (4 * ratio) < ratio;
+      result[place] = isLine ? line : colours[cell];
     }
   }
   canvas.getContext("2d").putImageData(image, 0, 0);
+}
+
+// [red, green, blue] as one number, in the byte order of an ImageData.
+function packed([red, green, blue]) {
+  return ((255 << 24) | (blue << 16) | (green << 8) | red) >>> 0;
 }
 
 function rgbOf(hex) {
@@ -572,6 +583,11 @@ function listen() {
   byId("tabs").addEventListener("keydown", tabKeys);
   byId("prompt").addEventListener("keydown", (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) read();
+  });
+  let timer = 0;
+  window.addEventListener("resize", () => {
+    clearTimeout(timer);
+    timer = setTimeout(() => state.run !== null && renderView(), 150);
   });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { showTheme(); if (state.run) select({}); });
 }
