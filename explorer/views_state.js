@@ -38,9 +38,9 @@ function newestPositions(length, window) {
 // the zone of YaRN's ramp, null without YaRN, and the share of the plain frequency in the used one.
 function rotaryPairs(text) {
   const rope = text.rope_parameters;
-  const plain = plainFrequencies(text.head_dim, rope.rope_theta);
+  const plain = rotaryFrequencies(text.head_dim, rope);
   if (rope.rope_type !== "yarn") return Array.from(plain, (frequency, pair) => ({ pair, plain: frequency, used: frequency, zone: null, share: 1 }));
-  return Array.from(yarnFrequencies(text.head_dim, rope), (used, pair) => {
+  return Array.from(rotaryFrequencies(text.head_dim, rope, true), (used, pair) => {
     const stretched = plain[pair] / rope.factor;
     const share = (used - stretched) / (plain[pair] - stretched);
     let zone = "blended";
