@@ -173,7 +173,7 @@ def test_errors():
     starts = (
         "mistakes: no_norm; supported: yarn_missing, ", "hidden_act: relu; supported: silu, ",
         "model_type: gpt2; supported: ministral, ", "rope_type: linear; supported: default, yarn",
-        "weights: model.layers.3.",
+        "weights lack: model.layers.3.self_attn.q_proj; supported: ",
     )  # fmt: skip
     assert all(error.startswith(start) for error, start in zip(errors[1:], starts, strict=True)), errors
 
