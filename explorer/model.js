@@ -517,6 +517,5 @@ function saveTrace(points, ids, about = {}) {
   }
   return file.buffer;
 }
-const PORT = { readWeights, saveTrace, Tokenizer, encodeChat, preprocess, Model, MISTAKES, lens, rotaryFrequencies,
-  filterLogits, sample, softmax };
-if (typeof module !== "undefined") module.exports = PORT;
+if (typeof module !== "undefined") module.exports = { readWeights, saveTrace, Tokenizer, encodeChat, preprocess, Model,
+  MISTAKES, lens, rotaryFrequencies, filterLogits, sample, softmax };
