@@ -1,5 +1,5 @@
 // Ministral and Ministral 3 in plain JavaScript: text models, vision model, tokenizer and sampling, for one text at a
-// time. A port of ministral.py, ministral3.py, vision.py, tokenizer/bpe.py and generate.py for pages, workers and Node.
+// time. A port of ministral.py, ministral3.py, vision.py, tokenizer/ and generate.py for pages, workers and Node.
 // Results are float32, as in PyTorch. A sum of products is computed in float64 and rounded once. Letters:
 //     S  new tokens in this call      H  query heads        V  vocabulary
 //     T  keys given to attention      G  key/value heads    P  patches of all images
@@ -47,8 +47,7 @@ function softmax(x, start = 0, size = x.length) {
   return x;
 }
 function erf(x) { // 2 / sqrt(pi) exp(-x^2) (x + 2 x^3 / 3 + 4 x^5 / 15 + ...); beyond 6, it is 1
-  let term = Math.min(Math.max(x, -6), 6), total = term;
-  const square = term * term;
+  let term = Math.min(Math.max(x, -6), 6), total = term, square = term * term;
   for (let n = 3; Math.abs(term) > 1e-17 * Math.abs(total); n += 2) total += term *= 2 * square / n;
   return 2 / Math.sqrt(Math.PI) * Math.exp(-square) * total;
 }
@@ -57,7 +56,6 @@ const ACTIVATIONS = {
   gelu: (x) => 0.5 * x * (1 + erf(x / Math.SQRT2)),
 };
 const add = (x, y) => x.map((value, i) => value + y[i]);
-const multiply = (x, y) => x.map((value, i) => value * y[i]);
 // Return what was found, or raise an error if it is not supported.
 function choose(where, found, supported) {
   if (!supported.includes(found)) throw new Error(`${where}: ${found}; supported: ${supported.join(", ")}`);
@@ -100,8 +98,7 @@ function rotaryFrequencies(D, rope, stretch = false) {
 // YaRN's factor on cosine and sine. It is 1 in Ministral 3, whose mscale and mscale_all_dim are equal.
 function yarnMagnitude({ factor, attention_factor, mscale, mscale_all_dim }) {
   const magnitude = (scale) => 0.1 * scale * Math.log(factor) + 1;
-  if (attention_factor != null) return attention_factor;
-  return mscale && mscale_all_dim ? magnitude(mscale) / magnitude(mscale_all_dim) : magnitude(1);
+  return attention_factor ?? (mscale && mscale_all_dim ? magnitude(mscale) / magnitude(mscale_all_dim) : magnitude(1));
 }
 // Cosines and sines (S, D) of angle(s, i) for the pairs i. Both halves of a row hold the same.
 function rotaryTables(S, D, angle, magnitude = 1, interleaved = false) {
@@ -163,7 +160,7 @@ class LayerCache {
 }
 class KVCache {
   constructor({ layer_types, sliding_window, num_key_value_heads: G, head_dim: D }) {
-    const windows = { full_attention: null, sliding_attention: sliding_window };
+    const windows = { sliding_attention: sliding_window, full_attention: null };
     this.layers = layer_types.map((kind) => new LayerCache(windows[kind], G * D));
     this.headDim = D;
   }
@@ -222,7 +219,7 @@ function runLayer(x, layer, tables, attend, keep) {
   const gate = keep("mlp.gate", linear(again, layer.gate), S, F);
   const up = keep("mlp.up", linear(again, layer.up), S, F);
   const activated = keep("mlp.activation", gate.map(layer.act), S, F);
-  const product = keep("mlp.product", multiply(activated, up), S, F);
+  const product = keep("mlp.product", activated.map((value, i) => value * up[i]), S, F);
   return keep("mlp_residual", add(x, keep("mlp.down", linear(product, layer.down), S, E)), S, E);
 }
 // The weights of layers. The text model and the encoder name the parts of a layer differently.
@@ -249,8 +246,8 @@ function completeConfig(config) {
   choose("model_type", text.model_type, ["ministral", "ministral3", "mistral"]);
   text.num_key_value_heads ??= text.num_attention_heads;
   text.head_dim ??= text.hidden_size / text.num_attention_heads;
-  const layers = new Array(text.num_hidden_layers);
-  text.layer_types ??= layers.fill(text.sliding_window ? "sliding_attention" : "full_attention");
+  const kind = text.sliding_window ? "sliding_attention" : "full_attention"; // of all layers
+  text.layer_types ??= new Array(text.num_hidden_layers).fill(kind);
   text.rope_parameters ??= { rope_type: "default", rope_theta: text.rope_theta };
   choose("rope_type", text.rope_parameters.rope_type, ["default", "yarn"]);
   return text;
@@ -262,7 +259,7 @@ class Model {
     this.text = completeConfig(config);
     this.vision = config.vision_config ?? null;
     this.mistakes = mistakes.map((mistake) => choose("mistakes", mistake, MISTAKES));
-    const get = (name) => weights[choose("weights", `${name}.weight`, Object.keys(weights))];
+    const get = (name) => weights[`${name}.weight`] ?? choose("weights lack", name, ["the names of Transformers"]);
     const prefix = this.vision ? "model.language_model." : "model.";
     this.embedding = get(prefix + "embed_tokens");
     this.layers = readLayers(get, prefix, TEXT_PARTS, this.text, this.text.rms_norm_eps);
@@ -274,18 +271,17 @@ class Model {
 
     const rope = this.text.rope_parameters, yarn = rope.rope_type === "yarn";
     this.frequencies = rotaryFrequencies(this.text.head_dim, rope, yarn && !mistakes.includes("yarn_missing"));
-    this.magnitude = yarn ? yarnMagnitude(rope) : 1;
-    if (yarn && mistakes.includes("yarn_magnitude_1_277")) this.magnitude = 0.1 * Math.log(rope.factor) + 1;
+    const forgotten = mistakes.includes("yarn_magnitude_1_277") ? { attention_factor: null, mscale: null } : {};
+    this.magnitude = yarn ? yarnMagnitude({ ...rope, ...forgotten }) : 1;
   }
   readVision(get, tower, projector) {
     const { shape: [C], data } = get(tower + "patch_conv");
     this.patches = { shape: [C, data.length / C], data }; // a convolution that steps by whole patches is a matrix
     this.visionNorm = get(tower + "ln_pre");
     this.visionLayers = readLayers(get, tower + "transformer.", VISION_PARTS, this.vision, 1e-5);
-    this.projectorNorm = get(projector + "norm");
-    [this.merging, this.linear1, this.linear2] =
-      ["patch_merger.merging_layer", "linear_1", "linear_2"].map((name) => get(projector + name));
-    this.projectorActivation = activation("projector_hidden_act", this.config.projector_hidden_act ?? "gelu");
+    [this.projectorNorm, this.merging, this.linear1, this.linear2] =
+      ["norm", "patch_merger.merging_layer", "linear_1", "linear_2"].map((name) => get(projector + name));
+    this.projectorAct = activation("projector_hidden_act", this.config.projector_hidden_act ?? "gelu");
   }
   newCache = () => new KVCache(this.text);
   // Ministral 3 scales the query at a position by 1 + beta ln(1 + floor(position / original context)).
@@ -302,13 +298,12 @@ class Model {
     const { hidden_size: E, vocab_size: V, head_dim: D } = this.text, S = ids.length, start = cache.layers[0].length;
     const angle = (s, i) => (start + s) * this.frequencies[i], keepWhole = recorder(record, "", 1);
     const tables = rotaryTables(S, D, angle, this.magnitude, this.mistakes.includes("rope_interleaved"));
-    const scales = Array.from({ length: S }, (_, s) => this.queryScale(start + s));
     let x = keepWhole("embedding", this.embed(ids, images, record), S, E);
     this.layers.forEach((layer, n) => {
       const keep = recorder(record, `layers.${n}.`, 1);
       x = runLayer(x, layer, tables, (q, k, v) => {
         const { positions, keys, values } = cache.layers[n].update(k, v);
-        const scaled = q.map((value, i) => value * scales[Math.floor(i / (q.length / S))]);
+        const scaled = q.map((value, i) => value * this.queryScale(start + Math.floor(i * S / q.length)));
         keep.heads("attention.q_scaled", scaled, layer.sizes.H, D);
         const mask = this.mask(start, S, positions, cache.layers[n].window);
         return attention(scaled, keys, values, mask, layer.sizes, keep);
@@ -319,13 +314,11 @@ class Model {
     const logits = keepWhole("logits", linear(normed, this.head), S, V);
     return allLogits ? logits : logits.subarray((S - 1) * V);
   }
-  // A mask (S, T), 1 where the query at position start + s sees a key. With a window, it sees W keys, its own included.
+  // A mask (S, T), 1 where the query at position start + s sees a key. A window lets it see W keys, its own included.
   mask(start, S, positions, window) {
     const T = positions.length, W = (window ?? Infinity) + this.mistakes.includes("window_plus_1");
-    return new Float32Array(S * T).map((_, n) => {
-      const distance = start + Math.floor(n / T) - positions[n % T];
-      return distance >= 0 && distance < W ? 1 : 0;
-    });
+    const seen = (distance) => distance >= 0 && distance < W ? 1 : 0;
+    return new Float32Array(S * T).map((_, n) => seen(start + Math.floor(n / T) - positions[n % T]));
   }
   // The embeddings (S, E) of ids. Those of the images take the [IMG] tokens in order.
   embed(ids, images, record) {
@@ -370,14 +363,13 @@ class Model {
 
     const used = hiddenStates.at([this.config.vision_feature_layer ?? -1].flat()[0]); // a number, or a list of one
     const normed = keep("projector.norm", rmsNorm(used, this.projectorNorm, this.text.rms_norm_eps), P, C);
-    const isCorner = ({ rows, columns, row, column }) => // of m x m patches; a last odd row or column is left out
-      row % m === 0 && column % m === 0 && row + m <= rows && column + m <= columns;
-    const corners = [...places.keys()].filter((p) => isCorner(places[p])), M = corners.length;
+    const begins = (at, size) => at % m === 0 && at + m <= size; // m x m patches; a last odd row is left out
+    const isCorner = (p) => begins(places[p].row, places[p].rows) && begins(places[p].column, places[p].columns);
+    const corners = [...places.keys()].filter(isCorner), M = corners.length;
     const blocks = unfold(corners, C, m, (p, c, y, x) => normed[(p + y * places[p].columns + x) * C + c]);
     const merged = keep("projector.merged", linear(blocks, this.merging), M, C);
     const hidden = keep("projector.hidden", linear(merged, this.linear1, this.bias("linear_1")), M, E);
-    const activated = hidden.map(this.projectorActivation);
-    return keep("projector.output", linear(activated, this.linear2, this.bias("linear_2")), M, E);
+    return keep("projector.output", linear(hidden.map(this.projectorAct), this.linear2, this.bias("linear_2")), M, E);
   }
 }
 // The logits (V,) of a vector (E,) of the residual stream: final norm and head.
@@ -464,10 +456,8 @@ function filterLogits(logits, { temperature, top_k, top_p, min_p }) {
   const steps = [], step = (name, change) => steps.push({ name, logits: logits = logits.map(change) });
   const shift = temperature < 1e-6 ? logits[argmax(logits)] : 0; // keeps the division from overflowing
   step("temperature", (logit) => Math.fround(logit - shift) / Math.fround(Math.max(temperature, 1e-30)));
-  if (top_k) {
-    const kth = logits.slice().sort().at(-Math.min(top_k, logits.length));
-    step("top_k", (logit) => logit < kth ? -Infinity : logit);
-  }
+  const kth = logits.slice().sort().at(-Math.min(top_k || 1, logits.length));
+  if (top_k) step("top_k", (logit) => logit < kth ? -Infinity : logit);
   if (top_p != null && top_p < 1) { // drops the least likely tokens, which sum to 1 - p at most, but never the last
     const probabilities = softmax(logits.slice()), dropped = new Set();
     let total = 0;
@@ -500,40 +490,32 @@ function readWeights(buffer) {
   const readers = {
     F32: (bytes) => new Float32Array(bytes),
     BF16: (bytes) => new Float32Array(new Uint32Array(new Uint16Array(bytes)).map((bits) => bits << 16).buffer),
-    F16: (bytes) => new Float32Array(new Uint16Array(bytes)).map((bits) => { // sign, 5 bits of exponent, fraction
-      const exponent = bits >> 10 & 31, whole = (exponent ? 1024 : 0) + (bits & 1023);
-      return (bits >> 15 ? -whole : whole) * 2 ** (Math.max(exponent, 1) - 25);
-    }),
+    F16: (bytes) => new Float32Array(new Uint16Array(bytes)).map((bits) => // sign, 5 bits of exponent, fraction
+      (bits >> 15 ? -1 : 1) * ((bits & 1023) + (bits & 31744 && 1024)) * 2 ** (Math.max(bits >> 10 & 31, 1) - 25)),
   };
   return Object.fromEntries(Object.entries(tensors).map(([name, { dtype, shape, data_offsets: [start, end] }]) => {
     const read = readers[choose(`weights: type of ${name}`, dtype, Object.keys(readers))];
     return [name, { shape, data: read(buffer.slice(8 + size + start, 8 + size + end)) }];
   }));
 }
-// A trace as a .safetensors file (ArrayBuffer) for `python -m reference diff`. points: {name: {shape, data}}; ids: what
-// the model read; about: anything that JSON holds, such as the name of the model.
+// A trace as a .safetensors file (ArrayBuffer) for `python -m reference diff`. points: {name: {shape, data}}. ids: those
+// that the model read. about: anything that JSON holds, such as the name of the model.
 function saveTrace(points, ids, about = {}) {
-  const tensors = Object.entries(points).map(([name, { shape, data }]) => {
-    const [dtype, numbers] = name.endsWith(".mask") ? ["BOOL", Uint8Array] : ["F32", Float32Array];
-    return [name, dtype, shape, numbers.from(data)];
-  });
-  tensors.push(["input.input_ids", "I64", [1, ids.length], BigInt64Array.from(ids, BigInt)]);
-  tensors.sort((a, b) => b[3].BYTES_PER_ELEMENT - a[3].BYTES_PER_ELEMENT); // each begins at a multiple of its size
+  const tensors = [["input.input_ids", "I64", [1, ids.length], BigInt64Array.from(ids, BigInt)]];
+  for (const [name, { shape, data }] of Object.entries(points)) tensors.push([name, "F32", shape, data]);
   const header = { __metadata__: { trace: JSON.stringify(about) } };
   let end = 0;
-  for (const [name, dtype, shape, { byteLength }] of tensors) {
-    header[name] = { dtype, shape, data_offsets: [end, end += byteLength] };
+  for (const [name, dtype, shape, data] of tensors) {
+    header[name] = { dtype, shape, data_offsets: [end, end += data.byteLength] };
   }
-  const text = JSON.stringify(header), bytes = toBytes(text + " ".repeat(-toBytes(text).length & 7));
+  const text = JSON.stringify(header), bytes = toBytes(text + " ".repeat(-toBytes(text).length & 7)); // whole 8 bytes
   const file = new Uint8Array(8 + bytes.length + end);
   new DataView(file.buffer).setBigUint64(0, BigInt(bytes.length), true);
   file.set(bytes, 8);
-  for (const [name, , , { buffer }] of tensors) {
-    file.set(new Uint8Array(buffer), 8 + bytes.length + header[name].data_offsets[0]);
+  for (const [name, , , { buffer, byteOffset, byteLength }] of tensors) {
+    file.set(new Uint8Array(buffer, byteOffset, byteLength), 8 + bytes.length + header[name].data_offsets[0]);
   }
   return file.buffer;
 }
-if (typeof module !== "undefined") {
-  module.exports = { readWeights, Tokenizer, Model, KVCache, MISTAKES, filterLogits, sample, softmax, preprocess,
-    encodeChat, lens, saveTrace, rotaryFrequencies };
-}
+if (typeof module !== "undefined") module.exports = { readWeights, saveTrace, Tokenizer, encodeChat, preprocess, Model,
+  MISTAKES, lens, rotaryFrequencies, filterLogits, sample, softmax };
