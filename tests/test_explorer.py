@@ -273,13 +273,13 @@ def test_the_page_stays_responsive(page):
 
 @needs_browser
 def test_sampling_shows_what_filter_logits_does(page):
-    page.open("ministral3")
+    page.open("ministral3", is_new=True)
     settings = {"temperature": 0.6, "top_k": 20, "top_p": 0.8, "min_p": 0.05}
     page.write(page("return document.getElementById('prompt').value"), **settings)
     page.open_view("sampling")
-    page("select({query: 10})")
+    page("select({query: 18})")
     page.wait("document.querySelectorAll('#view tbody tr').length > 5")
-    logits = torch.tensor(page("const { shape: [, , V], data } = explorer.run.trace.logits; return [...data.subarray(10 * V, 11 * V)]"))
+    logits = torch.tensor(page("const { shape: [, , V], data } = explorer.run.trace.logits; return [...data.subarray(18 * V, 19 * V)]"))
     before, after = logits.softmax(-1), filter_logits(logits, Sampling(**settings)).softmax(-1)
     tempered = (logits / 0.6).softmax(-1)
     tokenizer = Tokenizer.from_dir(MODELS["ministral3"])
