@@ -64,14 +64,15 @@ function ask(message, progress) {
 
 // ------------------------------------------------------------------------------------------------------ helpers
 // An element with properties and children. Properties that exist are set, functions are listeners, others attributes.
-// "svg:line" is an element of SVG, whose properties are all attributes.
+// "svg:line" is an element of SVG, whose properties are all attributes. A property that is null is left out.
 function make(tag, properties = {}, ...children) {
   const isDrawing = tag.startsWith("svg:");
   const element = isDrawing ? document.createElementNS("http://www.w3.org/2000/svg", tag.slice(4)) : document.createElement(tag);
   for (const [name, value] of Object.entries(properties)) {
+    if (value === null) continue;
     if (typeof value === "function") element.addEventListener(name, value);
     else if (name in element && !isDrawing) element[name] = value;
-    else if (value !== null) element.setAttribute(name, value);
+    else element.setAttribute(name, value);
   }
   element.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined));
   return element;
