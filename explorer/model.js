@@ -1,5 +1,5 @@
 // Ministral and Ministral 3 in plain JavaScript: text models, vision model, tokenizer and sampling, for one text at a
-// time. A port of ministral.py, ministral3.py, vision.py, tokenizer/bpe.py and generate.py for pages, workers and Node.
+// time. A port of ministral.py, ministral3.py, vision.py, tokenizer/ and generate.py for pages, workers and Node.
 // Results are float32, as in PyTorch. A sum of products is computed in float64 and rounded once. Letters:
 //     S  new tokens in this call      H  query heads        V  vocabulary
 //     T  keys given to attention      G  key/value heads    P  patches of all images
@@ -38,9 +38,16 @@ function rmsNorm(x, { shape: [E], data }, eps) {
   }
   return result;
 }
+// Turn the numbers x[start], ... into probabilities, in place, and return x.
+function softmax(x, start = 0, size = x.length) {
+  let largest = -Infinity, total = 0;
+  for (let i = start; i < start + size; i++) if (x[i] > largest) largest = x[i];
+  for (let i = start; i < start + size; i++) total += x[i] = Math.exp(x[i] - largest);
+  for (let i = start; i < start + size; i++) x[i] /= total;
+  return x;
+}
 function erf(x) { // 2 / sqrt(pi) exp(-x^2) (x + 2 x^3 / 3 + 4 x^5 / 15 + ...); beyond 6, it is 1
-  let term = Math.min(Math.max(x, -6), 6), total = term;
-  const square = term * term;
+  let term = Math.min(Math.max(x, -6), 6), total = term, square = term * term;
   for (let n = 3; Math.abs(term) > 1e-17 * Math.abs(total); n += 2) total += term *= 2 * square / n;
   return 2 / Math.sqrt(Math.PI) * Math.exp(-square) * total;
 }
@@ -49,12 +56,12 @@ const ACTIVATIONS = {
   gelu: (x) => 0.5 * x * (1 + erf(x / Math.SQRT2)),
 };
 const add = (x, y) => x.map((value, i) => value + y[i]);
-const multiply = (x, y) => x.map((value, i) => value * y[i]);
 // Return what was found, or raise an error if it is not supported.
 function choose(where, found, supported) {
   if (!supported.includes(found)) throw new Error(`${where}: ${found}; supported: ${supported.join(", ")}`);
   return found;
 }
+const activation = (where, name) => ACTIVATIONS[choose(where, name, Object.keys(ACTIVATIONS))];
 // keep(name, data, ...shape) records data under a name of reference/trace.py, and returns it. keep.heads takes
 // (S, heads, D), which is recorded as (heads, S, D). `outer` comes before each shape.
 function recorder(record, prefix, ...outer) {
@@ -91,22 +98,21 @@ function rotaryFrequencies(D, rope, stretch = false) {
 // YaRN's factor on cosine and sine. It is 1 in Ministral 3, whose mscale and mscale_all_dim are equal.
 function yarnMagnitude({ factor, attention_factor, mscale, mscale_all_dim }) {
   const magnitude = (scale) => 0.1 * scale * Math.log(factor) + 1;
-  if (attention_factor != null) return attention_factor;
-  return mscale && mscale_all_dim ? magnitude(mscale) / magnitude(mscale_all_dim) : magnitude(1);
+  return attention_factor ?? (mscale && mscale_all_dim ? magnitude(mscale) / magnitude(mscale_all_dim) : magnitude(1));
 }
 // Cosines and sines (S, D) of angle(s, i) for the pairs i. Both halves of a row hold the same.
-function rotaryTables(S, D, magnitude, angle) {
+function rotaryTables(S, D, angle, magnitude = 1, interleaved = false) {
   const cos = new Float32Array(S * D), sin = new Float32Array(S * D), half = D / 2;
   for (let n = 0; n < S * half; n++) {
     const s = Math.floor(n / half), at = s * D + n % half, radians = Math.fround(angle(s, n % half));
     cos[at] = cos[at + half] = Math.fround(Math.cos(radians)) * magnitude;
     sin[at] = sin[at + half] = Math.fround(Math.sin(radians)) * magnitude;
   }
-  return { cos, sin };
+  return { cos, sin, interleaved };
 }
 // Rotate each pair (x[i], x[i + D/2]) of each head of x (S, heads, D). The mistake `interleaved` takes the pairs
 // (x[2i], x[2i + 1]), the layout of Mistral's own files.
-function rotate(x, heads, D, { cos, sin }, interleaved = false) {
+function rotate(x, heads, D, { cos, sin, interleaved }) {
   const half = D / 2, result = new Float32Array(x.length);
   const step = interleaved ? 2 : 1, other = interleaved ? 1 : half;
   for (let at = 0; at < x.length; at += D) {
@@ -121,6 +127,7 @@ function rotate(x, heads, D, { cos, sin }, interleaved = false) {
 }
 
 // ------------------------------------------------------------------------------------------------------------ cache
+const enlarge = (old) => Float32Array.from({ length: 2 * old.length }, (_, i) => old[i] ?? 0);
 // Keys and values of one layer, (slots, G, D). Position p is in slot p, or, with a window of W, in slot p % W: a ring.
 class LayerCache {
   constructor(window, width) {
@@ -145,12 +152,7 @@ class LayerCache {
   }
   append(position, keys, values, row) {
     const { width } = this, slot = this.length++ % (this.window ?? Infinity);
-    if (slot * width === this.keys.length) {
-      const larger = [new Float32Array(2 * slot * width), new Float32Array(2 * slot * width)];
-      larger[0].set(this.keys);
-      larger[1].set(this.values);
-      [this.keys, this.values] = larger;
-    }
+    if (slot * width === this.keys.length) [this.keys, this.values] = [this.keys, this.values].map(enlarge);
     this.positions[slot] = position;
     this.keys.set(keys.subarray(row * width, (row + 1) * width), slot * width);
     this.values.set(values.subarray(row * width, (row + 1) * width), slot * width);
@@ -158,7 +160,7 @@ class LayerCache {
 }
 class KVCache {
   constructor({ layer_types, sliding_window, num_key_value_heads: G, head_dim: D }) {
-    const windows = { full_attention: null, sliding_attention: sliding_window };
+    const windows = { sliding_attention: sliding_window, full_attention: null };
     this.layers = layer_types.map((kind) => new LayerCache(windows[kind], G * D));
     this.headDim = D;
   }
@@ -182,21 +184,16 @@ function attention(q, k, v, mask, { H, G, D }, keep) {
   for (let head = 0; head < S * H; head++) { // of all tokens
     const s = Math.floor(head / H), h = head % H, g = Math.floor(h * G / H); // H / G neighbours share keys and values
     const row = keep.isOn ? (h * S + s) * T : 0;
-    let largest = -Infinity, total = 0;
     for (let t = 0; t < T; t++) {
-      if (mask[s * T + t] === 0 && !keep.isOn) continue;
-      scores[row + t] = Math.fround(dot(q, head * D, k, (t * G + g) * D, D)) * scaling;
-      if (mask[s * T + t] === 1 && scores[row + t] > largest) largest = scores[row + t];
+      const visible = mask[s * T + t] === 1;
+      if (visible || keep.isOn) scores[row + t] = Math.fround(dot(q, head * D, k, (t * G + g) * D, D)) * scaling;
+      probabilities[row + t] = visible ? scores[row + t] : -Infinity;
     }
-    for (let t = 0; t < T; t++) {
-      probabilities[row + t] = mask[s * T + t] === 1 ? Math.exp(scores[row + t] - largest) : 0;
-      total += probabilities[row + t];
-    }
+    softmax(probabilities, row, T);
     sums.fill(0);
     for (let t = 0; t < T; t++) {
-      if (mask[s * T + t] === 0) continue;
-      probabilities[row + t] /= total;
       const probability = probabilities[row + t], value = (t * G + g) * D;
+      if (probability === 0) continue; // of hidden keys
       for (let d = 0; d < D; d++) sums[d] += probability * v[value + d];
     }
     result.set(sums, head * D);
@@ -208,31 +205,35 @@ function attention(q, k, v, mask, { H, G, D }, keep) {
 }
 // One layer of the text model or of the encoder: attention, then the gated feed-forward part. Each reads a normed copy
 // of x (S, E), and its result is added to x. attend(q, k, v) computes the results of the heads (S, H * D).
-function runLayer(x, layer, attend, keep) {
+function runLayer(x, layer, tables, attend, keep) {
   const { sizes: { H, G, D }, inputNorm, postNorm, eps } = layer, E = inputNorm.data.length, S = x.length / E;
   const normed = keep("input_norm", rmsNorm(x, inputNorm, eps), S, E), F = layer.gate.shape[0];
-  const q = keep.heads("attention.q", linear(normed, layer.q), H, D);
-  const k = keep.heads("attention.k", linear(normed, layer.k), G, D);
+  let q = keep.heads("attention.q", linear(normed, layer.q), H, D);
+  let k = keep.heads("attention.k", linear(normed, layer.k), G, D);
   const v = keep.heads("attention.v", linear(normed, layer.v), G, D);
+  q = keep.heads("attention.q_rotated", rotate(q, H, D, tables), H, D);
+  k = keep.heads("attention.k_rotated", rotate(k, G, D, tables), G, D);
   const heads = keep("attention.heads", attend(q, k, v), S, H * D);
   x = keep("attention_residual", add(x, keep("attention.output", linear(heads, layer.o), S, E)), S, E);
   const again = keep("post_attention_norm", rmsNorm(x, postNorm, eps), S, E);
   const gate = keep("mlp.gate", linear(again, layer.gate), S, F);
   const up = keep("mlp.up", linear(again, layer.up), S, F);
-  const activated = keep("mlp.activation", gate.map(layer.activation), S, F);
-  const product = keep("mlp.product", multiply(activated, up), S, F);
+  const activated = keep("mlp.activation", gate.map(layer.act), S, F);
+  const product = keep("mlp.product", activated.map((value, i) => value * up[i]), S, F);
   return keep("mlp_residual", add(x, keep("mlp.down", linear(product, layer.down), S, E)), S, E);
 }
 // The weights of layers. The text model and the encoder name the parts of a layer differently.
+const TEXT_PARTS = ["input_layernorm", "self_attn", "post_attention_layernorm", "mlp"];
+const VISION_PARTS = ["attention_norm", "attention", "ffn_norm", "feed_forward"];
 function readLayers(get, prefix, [inputNorm, attention, postNorm, mlp], config, eps) {
   const H = config.num_attention_heads, G = config.num_key_value_heads ?? H;
   const sizes = { H, G, D: config.head_dim ?? config.hidden_size / H };
-  const activation = ACTIVATIONS[choose("hidden_act", config.hidden_act ?? "silu", Object.keys(ACTIVATIONS))];
+  const act = activation("hidden_act", config.hidden_act);
   return Array.from({ length: config.num_hidden_layers }, (_, n) => {
     const own = (name) => get(`${prefix}layers.${n}.${name}`);
     const [q, k, v, o] = [..."qkvo"].map((letter) => own(`${attention}.${letter}_proj`));
     const [gate, up, down] = ["gate", "up", "down"].map((name) => own(`${mlp}.${name}_proj`));
-    return { sizes, eps, activation, inputNorm: own(inputNorm), q, k, v, o, postNorm: own(postNorm), gate, up, down };
+    return { sizes, eps, act, inputNorm: own(inputNorm), q, k, v, o, postNorm: own(postNorm), gate, up, down };
   });
 }
 
@@ -245,7 +246,7 @@ function completeConfig(config) {
   choose("model_type", text.model_type, ["ministral", "ministral3", "mistral"]);
   text.num_key_value_heads ??= text.num_attention_heads;
   text.head_dim ??= text.hidden_size / text.num_attention_heads;
-  const kind = text.sliding_window ? "sliding_attention" : "full_attention";
+  const kind = text.sliding_window ? "sliding_attention" : "full_attention"; // of all layers
   text.layer_types ??= new Array(text.num_hidden_layers).fill(kind);
   text.rope_parameters ??= { rope_type: "default", rope_theta: text.rope_theta };
   choose("rope_type", text.rope_parameters.rope_type, ["default", "yarn"]);
@@ -258,11 +259,10 @@ class Model {
     this.text = completeConfig(config);
     this.vision = config.vision_config ?? null;
     this.mistakes = mistakes.map((mistake) => choose("mistakes", mistake, MISTAKES));
-    const get = (name) => weights[choose("weights", `${name}.weight`, Object.keys(weights))];
+    const get = (name) => weights[`${name}.weight`] ?? choose("weights lack", name, ["the names of Transformers"]);
     const prefix = this.vision ? "model.language_model." : "model.";
-    const names = ["input_layernorm", "self_attn", "post_attention_layernorm", "mlp"];
     this.embedding = get(prefix + "embed_tokens");
-    this.layers = readLayers(get, prefix, names, this.text, this.text.rms_norm_eps);
+    this.layers = readLayers(get, prefix, TEXT_PARTS, this.text, this.text.rms_norm_eps);
     this.norm = get(prefix + "norm");
     const tied = config.tie_word_embeddings ?? this.text.tie_word_embeddings ?? this.vision !== null;
     this.head = tied ? this.embedding : get("lm_head");
@@ -271,23 +271,19 @@ class Model {
 
     const rope = this.text.rope_parameters, yarn = rope.rope_type === "yarn";
     this.frequencies = rotaryFrequencies(this.text.head_dim, rope, yarn && !mistakes.includes("yarn_missing"));
-    this.magnitude = yarn ? yarnMagnitude(rope) : 1;
-    if (yarn && mistakes.includes("yarn_magnitude_1_277")) this.magnitude = 0.1 * Math.log(rope.factor) + 1;
+    const forgotten = mistakes.includes("yarn_magnitude_1_277") ? { attention_factor: null, mscale: null } : {};
+    this.magnitude = yarn ? yarnMagnitude({ ...rope, ...forgotten }) : 1;
   }
   readVision(get, tower, projector) {
     const { shape: [C], data } = get(tower + "patch_conv");
-    const names = ["attention_norm", "attention", "ffn_norm", "feed_forward"];
     this.patches = { shape: [C, data.length / C], data }; // a convolution that steps by whole patches is a matrix
     this.visionNorm = get(tower + "ln_pre");
-    this.visionLayers = readLayers(get, tower + "transformer.", names, this.vision, 1e-5);
-    this.projectorNorm = get(projector + "norm");
-    [this.merging, this.linear1, this.linear2] =
-      ["patch_merger.merging_layer", "linear_1", "linear_2"].map((name) => get(projector + name));
-    this.projectorAct = choose("projector_hidden_act", this.config.projector_hidden_act ?? "gelu", Object.keys(ACTIVATIONS));
+    this.visionLayers = readLayers(get, tower + "transformer.", VISION_PARTS, this.vision, 1e-5);
+    [this.projectorNorm, this.merging, this.linear1, this.linear2] =
+      ["norm", "patch_merger.merging_layer", "linear_1", "linear_2"].map((name) => get(projector + name));
+    this.projectorAct = activation("projector_hidden_act", this.config.projector_hidden_act ?? "gelu");
   }
-  newCache() {
-    return new KVCache(this.text);
-  }
+  newCache = () => new KVCache(this.text);
   // Ministral 3 scales the query at a position by 1 + beta ln(1 + floor(position / original context)).
   queryScale(position) {
     const { llama_4_scaling_beta: beta, original_max_position_embeddings: original } = this.text.rope_parameters;
@@ -300,18 +296,17 @@ class Model {
   //     allLogits  return the logits (S, V) of all tokens
   forward(ids, cache = this.newCache(), { images = [], record = null, allLogits = false } = {}) {
     const { hidden_size: E, vocab_size: V, head_dim: D } = this.text, S = ids.length, start = cache.layers[0].length;
-    const tables = rotaryTables(S, D, this.magnitude, (s, i) => (start + s) * this.frequencies[i]);
-    const scales = Array.from({ length: S }, (_, s) => this.queryScale(start + s));
-    const interleaved = this.mistakes.includes("rope_interleaved"), keepWhole = recorder(record, "", 1);
+    const angle = (s, i) => (start + s) * this.frequencies[i], keepWhole = recorder(record, "", 1);
+    const tables = rotaryTables(S, D, angle, this.magnitude, this.mistakes.includes("rope_interleaved"));
     let x = keepWhole("embedding", this.embed(ids, images, record), S, E);
     this.layers.forEach((layer, n) => {
-      const { H, G } = layer.sizes, keep = recorder(record, `layers.${n}.`, 1);
-      x = runLayer(x, layer, (q, k, v) => {
-        q = keep.heads("attention.q_rotated", rotate(q, H, D, tables, interleaved), H, D);
-        k = keep.heads("attention.k_rotated", rotate(k, G, D, tables, interleaved), G, D);
-        q = keep.heads("attention.q_scaled", q.map((value, i) => value * scales[Math.floor(i / (H * D))]), H, D);
+      const keep = recorder(record, `layers.${n}.`, 1);
+      x = runLayer(x, layer, tables, (q, k, v) => {
         const { positions, keys, values } = cache.layers[n].update(k, v);
-        return attention(q, keys, values, this.mask(start, S, positions, cache.layers[n].window), layer.sizes, keep);
+        const scaled = q.map((value, i) => value * this.queryScale(start + Math.floor(i * S / q.length)));
+        keep.heads("attention.q_scaled", scaled, layer.sizes.H, D);
+        const mask = this.mask(start, S, positions, cache.layers[n].window);
+        return attention(scaled, keys, values, mask, layer.sizes, keep);
       }, keep);
     });
     if (!record && !allLogits) return lens(this, x.subarray((S - 1) * E));
@@ -319,13 +314,11 @@ class Model {
     const logits = keepWhole("logits", linear(normed, this.head), S, V);
     return allLogits ? logits : logits.subarray((S - 1) * V);
   }
-  // A mask (S, T), 1 where the query at position start + s sees a key. With a window, it sees W keys, its own included.
+  // A mask (S, T), 1 where the query at position start + s sees a key. A window lets it see W keys, its own included.
   mask(start, S, positions, window) {
     const T = positions.length, W = (window ?? Infinity) + this.mistakes.includes("window_plus_1");
-    return new Float32Array(S * T).map((_, n) => {
-      const distance = start + Math.floor(n / T) - positions[n % T];
-      return distance >= 0 && distance < W ? 1 : 0;
-    });
+    const seen = (distance) => distance >= 0 && distance < W ? 1 : 0;
+    return new Float32Array(S * T).map((_, n) => seen(start + Math.floor(n / T) - positions[n % T]));
   }
   // The embeddings (S, E) of ids. Those of the images take the [IMG] tokens in order.
   embed(ids, images, record) {
@@ -334,9 +327,8 @@ class Model {
     let used = 0;
     ids.forEach((id, s) => {
       if (!(id >= 0 && id < V)) throw new Error(`ids: ${id}; supported: 0 to ${V - 1}`);
-      let source = this.embedding.data, row = id;
-      if (images.length && id === imageTokenId(this.config)) [source, row] = [features, used++];
-      x.set(source.subarray(row * E, (row + 1) * E), s * E);
+      const isImage = images.length > 0 && id === imageTokenId(this.config), row = isImage ? used++ : id;
+      x.set((isImage ? features : this.embedding.data).subarray(row * E, (row + 1) * E), s * E);
     });
     choose("images: number of [IMG] tokens", used, [features.length / E]);
     return x;
@@ -344,7 +336,7 @@ class Model {
   // The embeddings (merged patches, E) of images: the encoder, then the projector.
   encodeImages(images, record = null) {
     choose("images: model_type", this.config.model_type, ["mistral3"]);
-    const { patch_size: size, hidden_size: C } = this.vision, { H, D } = this.visionLayers[0].sizes;
+    const { patch_size: size, hidden_size: C } = this.vision, { D } = this.visionLayers[0].sizes;
     const m = this.config.spatial_merge_size ?? 2, E = this.text.hidden_size, keep = recorder(record, "");
     const places = images.flatMap((image) => {
       const rows = Math.floor(image.height / size), columns = Math.floor(image.width / size);
@@ -358,37 +350,30 @@ class Model {
 
     // Of the frequencies, the even ones turn with a patch's row and the odd ones with its column.
     const frequencies = rotaryFrequencies(D, this.vision.rope_parameters ?? { rope_theta: 10000, ...this.vision });
-    const tables = rotaryTables(P, D, 1, (p, i) =>
+    const tables = rotaryTables(P, D, (p, i) =>
       i < D / 4 ? places[p].row * frequencies[2 * i] : places[p].column * frequencies[2 * i - D / 2 + 1]);
     keep("vision.cos", tables.cos, P, D);
     keep("vision.sin", tables.sin, P, D);
     const sameImage = (_, n) => places[Math.floor(n / P)].image === places[n % P].image ? 1 : 0;
     const mask = new Float32Array(P * P).map(sameImage); // a patch sees all patches of its own image
     this.visionLayers.forEach((layer, n) => {
-      const keepLayer = recorder(record, `vision.layers.${n}.`);
-      hiddenStates.push(runLayer(hiddenStates[n], layer, (q, k, v) => {
-        q = keepLayer.heads("attention.q_rotated", rotate(q, H, D, tables), H, D);
-        k = keepLayer.heads("attention.k_rotated", rotate(k, H, D, tables), H, D);
-        return attention(q, k, v, mask, layer.sizes, recorder(null));
-      }, keepLayer));
+      const attend = (q, k, v) => attention(q, k, v, mask, layer.sizes, recorder(null));
+      hiddenStates.push(runLayer(hiddenStates[n], layer, tables, attend, recorder(record, `vision.layers.${n}.`)));
     });
 
     const used = hiddenStates.at([this.config.vision_feature_layer ?? -1].flat()[0]); // a number, or a list of one
     const normed = keep("projector.norm", rmsNorm(used, this.projectorNorm, this.text.rms_norm_eps), P, C);
-    places.forEach((place, p) => { place.start = p; });
-    const corners = places.filter(({ rows, columns, row, column }) =>
-      row % m === 0 && column % m === 0 && row + m <= rows && column + m <= columns);
-    const blocks = unfold(corners, C, m, ({ start, columns }, c, y, x) => normed[(start + y * columns + x) * C + c]);
-    const merged = keep("projector.merged", linear(blocks, this.merging), corners.length, C);
-    const hidden = keep("projector.hidden", linear(merged, this.linear1, this.bias("linear_1")), corners.length, E);
-    const activated = hidden.map(ACTIVATIONS[this.projectorAct]);
-    return keep("projector.output", linear(activated, this.linear2, this.bias("linear_2")), corners.length, E);
+    const begins = (at, size) => at % m === 0 && at + m <= size; // m x m patches; a last odd row is left out
+    const isCorner = (p) => begins(places[p].row, places[p].rows) && begins(places[p].column, places[p].columns);
+    const corners = [...places.keys()].filter(isCorner), M = corners.length;
+    const blocks = unfold(corners, C, m, (p, c, y, x) => normed[(p + y * places[p].columns + x) * C + c]);
+    const merged = keep("projector.merged", linear(blocks, this.merging), M, C);
+    const hidden = keep("projector.hidden", linear(merged, this.linear1, this.bias("linear_1")), M, E);
+    return keep("projector.output", linear(hidden.map(this.projectorAct), this.linear2, this.bias("linear_2")), M, E);
   }
 }
 // The logits (V,) of a vector (E,) of the residual stream: final norm and head.
-function lens(model, hidden) {
-  return linear(rmsNorm(hidden, model.norm, model.text.rms_norm_eps), model.head);
-}
+const lens = (model, hidden) => linear(rmsNorm(hidden, model.norm, model.text.rms_norm_eps), model.head);
 const imageTokenId = (config) => config.image_token_index ?? config.image_token_id ?? 10;
 // Pixels (height, width, 3 or 4) from 0 to 255 -> {pixels: (3, height, width), normalised, height, width}.
 function preprocess(rgb, height, width) {
@@ -448,15 +433,9 @@ class Tokenizer {
       parts.splice(best, 2, parts[best] + parts[best + 1]);
     }
   }
-  name(id) { // of a special token, else null
-    return this.names[id] ?? null;
-  }
-  bytes(id) { // empty for special tokens
-    return Uint8Array.from(this.words[id - this.names.length] ?? "", (letter) => letter.charCodeAt(0));
-  }
-  decode(ids) { // without special tokens
-    return toText(Uint8Array.from(Array.from(ids).flatMap((id) => [...this.bytes(id)])));
-  }
+  name = (id) => this.names[id] ?? null; // of a special token, else null
+  bytes = (id) => Uint8Array.from(this.words[id - this.names.length] ?? "", (letter) => letter.charCodeAt(0));
+  decode = (ids) => toText(Uint8Array.from(Array.from(ids).flatMap((id) => [...this.bytes(id)])));
 }
 // The ids of a user's message with images before its text: <s>[INST] images text [/INST].
 function encodeChat(tokenizer, config, text, images = []) {
@@ -472,22 +451,15 @@ function encodeChat(tokenizer, config, text, images = []) {
 
 // --------------------------------------------------------------------------------------------------------- sampling
 const argmax = (x) => x.reduce((best, value, i) => value > x[best] ? i : best, 0); // the first of equals
-function softmax(logits) {
-  const largest = logits[argmax(logits)], exponentials = logits.map((logit) => Math.exp(logit - largest));
-  const total = exponentials.reduce((sum, value) => sum + value, 0);
-  return exponentials.map((value) => value / total);
-}
 // Logits (V,) at a temperature above 0 after each step that is on: [{name, logits}], excluded tokens at -Infinity.
 function filterLogits(logits, { temperature, top_k, top_p, min_p }) {
   const steps = [], step = (name, change) => steps.push({ name, logits: logits = logits.map(change) });
   const shift = temperature < 1e-6 ? logits[argmax(logits)] : 0; // keeps the division from overflowing
   step("temperature", (logit) => Math.fround(logit - shift) / Math.fround(Math.max(temperature, 1e-30)));
-  if (top_k) {
-    const kth = logits.slice().sort().at(-Math.min(top_k, logits.length));
-    step("top_k", (logit) => logit < kth ? -Infinity : logit);
-  }
+  const kth = logits.slice().sort().at(-Math.min(top_k || 1, logits.length));
+  if (top_k) step("top_k", (logit) => logit < kth ? -Infinity : logit);
   if (top_p != null && top_p < 1) { // drops the least likely tokens, which sum to 1 - p at most, but never the last
-    const probabilities = softmax(logits), dropped = new Set();
+    const probabilities = softmax(logits.slice()), dropped = new Set();
     let total = 0;
     for (const id of [...logits.keys()].sort((a, b) => logits[a] - logits[b] || a - b).slice(0, -1)) {
       total += probabilities[id];
@@ -496,7 +468,7 @@ function filterLogits(logits, { temperature, top_k, top_p, min_p }) {
     step("top_p", (logit, id) => dropped.has(id) ? -Infinity : logit);
   }
   if (min_p != null) {
-    const probabilities = softmax(logits), least = Math.fround(min_p) * probabilities[argmax(probabilities)];
+    const probabilities = softmax(logits.slice()), least = Math.fround(min_p) * probabilities[argmax(probabilities)];
     step("min_p", (logit, id) => probabilities[id] < Math.fround(least) ? -Infinity : logit);
   }
   return steps;
@@ -517,38 +489,33 @@ function readWeights(buffer) {
   const { __metadata__, ...tensors } = JSON.parse(toText(new Uint8Array(buffer, 8, size)));
   const readers = {
     F32: (bytes) => new Float32Array(bytes),
-    BF16: (bytes) => new Float32Array(Uint32Array.from(new Uint16Array(bytes), (bits) => bits << 16).buffer),
-    F16: (bytes) => Float32Array.from(new Uint16Array(bytes), fromFloat16),
+    BF16: (bytes) => new Float32Array(new Uint32Array(new Uint16Array(bytes)).map((bits) => bits << 16).buffer),
+    F16: (bytes) => new Float32Array(new Uint16Array(bytes)).map((bits) => // sign, 5 bits of exponent, fraction
+      (bits >> 15 ? -1 : 1) * ((bits & 1023) + (bits & 31744 && 1024)) * 2 ** (Math.max(bits >> 10 & 31, 1) - 25)),
   };
   return Object.fromEntries(Object.entries(tensors).map(([name, { dtype, shape, data_offsets: [start, end] }]) => {
     const read = readers[choose(`weights: type of ${name}`, dtype, Object.keys(readers))];
     return [name, { shape, data: read(buffer.slice(8 + size + start, 8 + size + end)) }];
   }));
 }
-function fromFloat16(bits) {
-  const exponent = bits >> 10 & 31, fraction = bits & 1023, sign = bits & 0x8000 ? -1 : 1;
-  return sign * (exponent ? (1024 + fraction) * 2 ** (exponent - 25) : fraction * 2 ** -24);
-}
-// A trace as a .safetensors file (ArrayBuffer) for `python -m reference diff`. points: {name: {shape, data}}; ids: what
-// the model read; about: anything that JSON holds, such as the name of the model.
+// A trace as a .safetensors file (ArrayBuffer) for `python -m reference diff`. points: {name: {shape, data}}. ids: those
+// that the model read. about: anything that JSON holds, such as the name of the model.
 function saveTrace(points, ids, about = {}) {
-  const tensors = Object.entries(points).map(([name, { shape, data }]) =>
-    name.endsWith(".mask") ? [name, "BOOL", shape, Uint8Array.from(data)] : [name, "F32", shape, Float32Array.from(data)]);
-  tensors.unshift(["input.input_ids", "I64", [1, ids.length], BigInt64Array.from(ids, BigInt)]);
-  tensors.sort((a, b) => b[3].BYTES_PER_ELEMENT - a[3].BYTES_PER_ELEMENT); // each begins at a multiple of its size
+  const tensors = [["input.input_ids", "I64", [1, ids.length], BigInt64Array.from(ids, BigInt)]];
+  for (const [name, { shape, data }] of Object.entries(points)) tensors.push([name, "F32", shape, data]);
   const header = { __metadata__: { trace: JSON.stringify(about) } };
   let end = 0;
-  for (const [name, dtype, shape, { byteLength }] of tensors) header[name] = { dtype, shape, data_offsets: [end, end += byteLength] };
-  let text = toBytes(JSON.stringify(header));
-  text = toBytes(JSON.stringify(header) + " ".repeat(-text.length & 7));
-  const length = new Uint8Array(BigUint64Array.of(BigInt(text.length)).buffer);
-  const parts = [length, text, ...tensors.map(([, , , data]) => new Uint8Array(data.buffer))];
-  const file = new Uint8Array(8 + text.length + end);
-  let at = 0;
-  for (const part of parts) { file.set(part, at); at += part.length; }
+  for (const [name, dtype, shape, data] of tensors) {
+    header[name] = { dtype, shape, data_offsets: [end, end += data.byteLength] };
+  }
+  const text = JSON.stringify(header), bytes = toBytes(text + " ".repeat(-toBytes(text).length & 7)); // whole 8 bytes
+  const file = new Uint8Array(8 + bytes.length + end);
+  new DataView(file.buffer).setBigUint64(0, BigInt(bytes.length), true);
+  file.set(bytes, 8);
+  for (const [name, , , { buffer, byteOffset, byteLength }] of tensors) {
+    file.set(new Uint8Array(buffer, byteOffset, byteLength), 8 + bytes.length + header[name].data_offsets[0]);
+  }
   return file.buffer;
 }
-if (typeof module !== "undefined") {
-  module.exports = { readWeights, Tokenizer, Model, KVCache, MISTAKES, filterLogits, sample, softmax, preprocess,
-    encodeChat, lens, saveTrace, rotaryFrequencies };
-}
+if (typeof module !== "undefined") module.exports = { readWeights, saveTrace, Tokenizer, encodeChat, preprocess, Model,
+  MISTAKES, lens, rotaryFrequencies, filterLogits, sample, softmax };

@@ -1,7 +1,9 @@
 // The page: it starts the worker, keeps the run that all views show, and calls the views.
 //
-// A view is an object {id, title, about, render(element, run)} in VIEWS; it fills the empty `element` each time that
-// the run, the selection or the sampling settings change. Text of models and readers only ever becomes `textContent`.
+// A view is an object {id, title, about, render(element, run)} in VIEWS. It fills `element` each time that the run, the
+// selection or the sampling settings change; after that, the element with the focus gets it again by its place in the
+// tree. A view may also have first(run) (a selection to begin with), glow(run, position) (a share that colours a token
+// above) and legend(run) (what that colour means). Text of models and readers only ever becomes `textContent`.
 //
 //     run.config, run.text          the parsed config.json, and its text configuration with all fields
 //     run.tokens                    [{id, text, bytes, special}] of everything read and written
@@ -64,12 +66,12 @@ function ask(message, progress) {
 
 // ------------------------------------------------------------------------------------------------------ helpers
 // An element with properties and children. Properties that exist are set, functions are listeners, others attributes.
-// "svg:line" is an element of SVG, whose properties are all attributes. A property that is null is left out.
+// "svg:line" is an element of SVG, whose properties are all attributes.
 function make(tag, properties = {}, ...children) {
   const isDrawing = tag.startsWith("svg:");
   const element = isDrawing ? document.createElementNS("http://www.w3.org/2000/svg", tag.slice(4)) : document.createElement(tag);
   for (const [name, value] of Object.entries(properties)) {
-    if (value === null) continue;
+    if (value === null || value === undefined) continue;
     if (typeof value === "function") element.addEventListener(name, value);
     else if (name in element && !isDrawing) element[name] = value;
     else element.setAttribute(name, value);
@@ -80,7 +82,7 @@ function make(tag, properties = {}, ...children) {
 
 // A token as a short text, with signs for blanks and newlines: " the" -> "·the".
 function labelOf({ text, bytes, special }) {
-  if (special !== null) return special;
+  if (special !== null) return special.replaceAll(/\p{C}/gu, hexOf);
   const isWhole = !text.includes("\ufffd");
   if (!isWhole) return [...bytes].map((byte) => `<${byte.toString(16).padStart(2, "0")}>`).join("");
   return text.replaceAll(" ", "·").replaceAll("\n", "↵").replaceAll("\t", "⇥").replaceAll(/[\p{C}\p{Z}]/gu, hexOf);
@@ -155,20 +157,31 @@ function heat(canvas, { rows, columns, value, hidden = () => null, size = 64, ce
   if (cells) [size, ratio] = [columns, 1];
   const pixels = Math.round(size * ratio);
   [canvas.width, canvas.height] = [pixels, Math.max(Math.round((pixels * rows) / columns), 1)];
+  const [plain, line] = HIDDEN[isDark() ? "dark" : "light"].map(rgbOf).map(packed);
+  const colours = new Uint32Array(rows * columns);
+  const hasHatches = new Uint8Array(rows * columns);
+  for (let cell = 0; cell < colours.length; cell++) {
+    const [row, column] = [Math.floor(cell / columns), cell % columns];
+    const why = hidden(row, column);
+    colours[cell] = why === null ? packed(scaleColour(value(row, column))) : plain;
+    hasHatches[cell] = Number(why !== null && why !== "future");
+  }
   const image = new ImageData(canvas.width, canvas.height);
-  const [plain, line] = HIDDEN[isDark() ? "dark" : "light"].map(rgbOf);
-  for (let y = 0; y < canvas.height; y++) {
-    const row = Math.min(Math.floor((y * rows) / canvas.height), rows - 1);
-    for (let x = 0; x < canvas.width; x++) {
-      const column = Math.min(Math.floor((x * columns) / canvas.width), columns - 1);
-      const why = hidden(row, column);
-      let colour = plain;
-      if (why === null) colour = scaleColour(value(row, column));
-      else if (why !== "future" && (x + y) % (4 * ratio) < ratio) colour = line;
-      image.data.set([...colour, 255], (y * canvas.width + x) * 4);
+  const result = new Uint32Array(image.data.buffer);
+  for (let y = 0, place = 0; y < canvas.height; y++) {
+    const start = Math.min(Math.floor((y * rows) / canvas.height), rows - 1) * columns;
+    for (let x = 0; x < canvas.width; x++, place++) {
+      const cell = start + Math.floor((x * columns) / canvas.width);
+      const isLine = hasHatches[cell] === 1 && (x + y) % (4 * ratio) < ratio;
+      result[place] = isLine ? line : colours[cell];
     }
   }
   canvas.getContext("2d").putImageData(image, 0, 0);
+}
+
+// [red, green, blue] as one number, in the byte order of an ImageData.
+function packed([red, green, blue]) {
+  return ((255 << 24) | (blue << 16) | (green << 8) | red) >>> 0;
 }
 
 function rgbOf(hex) {
@@ -179,13 +192,6 @@ function rgbOf(hex) {
 function point(name) {
   return state.run.trace[name];
 }
-
-const softmaxOf = (logits) => {
-  const largest = logits.reduce((a, b) => Math.max(a, b));
-  const exponentials = Float64Array.from(logits, (logit) => Math.exp(logit - largest));
-  const total = exponentials.reduce((sum, value) => sum + value, 0);
-  return exponentials.map((value) => value / total);
-};
 
 // ------------------------------------------------------------------------------------------- run and selection
 function settingsOfPage() {
@@ -213,15 +219,19 @@ function showCode(name) {
 function setRun(result, source, steps) {
   const { config, generation, name, sources } = data;
   const text = textConfig();
+  const isFirst = state.run === null;
   const old = state.run?.selected ?? { layer: 0, head: 0, query: 0, key: 0 };
   const last = result.tokens.length - 1;
   const help = { make, tokenLabel, labelOf, number, percent, scaleColour, inkOn, tint, heat, isDark, point, showCode, openView,
-    softmax: softmaxOf, read, answer };
+    read, answer };
   state.run = {
     config, generation, name, sources, text, tensors: state.tensors, tokens: result.tokens, trace: result.trace, steps,
     prompt: result.tokens.length - steps.length, images: source.images ?? [], source, settings: settingsOfPage(),
     selected: { ...old, query: last, key: Math.min(old.key, last) }, ask, help,
   };
+  if (isFirst) {
+    for (const view of VIEWS) Object.assign(state.run.selected, view.first?.(state.run));
+  }
   renderStrip();
   renderView();
 }
@@ -451,13 +461,13 @@ const STOPS = [
     text: "Your text is cut into pieces from a fixed vocabulary. A blank belongs to the word after it. Click a token: all views follow it." },
   { view: "sampling", mark: "input", title: "It writes one token at a time",
     text: "Press “Next token”. The view shows how likely each candidate was, and what temperature, top-k, top-p and min-p left of it. Change a setting and watch the bars." },
-  { view: "attention", mark: "panel", title: "Tokens look back",
+  { view: "attention", mark: "views", title: "Tokens look back",
     text: "Each small map is a head. A bright or dark line beside the diagonal is a head that looks at the token before. Point at a cell to read its score, and why it is hidden if it is." },
-  { view: "layers", mark: "panel", title: "The guess forms layer by layer",
+  { view: "layers", mark: "views", title: "The guess forms layer by layer",
     text: "After each layer, the vector of a token can be read as a guess of the next one. Here you see from which layer on the guess stands." },
-  { view: "cache", mark: "panel", title: "Keys and values are kept",
+  { view: "cache", mark: "views", title: "Keys and values are kept",
     text: "The model reads a token once. Its keys and values stay in the cache: in a sliding layer in a ring with a fixed number of slots. Move the slider to see which slot is overwritten." },
-  { view: "mistakes", mark: "panel", title: "Now break it",
+  { view: "mistakes", mark: "views", title: "Now break it",
     text: "Switch a known mistake on, and compare text and numbers with the right model. Then write your own text at the top: everything is live." },
 ];
 const tour = { stop: 0, stops: [] };
@@ -487,7 +497,7 @@ function markStop(mark) {
   for (const element of document.querySelectorAll(".toured")) element.classList.remove("toured");
   if (mark === null) return;
   byId(mark).classList.add("toured");
-  if (tour.stop > 0 || document.activeElement !== document.body) byId(mark).scrollIntoView({ block: mark === "panel" ? "start" : "nearest" });
+  if (tour.stop > 0 || document.activeElement !== document.body) byId(mark).scrollIntoView({ block: mark === "views" ? "start" : "nearest" });
 }
 
 function endTour() {
@@ -573,6 +583,11 @@ function listen() {
   byId("tabs").addEventListener("keydown", tabKeys);
   byId("prompt").addEventListener("keydown", (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) read();
+  });
+  let timer = 0;
+  window.addEventListener("resize", () => {
+    clearTimeout(timer);
+    timer = setTimeout(() => state.run !== null && renderView(), 150);
   });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { showTheme(); if (state.run) select({}); });
 }

@@ -72,9 +72,13 @@ function logitsAfter(run, position) {
   return data.subarray(position * V, (position + 1) * V);
 }
 
+function probabilitiesOf(logits) {
+  return softmax(Float64Array.from(logits)); // a copy, because softmax writes in place
+}
+
 // What the settings do to logits: [{name, probabilities, left, removed: Set of ids}], the model's own first.
 function samplingStages(logits, settings) {
-  const stages = [{ name: "model", probabilities: softmax(logits), left: logits.length }];
+  const stages = [{ name: "model", probabilities: probabilitiesOf(logits), left: logits.length }];
   if (settings.temperature === 0) {
     const best = logits.indexOf(logits.reduce((a, b) => Math.max(a, b)));
     stages.push({ name: "temperature", probabilities: logits.map((_, id) => Number(id === best)), left: 1 });
@@ -82,7 +86,7 @@ function samplingStages(logits, settings) {
   }
   for (const { name, logits: filtered } of filterLogits(logits, { ...settings, min_p: settings.min_p || null })) {
     const left = filtered.reduce((sum, logit) => sum + Number(logit > -Infinity), 0);
-    stages.push({ name, probabilities: softmax(filtered), left });
+    stages.push({ name, probabilities: probabilitiesOf(filtered), left });
   }
   return stages;
 }
@@ -113,7 +117,7 @@ VIEWS.push({
   about: "The model gives each token of the vocabulary a number, its logit. The settings decide from which tokens one is drawn.",
   glow(run, position) { // how likely the model held each token before it
     if (position === 0) return null;
-    return softmax(logitsAfter(run, position - 1))[run.tokens[position].id];
+    return probabilitiesOf(logitsAfter(run, position - 1))[run.tokens[position].id];
   },
   legend(run) {
     const end = run.help.isDark() ? "brighter" : "darker";
@@ -137,7 +141,7 @@ VIEWS.push({
       let fate = removed === null ? "kept" : `cut by ${removed}`;
       if (id === next) fate += query + 1 < run.prompt ? ", in the prompt" : ", drawn";
       return make("tr", { className: `${id === next ? "chosen" : ""} ${removed === null ? "" : "removed"}` },
-        make("td", { className: "muted" }, String(order.indexOf(id) + 1)),
+        make("td", { className: "muted rank" }, String(order.indexOf(id) + 1)),
         make("th", { scope: "row", className: "label" }, labelOf(names.get(id))),
         bar(make, stages[0].probabilities[id], percent),
         bar(make, stages[1].probabilities[id], percent),
@@ -152,7 +156,7 @@ VIEWS.push({
         make("table", { className: "bars" },
           make("caption", {}, "The most likely candidates"),
           make("thead", {}, make("tr", {}, ["rank", "token", "model", `temperature ${run.settings.temperature}`, "after all settings", "result"]
-            .map((name) => make("th", { scope: "col" }, name)))),
+            .map((name) => make("th", { scope: "col", className: name === "rank" ? "rank" : "" }, name)))),
           make("tbody", {}, rows))),
       make("p", { className: "muted" }, "Change the settings above: the bars follow. A low temperature widens the lead of the first; ",
         "top-k keeps the k most likely; top-p keeps the most likely that together reach p; min-p removes what is less likely than min-p times the first."));
@@ -283,6 +287,10 @@ VIEWS.push({
     if (position > query) return null;
     return headMap(run, layer, head).probability(query, position);
   },
+  first(run) { // the head that looks most at the token before, and where it looks
+    const { layer, head } = patternScores(run).reduce((best, scores) => (scores.means[0] > best.means[0] ? scores : best));
+    return { layer, head, key: Math.max(run.selected.query - 1, 0) };
+  },
   legend(run) {
     const { layer, head, query } = run.selected;
     return `Colour: where “${run.help.tokenLabel(query)}” (position ${query}) looks in layer ${layer}, head ${head}.`;
@@ -301,7 +309,8 @@ VIEWS.push({
     element.replaceChildren(make("div", { className: "attention" }, largeMap(run),
       make("div", { className: "heads" },
         make("h3", {}, "All heads"),
-        make("p", { className: "muted" }, "A row is a layer, a column is a head. Click one, or use the arrow keys."),
+        make("p", { className: "muted" }, "A row is a layer, a column is a head. Click one, or use the arrow keys.",
+          new Set(run.text.layer_types).size > 1 ? ` W: a window of ${run.text.sliding_window} tokens.` : ""),
         drawn.grid, patternTable(run))));
   },
 });
@@ -314,9 +323,11 @@ function smallMaps(run) {
   const grid = make("div", { className: "maps", role: "group", "aria-label": "Heads" });
   grid.classList.toggle("smooth", S > 36); // a map has about 36 pixels on a phone
   grid.style.gridTemplateColumns = `auto repeat(${H}, minmax(0, 1fr))`;
-  run.text.layer_types.forEach((kind, layer) => {
-    const words = kind === "sliding_attention" ? `window ${run.text.sliding_window}` : "full";
-    grid.append(make("span", { className: "muted", title: words }, String(layer)));
+  const isMixed = new Set(run.text.layer_types).size > 1;
+  run.text.layer_types.forEach((_, layer) => {
+    const window = windowOf(run, layer);
+    const words = window === null ? "full attention" : `window of ${window}`;
+    grid.append(make("span", { className: "muted" }, `${layer}${isMixed ? ` ${window === null ? "full" : "W"}` : ""}`));
     for (let head = 0; head < H; head++) {
       const map = headMap(run, layer, head);
       const canvas = make("canvas", { "aria-hidden": "true" });
@@ -354,7 +365,7 @@ function patternTable(run) {
       make("td", {}, make("div", { className: "buttons" }, best.map((other) => make("button", {
         type: "button", className: "small", click: () => select({ layer: other.layer, head: other.head }),
       }, `${other.layer}.${other.head}: ${percent(other.means[index])}`)))),
-      make("td", {}, percent(own.means[index])));
+      make("td", { className: "label" }, percent(own.means[index])));
   });
   return make("div", { className: "patterns" },
     make("h3", {}, "Which head looks where, in this text"),
@@ -445,27 +456,30 @@ function mapPainter(run, layer, map, canvas) {
   const ratio = Math.min(devicePixelRatio || 1, 2);
   const room = Math.min(Math.max(document.getElementById("view").clientWidth, 240), 620);
   const hasLabels = (room - 84) / S >= LABELLED;
-  const margin = hasLabels ? { left: 84, top: 84 } : { left: 22, top: 22 };
+  const style = getComputedStyle(document.documentElement);
+  const context = canvas.getContext("2d");
+  const font = `12px ${style.fontFamily}`;
+  context.font = `bold ${font}`;
+  const widest = Math.max(...run.tokens.map((_, place) => context.measureText(clip(tokenLabel(place), 11)).width));
+  const edge = hasLabels ? Math.ceil(widest) + 10 : 22;
+  const margin = { left: edge, top: edge };
   const cell = Math.min((room - margin.left) / S, 30);
   const side = Math.round(cell * S);
-  const style = getComputedStyle(document.documentElement);
   const probe = getComputedStyle(document.getElementById("about"));
   const base = document.createElement("canvas");
   heat(base, { rows: S, columns: S, size: side, value: map.probability, hidden: (query, key) => whyHidden(run, layer, map, query, key) });
   canvas.width = (margin.left + side) * ratio;
   canvas.height = (margin.top + side) * ratio;
   canvas.style.width = `${margin.left + side}px`;
-  const context = canvas.getContext("2d");
   const paint = (query, key) => {
     context.setTransform(ratio, 0, 0, ratio, 0, 0);
     context.clearRect(0, 0, canvas.width, canvas.height);
     context.drawImage(base, margin.left, margin.top, side, side);
-    context.font = `12px ${style.fontFamily}`;
     context.textBaseline = "middle";
     context.textAlign = "right";
     const text = (place, marked) => {
       context.fillStyle = marked ? accent() : probe.color;
-      context.font = `${marked ? "bold " : ""}12px ${style.fontFamily}`;
+      context.font = `${marked ? "bold " : ""}${font}`;
     };
     for (let place = 0; hasLabels && place < S; place++) {
       text(place, place === query);

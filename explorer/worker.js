@@ -106,9 +106,13 @@ async function run(message, report) {
     else if (ids.length >= LIMIT) ended = "limit";
     else if (stopped) ended = "stop";
   }
-  if (state !== null && useCache && mistakes.length === 0) kept = { ...state, key: imagesKey(message.images) };
   const trace = {};
-  if (message.trace) model.forward(ids, model.newCache(), { images, record: (name, shape, data) => { trace[name] = { shape, data }; } });
+  if (message.trace) {
+    const record = (name, shape, data) => { trace[name] = { shape, data }; };
+    const cache = model.newCache(); // the pass also fills a cache, so that the next token needs no second one
+    state = { ids: [...ids], cache, logits: Float32Array.from(model.forward(ids, cache, { images, record })) };
+  }
+  if (state !== null && (useCache || message.trace) && mistakes.length === 0) kept = { ...state, key: imagesKey(message.images) };
   return { tokens, prompt, steps, trace, ended };
 }
 

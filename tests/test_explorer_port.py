@@ -173,7 +173,7 @@ def test_errors():
     starts = (
         "mistakes: no_norm; supported: yarn_missing, ", "hidden_act: relu; supported: silu, ",
         "model_type: gpt2; supported: ministral, ", "rope_type: linear; supported: default, yarn",
-        "weights: model.layers.3.",
+        "weights lack: model.layers.3.self_attn.q_proj; supported: ",
     )  # fmt: skip
     assert all(error.startswith(start) for error, start in zip(errors[1:], starts, strict=True)), errors
 
@@ -218,12 +218,14 @@ def test_ids():
     texts += [case["text"] for case in cases]
     tasks = [{"task": "encode", "tekken": str(path / "tekken.json"), "texts": texts} for path in MODELS.values()]
     published = {"task": "encode", "tekken": str(published_vocabulary()), "texts": [case["text"] for case in cases]}
-    *answers, known = run(*tasks, published)
+    broken = ["\ud800", "a\udc00b \ud83d", "\ud83d\ude00"]  # halves of surrogate pairs, and a pair in two halves
+    *answers, known, halves = run(*tasks, published, tasks[0] | {"texts": broken})
     for path, answer in zip(MODELS.values(), answers):
         tokenizer = Tokenizer.from_dir(path)
         for text, (ids, decoded) in zip(texts, answer, strict=True):
             assert ids == tokenizer.encode(text), repr(text)
             assert decoded == tokenizer.decode(ids) == text
+    assert [ids for ids, _ in halves] == [Tokenizer.from_dir(MODELS["ministral3"]).encode(text) for text in broken]
     for case, (ids, decoded) in zip(cases, known, strict=True):
         assert ids == [1, *case["published"]] and decoded == case["text"]
 
