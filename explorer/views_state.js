@@ -218,7 +218,7 @@ function functionLines(source, name) {
 const chosen = {
   cache: { step: null, slot: 3, window: "model", reading: "single" },
   positions: { position: null },
-  mistakes: { name: null, long: false, results: new Map() },
+  mistakes: { name: null, long: false, result: null },
   image: { shapes: [{ place: 0, kind: "circle", colour: "red" }, { place: 3, kind: "square", colour: "blue" }],
     question: "What do you see?", head: "all" },
   sizes: { point: null },
@@ -226,17 +226,29 @@ const chosen = {
 
 let madeIds = 0;
 
+// The token that was chosen since a view was last made, or null.
+function newQuery(run, state) {
+  const isNew = state.query !== undefined && state.query !== run.selected.query;
+  state.query = run.selected.query;
+  return isNew ? state.query : null;
+}
+
 // A label over a control, and below it what `describe` says of the value.
 function slider(label, { min, max, value, describe }, changed) {
   madeIds += 1;
   const id = `state-${madeIds}`;
   const output = make("output", { htmlFor: id }, describe(value));
-  const input = make("input", { type: "range", id, min, max, value, "aria-valuetext": describe(value), input() {
-    output.textContent = describe(Number(input.value));
-    input.setAttribute("aria-valuetext", output.textContent);
+  const input = make("input", { type: "range", id, min, max, value, "aria-valuetext": describe(value), input: () => {
+    element.set(Number(input.value));
     changed(Number(input.value));
   } });
-  return make("div", { className: "state-control state-slider" }, make("label", { htmlFor: id }, label), input, output);
+  const element = make("div", { className: "state-control state-slider" }, make("label", { htmlFor: id }, label), input, output);
+  element.set = (other) => {
+    input.value = other;
+    output.textContent = describe(other);
+    input.setAttribute("aria-valuetext", describe(other));
+  };
+  return element;
 }
 
 function choice(label, options, value, changed) {
@@ -274,7 +286,7 @@ function arrowKeys(group, columns) {
 
 function quoted(run, position) {
   if (position >= run.tokens.length) return "";
-  return `“${run.help.tokenLabel(position)}”`;
+  return ` “${run.help.tokenLabel(position)}”`;
 }
 
 // A number with separators of thousands; a byte count in the largest fitting unit.
@@ -301,8 +313,9 @@ VIEWS.push({
     const modelWindow = kind === "sliding_attention" ? run.text.sliding_window : null;
     const window = state.window === "model" ? modelWindow : Number(state.window);
     const last = Math.max(lastStep(run, state.reading), 32, (window ?? 0) + 16);
+    const query = newQuery(run, state);
+    if (query !== null) state.step = stepOf(run, state.reading, query);
     state.step = Math.min(state.step ?? lastStep(run, state.reading), last);
-    const again = () => this.render(element, run);
 
     const own = modelWindow === null ? "none: every position is kept" : `${modelWindow}, of this model`;
     const windows = [["model", own], ...[4, 8, 16].map((size) => [size, `${size}, a demonstration`])];
@@ -312,8 +325,8 @@ VIEWS.push({
     element.replaceChildren(
       make("div", { className: "state-controls" },
         choice("Layer", layerNames(run), run.selected.layer, (layer) => select({ layer: Number(layer) })),
-        choice("Window", windows, state.window, (value) => { state.window = value; state.step = null; again(); }),
-        choice("The prompt is read", readings, state.reading, (value) => { state.reading = value; state.step = null; again(); }),
+        choice("Window", windows, state.window, (value) => { state.window = value; state.step = null; select({}); }),
+        choice("The prompt is read", readings, state.reading, (value) => { state.reading = value; state.step = null; select({}); }),
         slider("Step", { min: 1, max: last, value: state.step, describe: (step) => stepText(run, state.reading, step) },
           (step) => { state.step = step; draw(); })),
       cacheAbout(run, modelWindow, window),
@@ -333,6 +346,11 @@ function stepTokens(run, reading, step) {
   if (reading === "single") return [step - 1, 1];
   if (step === 1) return [0, run.prompt];
   return [run.prompt + step - 2, 1];
+}
+
+function stepOf(run, reading, position) {
+  if (reading === "single") return position + 1;
+  return Math.max(position - run.prompt + 2, 1);
 }
 
 function stepText(run, reading, step) {
@@ -386,14 +404,14 @@ function stepSentence(run, window, past, fresh, step) {
   }
   let place = `It goes into slot ${past}.`;
   if (window !== null) place = `It goes into slot ${past} % ${window} = ${past % window}.`;
-  const old = step.overwritten.length ? ` It overwrites position ${step.overwritten[0].old} ${quoted(run, step.overwritten[0].old)}.` : " The slot was empty.";
-  return `Step ${chosen.cache.step} reads position ${past} ${quoted(run, past)}. ${place}${old}${tail}`;
+  const old = step.overwritten.length ? ` It overwrites position ${step.overwritten[0].old}${quoted(run, step.overwritten[0].old)}.` : " The slot was empty.";
+  return `Step ${chosen.cache.step} reads position ${past}${quoted(run, past)}. ${place}${old}${tail}`;
 }
 
 function slotSentence(run, window, length, slot) {
   const position = newestPositions(length, window)[slot];
   if (position === undefined) return `Slot ${slot} is empty: no position below ${length} belongs into it.`;
-  const holds = `Slot ${slot} holds position ${position} ${quoted(run, position)}`;
+  const holds = `Slot ${slot} holds position ${position}${quoted(run, position)}`;
   if (window === null) return `${holds}.`;
   const all = [];
   for (let p = slot; p < length; p += window) all.push(p);
@@ -463,12 +481,15 @@ VIEWS.push({
     const state = chosen.positions;
     const longest = run.text.max_position_embeddings - 1;
     const length = run.tokens.length;
-    state.position ??= Math.min(5, length - 1);
+    state.position = newQuery(run, state) ?? state.position ?? 5;
     const result = make("div");
-    const near = Math.max(length + 15, 31);
+    const end = Math.min(Math.max(length + 15, 31), longest);
+    const near = slider("Position near the text", { min: 0, max: end, value: Math.min(state.position, end),
+      describe: (position) => `position ${position}${quoted(run, position)}` }, (position) => show(position));
     const show = (position) => {
       state.position = Math.min(Math.max(Math.round(position) || 0, 0), longest);
       number.value = state.position;
+      near.set(state.position);
       result.replaceChildren(...positionResult(run, state.position));
     };
     const number = make("input", { type: "number", id: "state-position", min: 0, max: longest, change: () => show(number.value) });
@@ -477,8 +498,7 @@ VIEWS.push({
     element.replaceChildren(
       make("div", { className: "state-controls" },
         make("div", { className: "state-control" }, make("label", { htmlFor: "state-position" }, `Position (0 to ${count(longest)})`), number),
-        slider("Position near the text", { min: 0, max: Math.min(near, longest), value: Math.min(state.position, near),
-          describe: (position) => `position ${position} ${quoted(run, position)}` }, show),
+        near,
         make("div", { className: "state-buttons", role: "group", "aria-label": "Positions" },
           jumps.map((position) => make("button", { type: "button", click: () => show(position) }, count(position))))),
       result);
@@ -501,7 +521,7 @@ function positionResult(run, position) {
 }
 
 function positionSentence(run, pairs, position) {
-  const start = `Position ${count(position)} ${quoted(run, position)}`.trim();
+  const start = `Position ${count(position)}${quoted(run, position)}`;
   if (pairs[0].zone === null) {
     return `${start}: pair i turns by ${position} · θ^(−2i/D) radians, with θ = ${count(run.text.rope_parameters.rope_theta)} and D = `
       + `${run.text.head_dim}. This model has plain rotary positions, no YaRN.`;
@@ -709,6 +729,7 @@ const MISTAKE_TEXTS = {
   },
 };
 const WRITTEN = 24; // tokens that both models write
+const TIMED = 12; // tokens that are written with a cache and without one
 const LONGEST = 480; // tokens of a text that is made longer; the worker reads up to 512
 
 VIEWS.push({
@@ -718,47 +739,49 @@ VIEWS.push({
   render(element, run) {
     const state = chosen.mistakes;
     const list = make("fieldset", { className: "state-options" }, make("legend", {}, "Choose a mistake"));
-    const result = make("div", { "aria-live": "polite" });
+    const places = { about: make("div"), lead: make("p", { className: "state-lead", role: "status" }), rest: make("div") };
     for (const [name, mistake] of Object.entries(MISTAKE_TEXTS)) {
       const reason = mistake.cannot(run.text);
       const choose = () => {
-        state.name = name;
-        state.long = false;
-        showMistake(result, run);
+        Object.assign(state, { name, long: false });
+        showMistake(places, run);
       };
       list.append(make("label", { className: reason === null ? "" : "state-off" },
         make("input", { type: "radio", name: "state-mistake", value: name, checked: name === state.name, disabled: reason !== null, change: choose }),
         make("span", {}, mistake.title, reason && make("span", { className: "state-small" }, reason))));
     }
-    result.append(paragraph("Both models then read the text above: without the mistake, and with it."));
-    element.replaceChildren(list, result);
-    if (state.name !== null && MISTAKE_TEXTS[state.name].cannot(run.text) === null) showMistake(result, run);
+    places.lead.textContent = "Both models then read the text above: the right one, and one with the mistake.";
+    element.replaceChildren(list, ...Object.values(places));
+    if (state.name !== null && MISTAKE_TEXTS[state.name].cannot(run.text) === null) showMistake(places, run);
   },
 });
 
 // Show a mistake: from the last result if it is of this text, else after the worker has computed it.
-async function showMistake(element, run) {
+async function showMistake(places, run) {
   const state = chosen.mistakes;
   const { name, long } = state;
   const mistake = MISTAKE_TEXTS[name];
   const key = [name, long, run.prompt, ...run.tokens.map(({ id }) => id)].join();
-  const start = [make("h3", {}, mistake.title), paragraph(mistake.says(run.text))];
+  const { about, lead, rest } = places;
+  about.replaceChildren(make("h3", {}, mistake.title), paragraph(mistake.says(run.text)));
   if (state.result?.key !== key) {
-    element.replaceChildren(...start, paragraph("Computing with both models …"));
+    lead.textContent = "Computing with both models …";
+    rest.replaceChildren();
+    await new Promise((resolve) => setTimeout(resolve, 200)); // arrow keys may pass over this mistake
+    const isStill = () => state.name === name && state.long === long && lead.isConnected;
+    if (!isStill()) return;
     try {
       const result = await (name === "no_cache" ? withoutCache(run) : withMistake(run, name, long));
-      if (state.name !== name || state.long !== long) return; // another one was chosen meanwhile
+      if (!isStill()) return;
       state.result = { key, ...result };
     } catch (error) {
-      element.replaceChildren(...start, make("p", { className: "error" }, error.message));
+      lead.textContent = error.message;
       return;
     }
   }
-  const parts = name === "no_cache" ? timeResult(run, state.result) : mistakeResult(run, mistake, state.result, () => {
-    state.long = true;
-    showMistake(element, run);
-  });
-  element.replaceChildren(...start, ...parts);
+  if (name === "no_cache") showTimes(places, run, state.result);
+  else if (state.result.difference.first === null) showNoDifference(places, run, mistake, state.result);
+  else showDifference(places, run, mistake, state.result);
 }
 
 // Both models read the same tokens, and both write on from the prompt, always with the most likely token.
@@ -766,14 +789,16 @@ async function withMistake(run, name, long) {
   const { images } = run;
   let ids = run.tokens.map(({ id }) => id);
   let prompt = ids.slice(0, run.prompt);
-  if (long) prompt = ids = longerIds(ids, MISTAKE_TEXTS[name].from(run.text) + 15);
+  if (long) prompt = ids = longerIds(run.tokens, MISTAKE_TEXTS[name].from(run.text) + 15);
   const write = { kind: "run", ids: prompt, images, generate: WRITTEN };
   const right = long ? (await run.ask({ kind: "run", ids, images, trace: true })).trace : run.trace;
   const wrong = (await run.ask({ kind: "run", ids, images, trace: true, mistakes: [name] })).trace;
+  const difference = compareTraces(right, wrong);
+  if (difference.first === null) return { difference, length: ids.length };
   const texts = [await run.ask(write), await run.ask({ ...write, mistakes: [name] })].map((answer) => answer.tokens.slice(prompt.length));
   const changes = run.text.layer_types.map((_, layer) => largestChange(right, wrong, layer, null));
   const most = changes.reduce((best, change) => (change.size > best.size ? change : best));
-  return { right, wrong, texts, difference: compareTraces(right, wrong), most, length: ids.length };
+  return { right, wrong, texts, difference, most, length: ids.length };
 }
 
 // Where the attention of a layer changed most, in one head or (null) in any: {layer, head, query, key, before, after, size}.
@@ -791,12 +816,12 @@ function largestChange(right, wrong, layer, head) {
     size: Math.abs(data[most] - other[most]) };
 }
 
-// The text again and again, without its first token, until it has `length` tokens.
-function longerIds(ids, length) {
-  const again = ids.length > 1 ? ids.slice(1) : ids;
-  const longer = [...ids];
-  while (longer.length < length) longer.push(again[(longer.length - ids.length) % again.length]);
-  return longer;
+// The ids of a text whose tokens that are not special follow again and again, until there are `length`.
+function longerIds(tokens, length) {
+  const ids = tokens.map(({ id }) => id);
+  const again = tokens.filter(({ special }) => special === null).map(({ id }) => id);
+  if (again.length === 0) again.push(ids[0]);
+  return [...ids, ...Array.from({ length: Math.max(length - ids.length, 0) }, (_, index) => again[index % again.length])];
 }
 
 async function withoutCache(run) {
@@ -806,46 +831,51 @@ async function withoutCache(run) {
   for (const cache of [true, false]) {
     const ends = [];
     const progress = ({ token }) => { if (token !== undefined) ends.push(performance.now()); };
-    const { tokens } = await run.ask({ kind: "run", ids, images: run.images, generate: WRITTEN, cache }, progress);
+    const { tokens } = await run.ask({ kind: "run", ids, images: run.images, generate: TIMED, cache }, progress);
     texts.push(tokens.slice(ids.length));
     times.push(ends.slice(1).map((end, index) => end - ends[index])); // the first token needs the prompt in any case
   }
   return { times, texts };
 }
 
-function mistakeResult(run, mistake, result, makeLonger) {
-  const { first, points } = result.difference;
+function showNoDifference({ lead, rest }, run, mistake, result) {
   const from = mistake.from(run.text);
-  if (first === null) {
-    const why = result.length < from ? `It shows in texts of ${count(from)} tokens and more; this one has ${count(result.length)}. ` : "";
-    const canGrow = result.length < from && from + 15 <= LONGEST;
-    return [make("p", { className: "state-lead" }, `No number differs in this text. ${why}`),
-      canGrow ? make("button", { type: "button", click: makeLonger }, `Repeat the text up to ${count(from + 15)} tokens`) : null].filter(Boolean);
-  }
-  const layer = run.selected.layer;
+  lead.textContent = "No number differs in this text.";
+  if (result.length >= from) return;
+  lead.textContent += ` It shows in texts of ${count(from)} tokens and more; this one has ${count(result.length)}.`;
+  if (from + 15 > LONGEST) return;
+  rest.replaceChildren(make("button", { type: "button", click: () => {
+    chosen.mistakes.long = true;
+    select({});
+  } }, `Repeat the text up to ${count(from + 15)} tokens`));
+}
+
+function showDifference({ lead, rest }, run, mistake, result) {
+  const { first, points, layers } = result.difference;
   const show = make("button", { type: "button", className: "state-link", click: () => run.help.showCode(first) }, first);
   const differing = Object.values(points).filter((difference) => difference !== 0).length;
-  return [
-    make("p", { className: "state-lead" }, "The first stage that differs is ", show, `, by up to ${run.help.number(points[first])}. `,
-      `${count(differing)} of ${count(Object.keys(points).length)} stages differ.`),
-    result.length > run.tokens.length ? paragraph(`The text was repeated up to ${count(result.length)} tokens.`) : "",
-    twoTexts(run, result.texts, "The right model", `The model with the mistake: ${mistake.title}`),
+  lead.replaceChildren("The first stage that differs is ", show, `, by up to ${run.help.number(points[first])}. `,
+    `${count(differing)} of ${count(Object.keys(points).length)} stages differ.`);
+  if (result.length > run.tokens.length) lead.append(` The text was repeated up to ${count(result.length)} tokens.`);
+  const heads = Array.from({ length: run.text.num_attention_heads }, (_, head) => [head, String(head)]);
+  const { layer, head } = result.most;
+  rest.replaceChildren(
+    twoTexts(result.texts, "The right model", `The model with the mistake: ${mistake.title}`),
     make("h3", {}, "Attention"),
     make("div", { className: "state-controls" },
-      choice("Layer", layerNames(run), layer, (value) => select({ layer: Number(value) })),
-      choice("Head", Array.from({ length: run.text.num_attention_heads }, (_, head) => [head, String(head)]), run.selected.head, (value) => select({ head: Number(value) })),
-      make("button", { type: "button", click: () => select({ layer: result.most.layer, head: result.most.head }) }, "Find the head that changes most")),
+      choice("Layer", layerNames(run), run.selected.layer, (value) => select({ layer: Number(value) })),
+      choice("Head", heads, run.selected.head, (value) => select({ head: Number(value) })),
+      make("button", { type: "button", click: () => select({ layer, head }) }, "Find the head that changes most")),
     ...threeMaps(run, result),
     make("h3", {}, "Largest difference in the output of each layer"),
-    bars(run, result.difference.layers.map((value, index) => [`layer ${index}`, value]).concat([["logits", points.logits]])),
-  ];
+    bars(run, layers.map((value, index) => [`layer ${index}`, value]).concat([["logits", points.logits]])));
 }
 
 function layerNames(run) {
   return run.text.layer_types.map((kind, index) => [index, `${index}: ${kind.replace("_", " ")}`]);
 }
 
-function twoTexts(run, texts, ...titles) {
+function twoTexts(texts, ...titles) {
   const [right, wrong] = texts;
   let same = 0;
   while (same < right.length && right[same]?.id === wrong[same]?.id) same++;
@@ -869,7 +899,7 @@ function threeMaps(run, { right, wrong, length }) {
     + `to ${run.help.percent(change.after)}.`;
   const map = (title, value, wrongMask = mask) => {
     const canvas = make("canvas", { className: "state-map", role: "img", "aria-label": `${title}, layer ${layer}, head ${head}. ${words}` });
-    run.help.heat(canvas, { rows: length, columns: length, size: 280, value: (row, column) => value(start + row * length + column),
+    run.help.heat(canvas, { rows: length, columns: length, cells: true, value: (row, column) => value(start + row * length + column),
       hidden: (row, column) => mask[row * length + column] || wrongMask[row * length + column] ? null : column > row ? "future" : "window" });
     return make("figure", {}, canvas, make("figcaption", {}, title));
   };
@@ -890,11 +920,11 @@ function bars(run, rows) {
       make("svg:rect", { x: 0, y: 0, width: (100 * value) / largest, height: 10 })), make("span", {}, run.help.number(value))))));
 }
 
-function timeResult(run, { times, texts }) {
+function showTimes({ lead, rest }, run, { times, texts }) {
   const total = times.map((list) => list.reduce((sum, time) => sum + time, 0));
   const steps = times[0].length;
   const same = texts[0].map(({ id }) => id).join() === texts[1].map(({ id }) => id).join();
-  const lead = `${same ? "The text is the same. " : "The texts differ, which must not happen. "}${steps} tokens after the first take `
+  lead.textContent = `${same ? "The text is the same. " : "The texts differ, which must not happen. "}${steps} tokens after the first take `
     + `${Math.round(total[0])} ms with a cache and ${Math.round(total[1])} ms without: ${(total[1] / total[0]).toFixed(1)} times as long.`;
   const highest = Math.max(...times.flat(), 1);
   const line = (list, className) => ({ className, points: list.map((time, index) => [run.prompt + 1 + index, time]) });
@@ -902,12 +932,10 @@ function timeResult(run, { times, texts }) {
   const last = first + Math.max(steps - 1, 1);
   const x = { from: first, to: last, label: "tokens read so far", text: String, ticks: [first, Math.round((first + last) / 2), last] };
   const y = { from: 0, to: highest * 1.1, ticks: [0, 0.5, 1].map((part) => highest * part), text: (tick) => `${Math.round(tick)} ms` };
-  return [
-    make("p", { className: "state-lead" }, lead),
-    steps > 1 ? plot(lead, x, y, [line(times[1], "state-line"), line(times[0], "state-line-plain")]) : "",
+  rest.replaceChildren(
+    steps > 1 ? plot(lead.textContent, x, y, [line(times[1], "state-line"), line(times[0], "state-line-plain")]) : "",
     paragraph("Solid: without a cache. Dashed: with a cache. Each token then reads one position and the stored keys; without one it reads all positions again."),
-    twoTexts(run, texts, "With a cache", "Without a cache"),
-  ];
+    twoTexts(texts, "With a cache", "Without a cache"));
 }
 
 // ------------------------------------------------------------------------------------------------------ image
@@ -1097,7 +1125,7 @@ function attentionSentence(run, places, share, query) {
   const { rows } = imageGrid(run.config);
   const { percent } = run.help;
   const heads = chosen.image.head === "all" ? "mean of all heads" : `head ${chosen.image.head}`;
-  return `Position ${query} ${quoted(run, query)} gives ${percent(shares.reduce((sum, value) => sum + value, 0))} of its attention to the ${shares.length} merged patches `
+  return `Position ${query}${quoted(run, query)} gives ${percent(shares.reduce((sum, value) => sum + value, 0))} of its attention to the ${shares.length} merged patches `
     + `(layer ${run.selected.layer}, ${heads}). Most of it goes to row ${Math.floor(most / rows) + 1}, column ${(most % rows) + 1}: ${percent(shares[most])}.`;
 }
 

@@ -189,27 +189,306 @@ def test_every_point_has_its_lines():
     sources = in_node("SOURCES")
     assert {name: entry[0] for name, entry in sources.items()} == {name: point[0] for name, point in POINTS.items()}
     assert list(sources) == list(POINTS)
-    places = {tuple(place) for name in POINTS for config in ({"model_type": "ministral"}, {"vision_config": {}, "text_config": {}})
-              for place in in_node_sources(name, config)}  # fmt: skip
+    configs = ({"model_type": "ministral"}, {"vision_config": {}, "text_config": {}})
+    places = in_node("configs.flatMap((config) => names.flatMap((name) => sourcesOf(name, config)))", names=list(POINTS), configs=configs)
     files = {file: (ROOT / file).read_text() for file, _, _ in places}
-    found = in_node(
-        "places.map(([file, name]) => functionLines(files[file], name))", places=sorted(places), files=files
-    )
-    for (file, name, part), lines in zip(sorted(places), found):
+    found = in_node("places.map(([file, name]) => functionLines(files[file], name))", places=places, files=files)
+    for (file, name, part), lines in zip(places, found):
         assert file in explorer.SOURCES
         first, last = python_function(file, name)
         assert (lines["first"], lines["first"] + len(lines["lines"]) - 1) == (first, last), name
         assert sum(part in line for line in lines["lines"]) == 1, (name, part)
 
 
-SOURCES_OF = {}
+# ------------------------------------------------------------------------------------------------------ the page
 
 
-def in_node_sources(name, config):
-    """The places of a point in a model, of all points at once."""
-    key = json.dumps(config)
-    if key not in SOURCES_OF:
-        SOURCES_OF[key] = in_node(
-            "Object.fromEntries(names.map((name) => [name, sourcesOf(name, config)]))", names=list(POINTS), config=config
-        )
-    return SOURCES_OF[key][name]
+class Page:
+    """A page of the explorer in a browser."""
+
+    def __init__(self, browser, address):
+        self.browser = browser
+        browser.get(address)
+        self.wait("return typeof explorer !== 'undefined' && explorer.run !== null && !explorer.busy")
+
+    def run(self, script, *arguments):
+        """The result of a script."""
+        return self.browser.execute_script(script, *arguments)
+
+    def wait(self, script, *arguments):
+        """Wait until a script returns true."""
+        from selenium.webdriver.support.ui import WebDriverWait
+
+        WebDriverWait(self.browser, 60, 0.05).until(lambda _: self.run(script, *arguments))
+
+    def open(self, view):
+        """Open a view."""
+        self.run("document.getElementById(`tab-${arguments[0]}`).click()", view)
+
+    def text(self, selector="#view"):
+        """The text of an element."""
+        return self.run("return document.querySelector(arguments[0]).textContent", selector)
+
+    def texts(self, selector):
+        """The texts of elements."""
+        return self.run("return [...document.querySelectorAll(arguments[0])].map((element) => element.textContent)", selector)
+
+    def set(self, label, value):
+        """Change the control with this label, as a reader does."""
+        self.run(
+            """const label = [...document.querySelectorAll("#view label")].find((label) => label.textContent.startsWith(arguments[0]));
+            const control = document.getElementById(label.htmlFor);
+            control.value = arguments[1];
+            for (const kind of ["input", "change"]) control.dispatchEvent(new Event(kind));""",
+            label, str(value),
+        )  # fmt: skip
+
+    def click(self, text):
+        """Press the button with this text."""
+        self.run("[...document.querySelectorAll('#view button')].find((b) => b.textContent === arguments[0]).click()", text)
+
+    def ids(self):
+        """The tokens of the run."""
+        return self.run("return explorer.run.tokens.map(({id}) => id)")
+
+    def choose_mistake(self, name):
+        """Turn a mistake on, and wait for the result."""
+        self.open("mistakes")
+        self.run("document.querySelector(`input[value=${arguments[0]}]`).click()", name)
+        self.wait("return !document.querySelector('.state-lead').textContent.startsWith('Computing')")
+
+
+@pytest.fixture(scope="module")
+def addresses(tmp_path_factory):
+    """The pages of both models: name -> address."""
+    folder = tmp_path_factory.mktemp("pages")
+    found = {}
+    with pytest.MonkeyPatch.context() as changes:
+        changes.setattr(explorer.zlib, "compressobj", lambda level, compressobj=explorer.zlib.compressobj: compressobj(1))
+        for name, directory in MODELS.items():
+            path = folder / f"{name}.html"
+            path.write_text(explorer.assemble(directory, TEXT), encoding="utf-8")
+            found[name] = path.as_uri()
+    return found
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium without a window."""
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1200,900"):
+        options.add_argument(argument)
+    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture(scope="module")
+def pages(browser, addresses):
+    """A function that opens the page of a model, or goes on with it if it is open."""
+    opened = {}
+
+    def open_page(name):
+        if name not in opened:
+            opened.clear()
+            opened[name] = Page(browser, addresses[name])
+        return opened[name]
+
+    return open_page
+
+
+@needs_browser
+@pytest.mark.parametrize("window", ["model", "8"])
+def test_cache_view(pages, window):
+    page = pages("ministral")
+    page.open("cache")
+    page.set("Layer", 1)
+    page.set("Window", window)
+    size = 64 if window == "model" else 8
+    for steps in (3, 20, 9 + size):
+        cache = cache_of(size)
+        for _ in range(steps):
+            keys, slots = read_positions(cache, 1)
+        page.set("Step", steps)
+        shown = page.texts(".state-slot b")
+        assert shown == [str(position) for position in slots] + ["–"] * (size - len(slots))
+        assert page.texts(".state-keys li") == [str(position) for position in keys]
+        if len(slots) > 3:
+            page.run("document.querySelectorAll('.state-slot')[3].click()")
+            assert f"Slot 3 holds position {slots[3]}" in page.text(".state-note")
+        assert f"{steps - 1} % {size} = {(steps - 1) % size}" in page.text(".state-lead")
+
+
+@needs_browser
+def test_cache_view_with_the_prompt_in_one_step(pages):
+    page = pages("ministral")
+    page.open("cache")
+    page.set("Layer", 1)
+    page.set("Window", 8)
+    page.set("The prompt is read", "once")
+    prompt = len(page.ids())
+    cache = cache_of(8)
+    keys, slots = read_positions(cache, prompt)
+    page.set("Step", 1)
+    assert page.texts(".state-slot b") == [str(position) for position in slots]
+    assert page.texts(".state-keys li") == [str(position) for position in keys] == [str(n) for n in range(prompt)]
+    _, slots = read_positions(cache, 1)
+    page.set("Step", 2)
+    assert page.texts(".state-slot b") == [str(position) for position in slots]
+    page.set("Layer", 0)
+    page.set("Window", "model")
+    assert "Its cache only grows" in page.text() and "Layers 1, 2, 3, 5, 6, 7 have a ring of 64 slots" in page.text()
+
+
+@needs_browser
+def test_slots_are_reached_by_arrow_keys(pages):
+    page = pages("ministral")
+    page.open("cache")
+    page.set("Window", 8)
+    page.set("The prompt is read", "single")
+    page.set("Step", 20)
+    press = """document.querySelectorAll(".state-slot")[3].focus();
+        document.activeElement.dispatchEvent(new KeyboardEvent("keydown", { key: arguments[0], bubbles: true }))"""
+    page.run(press, "ArrowRight")
+    assert page.text(".state-note").startswith("Slot 4 holds position 12")
+    assert page.run("return document.activeElement.ariaPressed + document.activeElement.tabIndex") == "true0"
+
+
+def numbers(text):
+    """A number as the page writes it."""
+    return float(text.replace("−", "-").replace(",", ""))
+
+
+@needs_browser
+def test_positions_view(pages):
+    page = pages("ministral3")
+    page.open("positions")
+    embedding = YarnRotaryEmbedding(load_config("ministral3"))
+    used = embedding.inverse_frequencies(torch.float64)
+    plain = RotaryEmbedding.inverse_frequencies(embedding, torch.float64)
+    for position, scale in ((5, 1.0), (4000, 1 + 0.1 * math.log(16))):
+        page.set("Position (", position)
+        rows = page.run("return [...document.querySelectorAll('#view tbody tr')].map((row) => [...row.cells].map((cell) => cell.textContent))")
+        assert [numbers(row[2]) for row in rows] == pytest.approx((position * plain).tolist(), rel=1e-3)
+        assert [numbers(row[3]) for row in rows] == pytest.approx((position * used).tolist(), rel=1e-3)
+        assert [row[1].split(",")[0] for row in rows] == ["kept"] + 6 * ["blended"] + 9 * ["stretched"]
+        assert f"= {scale:.4f}." in page.text()
+    page.set("Position (", 5)
+    assert "YaRN changes the angles of 15 of 16 pairs. It changes pair 2 most: 1.5811 rad without YaRN, 1.1576 rad with it." in page.text()
+    assert "pair 2: 1.1576 radians, 1.5811 without YaRN, blended" in page.run(
+        "return [...document.querySelectorAll('.state-dial svg')].map((dial) => dial.getAttribute('aria-label'))"
+    )
+
+
+def largest_differences(name, mistake, ids):
+    """The first point that a mistake changes, and the largest difference of each layer's output and of the logits."""
+    model = load_model(MODELS[name], torch.float32)
+    right = record(model, torch.tensor([ids]))
+    with MUTANTS[mistake].applied():
+        wrong = record(model, torch.tensor([ids]))
+        text = generate(model, torch.tensor([ids]), max_new_tokens=24, temperature=0, fast=False)[0, len(ids) :].tolist()
+    sizes = {point: (right[point].float() - wrong[point].float()).abs().max().item() for point in right}
+    first = next(point for point, size in sizes.items() if size > 0)
+    layers = range(model.config.get_text_config().num_hidden_layers)
+    return first, [sizes[f"layers.{layer}.mlp_residual"] for layer in layers] + [sizes["logits"]], text
+
+
+@needs_browser
+@pytest.mark.parametrize("mistake", ["yarn_missing", "yarn_magnitude_1_277"])
+def test_mistakes_view(pages, mistake):
+    page = pages("ministral3")
+    page.choose_mistake(mistake)
+    first, sizes, text = largest_differences("ministral3", mistake, page.ids())
+    assert page.text(".state-lead").startswith(f"The first stage that differs is {first}, ")
+    assert [numbers(value) for value in page.texts(".state-bars span")] == pytest.approx(sizes, rel=0.01)
+    written = page.run("return explorer.run.ask({ kind: 'name', ids: arguments[0] }).then(({ tokens }) => tokens.map(({ text }) => text).join(''))", text)
+    assert page.texts(".state-text p")[1] == written
+
+
+@needs_browser
+def test_mistakes_that_need_a_longer_text(pages):
+    page = pages("ministral")
+    page.choose_mistake("window_plus_1")
+    assert "No number differs in this text. It shows in texts of 65 tokens and more" in page.text()
+    page.click("Repeat the text up to 80 tokens")
+    page.wait("return document.querySelector('.state-bars') !== null")
+    ids = page.ids()
+    ids += (ids[1:] * 9)[: 80 - len(ids)]  # without <s>
+    first, sizes, _ = largest_differences("ministral", "window_plus_1", ids)
+    assert page.text(".state-lead").startswith(f"The first stage that differs is {first}, ") and first == "layers.1.attention.mask"
+    assert [numbers(value) for value in page.texts(".state-bars span")] == pytest.approx(sizes, rel=0.01)
+    disabled = page.run("return [...document.querySelectorAll('#view input:disabled')].map((input) => input.value)")
+    assert disabled == ["yarn_missing", "yarn_magnitude_1_277", "query_scale_missing"]
+    page.choose_mistake("no_cache")
+    assert page.text(".state-lead").startswith("The text is the same. 11 tokens after the first take ")
+
+
+@needs_browser
+def test_image_view(pages):
+    page = pages("ministral3")
+    page.open("image")
+    page.click("Ask")
+    page.wait("return explorer.run.steps.length > 0 && !explorer.busy && document.querySelector('.state-tokens') !== null")
+    assert page.text(".state-answer .state-big") == "A red circle at the top left and a blue square at the bottom right."
+    ids, layer, query = page.ids(), *page.run("const { layer, query } = explorer.run.selected; return [layer, query]")
+    pixels = paint((0, "circle", "red"), (3, "square", "blue")).astype(np.float32) / np.float32(255)
+    pixels = torch.from_numpy((pixels - np.array(MEAN, np.float32)) / np.array(STD, np.float32)).permute(2, 0, 1)[None]
+    model = load_model(MODELS["ministral3"], torch.float32)
+    trace = record(model, torch.tensor([ids]), pixel_values=pixels)
+    patches = [place for place, id in enumerate(ids) if id == model.config.image_token_id]
+    head = int(page.run("return [...document.querySelectorAll('#view select')].at(-1).value"))
+    shares = trace[f"layers.{layer}.attention.probabilities"][0, head, query, patches]
+    assert f"gives {100 * shares.sum():.1f} % of its attention to the 16 merged patches" in page.text()
+    row, column = divmod(int(shares.argmax()), 4)
+    assert f"row {row + 1}, column {column + 1}: {100 * shares.max():.1f} %." in page.text()
+    everywhere = [trace[f"layers.{n}.attention.probabilities"][0, :, query, patches].max() for n in range(7)]
+    assert shares.max() == max(everywhere)  # the page has found the head that looks at one patch most
+
+
+@needs_browser
+def test_a_click_on_a_stage_shows_its_lines(pages):
+    page = pages("ministral3")
+    page.open("sizes")
+    page.set("Layer", 2)
+    page.click("layers.2.attention.q_scaled")
+    assert page.text(".state-code h4") == f"Ministral3Attention.rotate ministral3.py, line {python_function('ministral3.py', 'Ministral3Attention.rotate')[0]}"
+    assert [line.strip() for line in page.texts(".state-hit")] == [f"{python_function('ministral3.py', 'Ministral3Attention.rotate')[1]}        return q * scale, k"]
+    row = page.run("return [...document.querySelector('[data-point=\"layers.2.attention.scores\"]').closest('tr').cells].map((cell) => cell.textContent)")
+    S = len(page.ids())
+    assert row[1:3] == ["B H S T", f"1 × 8 × {S} × {S}"]
+
+
+# ---------------------------------------------------------------------------------------------- made for people
+
+
+SMALL_TEXT = """return [...document.querySelectorAll("#view *")]
+    .filter((element) => parseFloat(getComputedStyle(element).fontSize) < 12)
+    .filter((element) => [...element.childNodes].some((node) => node.nodeType === 3 && node.textContent.trim()))
+    .map((element) => element.outerHTML.slice(0, 200))"""
+
+
+@needs_browser
+@pytest.mark.parametrize(("width", "theme"), [(360, "dark"), (1200, "light")])
+@pytest.mark.parametrize("name", list(MODELS))
+def test_views_are_accessible(pages, name, width, theme):
+    page = pages(name)
+    axe = importlib.util.find_spec("axe_core_python")
+    page.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False})
+    page.run("document.documentElement.dataset.theme = arguments[0]; select({})", theme)
+    for view in STATE_VIEWS:
+        page.open(view)
+        assert page.run("return document.documentElement.scrollWidth") <= width, view
+        assert page.run(SMALL_TEXT) == [], view
+        if axe is not None:
+            assert violations(page, Path(axe.origin).with_name("axe.min.js")) == [], view
+
+
+def violations(page, path):
+    """What axe-core finds in the view: rule and element."""
+    page.run("if (typeof axe === 'undefined') { const s = arguments[0]; (0, eval)(s); }", path.read_text(encoding="utf-8"))
+    found = page.run("return axe.run('#panel').then(({ violations }) => violations.flatMap(({ id, nodes }) => nodes.map(({ html }) => [id, html.slice(0, 200)])))")
+    return found
