@@ -38,7 +38,7 @@ def test_the_page_is_one_file_without_requests():
     text = re.sub(r'<script id="(weights|data)".*?</script>', "", page, flags=re.DOTALL)
     assert len(text) < 300_000
     assert not re.search(r"""\b(src|href)=["'](?!#)|url\(|@import|\bimport\s*\(|importScripts""", text)
-    assert set(re.findall(r"https?://[\w./]*", text)) == {"http://www.w3.org/2000/svg"}  # a name, not an address
+    assert set(re.findall(r"https?://[\w./]*", text)) == {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xhtml"}
     policy = re.search(r'Content-Security-Policy" content="([^"]*)"', page)[1]
     assert policy.startswith("default-src 'none'; ") and "unsafe" not in policy and "http" not in policy
     assert not re.search(r"\{\{\w+\}\}", text)
@@ -46,7 +46,7 @@ def test_the_page_is_one_file_without_requests():
 
 def test_nothing_in_a_script_element_ends_it():
     page = assemble(MODELS["ministral"], PROMPT)
-    assert page.count("<script") == page.count("</script>") == 7
+    assert page.count("<script") == page.count("</script>") == 8
     data = json.loads(re.search(r'<script id="data"[^>]*>(.*?)</script>', page, re.DOTALL)[1])
     assert data["examples"][0]["text"] == PROMPT
     assert data["sources"].keys() >= {"ministral.py", "ministral3.py", "vision.py"}
@@ -392,8 +392,9 @@ def test_axe_finds_nothing(page, width, scheme):
 @needs_browser
 def test_widths_and_sizes_of_text(page):
     page.open("ministral3")
-    smallest = """const hasText = ({ childNodes }) => [...childNodes].some(({ nodeType, data }) => nodeType === 3 && data.trim());
-        const shown = [...document.querySelectorAll("body *")].filter((element) => element.checkVisibility() && hasText(element));
+    smallest = """const isText = ({ nodeType, data }) => nodeType === 3 && data.trim() !== "";
+        const hasText = (element) => element.checkVisibility() && [...element.childNodes].some(isText);
+        const shown = [...document.querySelectorAll("body *")].filter(hasText);
         return Math.min(...shown.map((element) => parseFloat(getComputedStyle(element).fontSize)));"""
     for width in (360, 700, 1920):
         page.resize(width)
