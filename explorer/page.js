@@ -29,6 +29,7 @@ const state = {
   view: "attention",
   settings: null,
   busy: false,
+  pending: 0, // messages that the worker has not answered
   parameters: 0,
   tensors: {},
   live: null, // {tokens, prompt} while tokens are being written
@@ -52,6 +53,7 @@ function startWorker() {
       return;
     }
     waiting.delete(number);
+    state.pending = waiting.size;
     if (error !== undefined) reject(new Error(error));
     else resolve(result);
   };
@@ -61,6 +63,7 @@ function ask(message, progress) {
   messages += 1;
   const number = messages;
   worker.postMessage({ number, message });
+  state.pending += 1;
   return new Promise((resolve, reject) => waiting.set(number, { resolve, reject, progress }));
 }
 

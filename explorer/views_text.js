@@ -512,14 +512,15 @@ function listenToMap(run, layer, map, canvas, readout) {
 function readoutOf(run, layer, map, query, key) {
   const { tokenLabel, number, percent } = run.help;
   const isHidden = whyHidden(run, layer, map, query, key) !== null;
-  const pair = (name, value, words = "") => make("p", { className: "fact" }, `${name} `,
-    make("strong", { className: "label" }, value), words);
+  const token = (name, place) => make("p", { className: "fact" }, `${name} `,
+    make("strong", { className: "label" }, tokenLabel(place)), ` ${place}`);
+  const value = (name, words) => make("p", { className: "fact" }, `${name} `, make("strong", {}, words));
   return [
     make("div", { className: "facts" },
-      pair("query", tokenLabel(query), ` ${query}`),
-      pair("key", tokenLabel(key), ` ${key}`),
-      pair("score", number(map.score(query, key))),
-      pair("probability", isHidden ? "0" : percent(map.probability(query, key)))),
+      token("query", query),
+      token("key", key),
+      value("score", number(map.score(query, key))),
+      value("probability", isHidden ? "0" : percent(map.probability(query, key)))),
     make("p", { className: "why" }, cellSentence(run, layer, map, query, key)),
   ];
 }
@@ -528,7 +529,9 @@ function readoutOf(run, layer, map, query, key) {
 function mapPainter(run, layer, map, canvas) {
   const S = run.tokens.length;
   const ratio = Math.min(devicePixelRatio || 1, 2);
-  const room = Math.min(Math.max(document.getElementById("view").clientWidth, 240), 620);
+  const width = document.getElementById("view").clientWidth;
+  const share = width > 800 ? 0.5 : 1; // the small maps stand beside it
+  const room = Math.min(Math.max(share * width, 240), 620);
   const labels = run.tokens.map((_, place) => clip(run.help.tokenLabel(place), 11));
   const font = `12px ${getComputedStyle(document.documentElement).fontFamily}`;
   const context = canvas.getContext("2d");
