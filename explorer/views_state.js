@@ -39,7 +39,7 @@ function newestPositions(length, window) {
 function rotaryPairs(text) {
   const rope = text.rope_parameters;
   const plain = rotaryFrequencies(text.head_dim, rope);
-  if (rope.rope_type !== "yarn") return Array.from(plain, (frequency, pair) => ({ pair, plain: frequency, used: frequency, zone: null, share: 1 }));
+  if (!hasYarn(text)) return Array.from(plain, (value, pair) => ({ pair, plain: value, used: value, zone: null, share: 1 }));
   return Array.from(rotaryFrequencies(text.head_dim, rope, true), (used, pair) => {
     const stretched = plain[pair] / rope.factor;
     const share = (used - stretched) / (plain[pair] - stretched);
@@ -324,7 +324,7 @@ VIEWS.push({
     const draw = () => result.replaceChildren(...cacheResult(run, window, draw));
     element.replaceChildren(
       make("div", { className: "state-controls" },
-        choice("Layer", layerNames(run), run.selected.layer, (layer) => select({ layer: Number(layer) })),
+        layerChoice(run),
         choice("Window", windows, state.window, (value) => { state.window = value; state.step = null; select({}); }),
         choice("The prompt is read", readings, state.reading, (value) => { state.reading = value; state.step = null; select({}); }),
         slider("Step", { min: 1, max: last, value: state.step, describe: (step) => stepText(run, state.reading, step) },
@@ -404,7 +404,8 @@ function stepSentence(run, window, past, fresh, step) {
   }
   let place = `It goes into slot ${past}.`;
   if (window !== null) place = `It goes into slot ${past} % ${window} = ${past % window}.`;
-  const old = step.overwritten.length ? ` It overwrites position ${step.overwritten[0].old}${quoted(run, step.overwritten[0].old)}.` : " The slot was empty.";
+  let old = " The slot was empty.";
+  for (const { old: position } of step.overwritten) old = ` It overwrites position ${position}${quoted(run, position)}.`;
   return `Step ${chosen.cache.step} reads position ${past}${quoted(run, past)}. ${place}${old}${tail}`;
 }
 
@@ -468,8 +469,8 @@ function keysSentence(window, past, fresh, step) {
     return `The ${fresh} new keys, in the order of the text. ${before} The mask hides those outside the window of each token.`;
   }
   if (end <= window) return "The ring is not full: slots are positions, and all of them are visible.";
-  return `Position ${past} sees positions ${end - window} to ${past}: these are W = ${window} keys, and they are all in the ring. They come in `
-    + "the order of slots. That does not matter: a key is rotated by its position before it is stored, and attention adds up all of them.";
+  return `Position ${past} sees positions ${end - window} to ${past}: these are W = ${window} keys, and they are all in the `
+    + "ring. They come in the order of slots. That does not matter: a key is rotated by its position before it is stored, and attention adds up all of them.";
 }
 
 // -------------------------------------------------------------------------------------------------- positions
@@ -497,7 +498,8 @@ VIEWS.push({
     const jumps = [5, 100, original - 1, original, longest].filter((position) => position >= 0 && position <= longest);
     element.replaceChildren(
       make("div", { className: "state-controls" },
-        make("div", { className: "state-control" }, make("label", { htmlFor: "state-position" }, `Position (0 to ${count(longest)})`), number),
+        make("div", { className: "state-control" },
+          make("label", { htmlFor: "state-position" }, `Position (0 to ${count(longest)})`), number),
         near,
         make("div", { className: "state-buttons", role: "group", "aria-label": "Positions" },
           jumps.map((position) => make("button", { type: "button", click: () => show(position) }, count(position))))),
@@ -542,7 +544,8 @@ function radians(angle) {
 const DIAL = 32; // radius
 
 function dial(pair, position) {
-  const hand = (angle, name) => make("svg:line", { class: name, x1: 36, y1: 36, x2: 36 + DIAL * Math.cos(angle), y2: 36 - DIAL * Math.sin(angle) });
+  const hand = (angle, name) => make("svg:line", { class: name, x1: 36, y1: 36,
+    x2: 36 + DIAL * Math.cos(angle), y2: 36 - DIAL * Math.sin(angle) });
   const plain = position * pair.plain;
   const used = position * pair.used;
   let said = `pair ${pair.pair}: ${radians(used)} radians`;
@@ -569,10 +572,10 @@ function angleTable(text, pairs, position) {
     return table(`Angles at position ${position}`, ["Pair", "Radians per position", "Angle in radians"],
       pairs.map((pair) => [String(pair.pair), radians(pair.plain), radians(position * pair.plain)]), "state-numbers");
   }
-  const head = ["Pair", "Zone", "Angle without YaRN", "Angle with YaRN", "Difference"];
+  const head = ["Pair", "Without YaRN", "With YaRN", "Difference", "Zone"];
   return table(`Angles at position ${position}, in radians`, head, pairs.map((pair) => [
-    String(pair.pair), zoneText(pair), radians(position * pair.plain), radians(position * pair.used),
-    pair.used === pair.plain ? "0" : `−${radians(position * (pair.plain - pair.used))}`]), "state-numbers");
+    String(pair.pair), radians(position * pair.plain), radians(position * pair.used),
+    pair.used === pair.plain ? "0" : `−${radians(position * (pair.plain - pair.used))}`, zoneText(pair)]), "state-numbers");
 }
 
 function zoneText(pair) {
@@ -603,7 +606,8 @@ function plot(description, x, y, series, zones = [], mark = null) {
         label(y.text(tick), left - 8, toY(tick) + 4, "end")]),
       x.ticks.map((tick) => label(x.text(tick), toX(tick), height - bottom + 18, tick === x.to ? "end" : "middle")),
       label(x.label, (left + width - right) / 2, height - 4, "middle"),
-      series.map((one) => make("svg:polyline", { class: one.className, points: one.points.map(([a, b]) => `${toX(a)},${toY(b)}`).join(" ") })),
+      series.map(({ className, points }) => make("svg:polyline", { class: className,
+        points: points.map(([a, b]) => `${toX(a)},${toY(b)}`).join(" ") })),
       mark && [line("state-mark", toX(mark.x), top, toX(mark.x), height - bottom),
         make("svg:circle", { class: "state-dot", cx: toX(mark.x), cy: toY(mark.y), r: 5 })]));
   };
@@ -619,12 +623,15 @@ function periods(text, pairs) {
   const longest = of(pairs[last].used);
   const ticks = [10, 100, 1000, 1e4, 1e5, 1e6, 1e7, 1e8].filter((tick) => tick <= longest);
   const step = Math.ceil(pairs.length / 8);
-  const x = { from: -0.5, to: last + 0.5, label: "pair", text: String, ticks: pairs.map((pair) => pair.pair).filter((pair) => pair % step === 0) };
-  const y = { from: 5, to: longest * 1.3, log: true, ticks, text: (tick) => (tick < 1e5 ? count(tick) : tick.toExponential(0).replace("e+", "e")) };
+  const x = { from: -0.5, to: last + 0.5, label: "pair", text: String,
+    ticks: pairs.map(({ pair }) => pair).filter((pair) => pair % step === 0) };
+  const y = { from: 5, to: longest * 1.3, log: true, ticks,
+    text: (tick) => (tick < 1e5 ? count(tick) : tick.toExponential(0).replace("e+", "e")) };
   const used = { className: "state-line", points: pairs.map((pair) => [pair.pair, of(pair.used)]) };
   if (pairs[0].zone === null) {
     return [plot("Periods of the rotary pairs", x, y, [used]),
-      paragraph(`The period of a pair is the number of positions in which it turns once: from ${of(pairs[0].used).toFixed(2)} to ${count(Math.round(longest))}.`)];
+      paragraph("The period of a pair is the number of positions in which it turns once: "
+        + `from ${of(pairs[0].used).toFixed(2)} to ${count(Math.round(longest))}.`)];
   }
   const zones = ["kept", "blended", "stretched"].map((name) => {
     const inside = pairs.filter((pair) => pair.zone === name).map((pair) => pair.pair);
@@ -639,7 +646,8 @@ function periods(text, pairs) {
   return [
     plot("Periods of the rotary pairs, with YaRN and without, on a logarithmic scale", x, y, [plain, used], zones),
     make("ul", { className: "state-zones" }, zones.map((zone) => make("li", {},
-      make("span", { className: `state-key state-band-${zone.name}` }), make("b", {}, zone.name), `, ${rangeText(zone.inside)}. ${words[zone.name]}`))),
+      make("span", { className: `state-key state-band-${zone.name}` }), make("b", {}, zone.name),
+      `, ${rangeText(zone.inside)}. ${words[zone.name]}`))),
     paragraph("The period of a pair is the number of positions in which it turns once. The original context has "
       + `${count(rope.original_max_position_embeddings)} positions. Solid: with YaRN. Dashed: without.`),
   ];
@@ -668,13 +676,16 @@ function scales(text, position) {
   const top = queryScale(text, end - 1);
   const scale = queryScale(text, position);
   const x = { from: 0, to: end, label: "position", text: count, ticks: [0, 1, 2, 3, 4].map((part) => (part * end) / 4) };
-  const y = { from: 0.95, to: Math.ceil(top * 10 + 0.5) / 10, text: (tick) => tick.toFixed(1), ticks: [1, 1.1, 1.2, 1.3, 1.4, 1.5].filter((tick) => tick <= top + 0.05) };
+  const y = { from: 0.95, to: Math.ceil(top * 10 + 0.5) / 10, text: (tick) => tick.toFixed(1),
+    ticks: [1, 1.1, 1.2, 1.3, 1.4, 1.5].filter((tick) => tick <= top + 0.05) };
   const steps = Math.floor(position / original);
-  const place = position < original ? `It stays 1 below position ${count(original)}, so short texts do not show it.` : "Scores of later queries are larger, so that the softmax stays sharp over long texts.";
+  let place = "Scores of later queries are larger, so that the softmax stays sharp over long texts.";
+  if (position < original) place = `It stays 1 below position ${count(original)}, so short texts do not show it.`;
   return [
-    plot(`Scale of the query by position; ${scale.toFixed(4)} at position ${position}`, x, y, [{ className: "state-line", points }], [], { x: position, y: scale }),
-    paragraph(`The query of position ${count(position)} is multiplied by 1 + ${beta} · ln(1 + ⌊${count(position)} / ${count(original)}⌋) `
-      + `= 1 + ${beta} · ln(${1 + steps}) = `, make("b", {}, scale.toFixed(4)), `. ${place}`),
+    plot(`Scale of the query by position; ${scale.toFixed(4)} at position ${position}`, x, y,
+      [{ className: "state-line", points }], [], { x: position, y: scale }),
+    paragraph(`The query of position ${count(position)} is multiplied by `
+      + `1 + ${beta} · ln(1 + ⌊${count(position)} / ${count(original)}⌋) = 1 + ${beta} · ln(${1 + steps}) = `, make("b", {}, scale.toFixed(4)), `. ${place}`),
   ];
 }
 
@@ -684,8 +695,9 @@ function scales(text, position) {
 const MISTAKE_TEXTS = {
   yarn_missing: {
     title: "YaRN off",
-    says: ({ rope_parameters: rope }) => "The port uses plain rotary frequencies. This happens when it reads rope_theta alone, or when it "
-      + `applies YaRN only to texts longer than the original context of ${count(rope.original_max_position_embeddings)} tokens. YaRN acts at every position, also in short texts.`,
+    says: ({ rope_parameters: rope }) => "The port uses plain rotary frequencies. This happens when it reads rope_theta "
+      + "alone, or when it applies YaRN only to texts longer than the original context of "
+      + `${count(rope.original_max_position_embeddings)} tokens. YaRN acts at every position, also in short texts.`,
     cannot: (text) => hasYarn(text) ? null : "This model has plain rotary positions.",
     from: () => 2,
   },
@@ -693,8 +705,8 @@ const MISTAKE_TEXTS = {
     title: "Magnitude 1.277",
     says: ({ rope_parameters: rope }) => {
       const magnitude = 0.1 * Math.log(rope.factor) + 1;
-      return `The port multiplies cosine and sine by 0.1 · ln(${rope.factor}) + 1 = ${magnitude.toFixed(3)}, the magnitude of the YaRN paper. Ministral 3 sets `
-        + "mscale and mscale_all_dim to the same value, and then it is 1. A port that does not read these two keys multiplies "
+      return `The port multiplies cosine and sine by 0.1 · ln(${rope.factor}) + 1 = ${magnitude.toFixed(3)}, the magnitude of `
+        + "the YaRN paper. Ministral 3 sets mscale and mscale_all_dim to the same value, and then it is 1. A port that does not read these two keys multiplies "
         + `every score by ${(magnitude ** 2).toFixed(2)}, and attention becomes too sharp.`;
     },
     cannot: (text) => hasYarn(text) ? null : "Only YaRN has a magnitude.",
@@ -702,28 +714,33 @@ const MISTAKE_TEXTS = {
   },
   query_scale_missing: {
     title: "Query scale off",
-    says: ({ rope_parameters: rope }) => "The port does not scale queries by their position (llama_4_scaling_beta). The scale is 1 below position "
-      + `${count(rope.original_max_position_embeddings)}, so tests with short texts do not find the mistake.`,
+    says: ({ rope_parameters: rope }) => "The port does not scale queries by their position (llama_4_scaling_beta). The scale "
+      + `is 1 below position ${count(rope.original_max_position_embeddings)}, so tests with short texts do not find the mistake.`,
     cannot: (text) => text.rope_parameters.llama_4_scaling_beta ? null : "This model does not scale its queries.",
     from: (text) => text.rope_parameters.original_max_position_embeddings + 1,
   },
   window_plus_1: {
     title: "Window W + 1",
-    says: ({ sliding_window: window }) => `The port lets a token see ${window} keys and itself. It is ${window} keys, its own included. FlashAttention's `
-      + `window_size=(W, 0) is W + 1 keys: a port must pass ${window - 1} there.`,
-    cannot: (text) => text.layer_types.includes("sliding_attention") ? null : "This model has no sliding window: every layer uses full attention.",
+    says: ({ sliding_window: window }) => `The port lets a token see ${window} keys and itself. It is ${window} keys, its own `
+      + `included. FlashAttention's window_size=(W, 0) is W + 1 keys: a port must pass ${window - 1} there.`,
+    cannot: (text) => {
+      if (text.layer_types.includes("sliding_attention")) return null;
+      return "This model has no sliding window: every layer uses full attention.";
+    },
     from: (text) => text.sliding_window + 1,
   },
   rope_interleaved: {
     title: "Interleaved RoPE",
-    says: ({ head_dim: D }) => "The port rotates neighbouring numbers of a head, (x[2i], x[2i + 1]). These weights are in the order of Transformers, whose pairs "
-      + `are ${D / 2} apart, (x[i], x[i + ${D / 2}]). Mistral's own files have the other order, so a port that mixes the two makes this mistake.`,
+    says: ({ head_dim: D }) => "The port rotates neighbouring numbers of a head, (x[2i], x[2i + 1]). These weights are in the "
+      + `order of Transformers, whose pairs are ${D / 2} apart, (x[i], x[i + ${D / 2}]). Mistral's own files have the other `
+      + "order, so a port that mixes the two makes this mistake.",
     cannot: () => null,
     from: () => 2,
   },
   no_cache: {
     title: "No cache",
-    says: () => "The port reads the whole text again for each new token. The text stays the same. Only time is lost, and more with each token.",
+    says: () => "The port reads the whole text again for each new token. The text stays the same. Only time is lost, and more "
+      + "with each token.",
     cannot: () => null,
     from: () => 1,
   },
@@ -747,7 +764,8 @@ VIEWS.push({
         showMistake(places, run);
       };
       list.append(make("label", { className: reason === null ? "" : "state-off" },
-        make("input", { type: "radio", name: "state-mistake", value: name, checked: name === state.name, disabled: reason !== null, change: choose }),
+        make("input", { type: "radio", name: "state-mistake", value: name, checked: name === state.name,
+          disabled: reason !== null, change: choose }),
         make("span", {}, mistake.title, reason && make("span", { className: "state-small" }, reason))));
     }
     places.lead.textContent = "Both models then read the text above: the right one, and one with the mistake.";
@@ -863,7 +881,7 @@ function showDifference({ lead, rest }, run, mistake, result) {
     twoTexts(result.texts, "The right model", `The model with the mistake: ${mistake.title}`),
     make("h3", {}, "Attention"),
     make("div", { className: "state-controls" },
-      choice("Layer", layerNames(run), run.selected.layer, (value) => select({ layer: Number(value) })),
+      layerChoice(run),
       choice("Head", heads, run.selected.head, (value) => select({ head: Number(value) })),
       make("button", { type: "button", click: () => select({ layer, head }) }, "Find the head that changes most")),
     ...threeMaps(run, result),
@@ -871,8 +889,9 @@ function showDifference({ lead, rest }, run, mistake, result) {
     bars(run, layers.map((value, index) => [`layer ${index}`, value]).concat([["logits", points.logits]])));
 }
 
-function layerNames(run) {
-  return run.text.layer_types.map((kind, index) => [index, `${index}: ${kind.replace("_", " ")}`]);
+function layerChoice(run) {
+  const layers = run.text.layer_types.map((kind, index) => [index, `${index}: ${kind.replace("_", " ")}`]);
+  return choice("Layer", layers, run.selected.layer, (layer) => select({ layer: Number(layer) }));
 }
 
 function twoTexts(texts, ...titles) {
@@ -895,12 +914,15 @@ function threeMaps(run, { right, wrong, length }) {
   const start = head * length * length;
   const mask = right[`layers.${layer}.attention.mask`].data;
   const change = largestChange(right, wrong, layer, head);
-  const words = `Largest change in layer ${layer}, head ${head}: query ${change.query}, key ${change.key}, from ${run.help.percent(change.before)} `
-    + `to ${run.help.percent(change.after)}.`;
-  const map = (title, value, wrongMask = mask) => {
-    const canvas = make("canvas", { className: "state-map", role: "img", "aria-label": `${title}, layer ${layer}, head ${head}. ${words}` });
+  const words = `Largest change in layer ${layer}, head ${head}: query ${change.query}, key ${change.key}, `
+    + `from ${run.help.percent(change.before)} to ${run.help.percent(change.after)}.`;
+  const map = (title, value, otherMask = mask) => {
+    const canvas = make("canvas", { className: "state-map", role: "img", "aria-label": `${title}. ${words}` });
     run.help.heat(canvas, { rows: length, columns: length, cells: true, value: (row, column) => value(start + row * length + column),
-      hidden: (row, column) => mask[row * length + column] || wrongMask[row * length + column] ? null : column > row ? "future" : "window" });
+      hidden: (row, column) => {
+        if (mask[row * length + column] || otherMask[row * length + column]) return null;
+        return column > row ? "future" : "window";
+      } });
     return make("figure", {}, canvas, make("figcaption", {}, title));
   };
   const other = wrong[`layers.${layer}.attention.mask`].data;
@@ -934,12 +956,14 @@ function showTimes({ lead, rest }, run, { times, texts }) {
   const y = { from: 0, to: highest * 1.1, ticks: [0, 0.5, 1].map((part) => highest * part), text: (tick) => `${Math.round(tick)} ms` };
   rest.replaceChildren(
     steps > 1 ? plot(lead.textContent, x, y, [line(times[1], "state-line"), line(times[0], "state-line-plain")]) : "",
-    paragraph("Solid: without a cache. Dashed: with a cache. Each token then reads one position and the stored keys; without one it reads all positions again."),
+    paragraph("Solid: without a cache, where each step reads all positions again. Dashed: with a cache, where it reads one "
+      + "position and the stored keys."),
     twoTexts(texts, "With a cache", "Without a cache"));
 }
 
 // ------------------------------------------------------------------------------------------------------ image
-const QUESTIONS = ["What do you see?", "How many shapes are there?", "What is at the top left?", "What colour is the circle?", "Where is the blue square?"];
+const QUESTIONS = ["What do you see?", "How many shapes are there?", "What is at the top left?", "What colour is the circle?",
+  "Where is the blue square?"];
 const PREVIEW = 256; // CSS pixels of an edge
 
 VIEWS.push({
@@ -948,7 +972,8 @@ VIEWS.push({
   about: "An image becomes patches, patches become tokens, and the tokens of the text look at them.",
   render(element, run) {
     if (!run.config.vision_config) {
-      element.replaceChildren(paragraph("This model reads text only. The model models/ministral3 also reads images: python -m explorer --model models/ministral3."));
+      element.replaceChildren(paragraph("This model reads text only. The page of models/ministral3 has images: ",
+        make("code", {}, "python -m explorer --model models/ministral3")));
       return;
     }
     const result = make("div");
@@ -970,13 +995,19 @@ function imageEditor(run) {
   };
   const ask = async () => {
     if (!canAsk(state)) return;
-    await run.help.answer({ text: state.question, mode: "chat", images: [{ rgb: paintShapes(state.shapes), height: IMAGE_SIZE, width: IMAGE_SIZE }] });
+    const image = { rgb: paintShapes(state.shapes), height: IMAGE_SIZE, width: IMAGE_SIZE };
+    await run.help.answer({ text: state.question, mode: "chat", images: [image] });
     const answered = explorer.run;
     if (answered.steps.length > 0) lookClosest(answered, answered.prompt); // the first token of the answer
   };
-  const question = make("input", { type: "text", id: "state-question", value: state.question, input: () => { state.question = question.value; },
+  const question = make("input", { type: "text", id: "state-question", value: state.question,
+    input: () => { state.question = question.value; },
     keydown: (event) => { if (event.key === "Enter") ask(); } });
-  const suggestions = QUESTIONS.map((text) => make("button", { type: "button", click: () => { question.value = state.question = text; ask(); } }, text));
+  const suggestions = QUESTIONS.map((text) => make("button", { type: "button", click: () => {
+    state.question = text;
+    question.value = text;
+    ask();
+  } }, text));
   draw();
   return make("div", { className: "state-editor" },
     make("figure", {}, canvas, make("figcaption", { className: "state-small" }, patchText(run.config))),
@@ -1089,18 +1120,20 @@ function imageResult(run) {
   const said = attentionSentence(run, places, share, query);
   canvas.setAttribute("aria-label", said);
   return [
-    make("div", { className: "state-answer" }, make("p", { className: "state-small" }, run.source.text), make("p", { className: "state-big", role: "status" }, answer || "No answer yet.")),
+    make("div", { className: "state-answer" }, make("p", { className: "state-small" }, run.source.text),
+      make("p", { className: "state-big", role: "status" }, answer || "No answer yet.")),
     make("h3", {}, "Which token looks where"),
     paragraph("Choose a token of the question or the answer:"),
     tokenChoice(run, places, query),
     make("div", { className: "state-controls" },
-      choice("Layer", layerNames(run), layer, (value) => select({ layer: Number(value) })),
+      layerChoice(run),
       choice("Heads", headOptions(run), chosen.image.head, (value) => {
         chosen.image.head = value;
         select(value === "all" ? {} : { head: Number(value) });
       }),
       make("button", { type: "button", click: () => lookClosest(run, query) }, "Find the head that looks at one patch most")),
-    make("div", { className: "state-editor" }, make("figure", {}, canvas), make("div", {}, make("p", { className: "state-lead", role: "status" }, said),
+    make("div", { className: "state-editor" }, make("figure", {}, canvas), make("div", {},
+      make("p", { className: "state-lead", role: "status" }, said),
       make("h4", {}, "The image as tokens"), imageTokens(run, places, share),
       paragraph("[IMG_BREAK] ends a row, [IMG_END] the image. The model also looks at these, and at the rest of the text."))),
   ];
@@ -1125,17 +1158,19 @@ function attentionSentence(run, places, share, query) {
   const { rows } = imageGrid(run.config);
   const { percent } = run.help;
   const heads = chosen.image.head === "all" ? "mean of all heads" : `head ${chosen.image.head}`;
-  return `Position ${query}${quoted(run, query)} gives ${percent(shares.reduce((sum, value) => sum + value, 0))} of its attention to the ${shares.length} merged patches `
-    + `(layer ${run.selected.layer}, ${heads}). Most of it goes to row ${Math.floor(most / rows) + 1}, column ${(most % rows) + 1}: ${percent(shares[most])}.`;
+  const all = shares.reduce((sum, value) => sum + value, 0);
+  return `Position ${query}${quoted(run, query)} gives ${percent(all)} of its attention to the ${shares.length} merged patches `
+    + `(layer ${run.selected.layer}, ${heads}). Most of it goes to row ${Math.floor(most / rows) + 1}, `
+    + `column ${(most % rows) + 1}: ${percent(shares[most])}.`;
 }
 
 function tokenChoice(run, places, query) {
   const group = make("div", { className: "state-tokens", role: "group", "aria-label": "Tokens after the image" });
   for (let position = places.last + 1; position < run.tokens.length; position++) {
     const written = position >= run.prompt ? " state-written" : "";
-    group.append(make("button", { type: "button", className: `state-token-button${written}`, "aria-pressed": String(position === query),
-      tabIndex: position === query ? 0 : -1, click: () => select({ query: position }), focus: () => { if (position !== query) select({ query: position }); } },
-      run.help.tokenLabel(position)));
+    const choose = () => { if (position !== query) select({ query: position }); };
+    group.append(make("button", { type: "button", className: `state-token-button${written}`, tabIndex: position === query ? 0 : -1,
+      "aria-pressed": String(position === query), click: choose, focus: choose }, run.help.tokenLabel(position)));
   }
   arrowKeys(group, () => 1);
   return group;
@@ -1152,7 +1187,8 @@ function imageTokens(run, places, share) {
   const cell = (position) => run.help.tint(make("td", { title: `position ${position}` }, `${run.help.tokenLabel(position)} `,
     make("b", {}, run.help.percent(share(position)))), share(position) / most);
   return make("div", { className: "state-scroll", tabIndex: 0, role: "region", "aria-label": "The image as tokens" },
-    make("table", { className: "state-image-tokens" }, make("tbody", {}, rows.filter((row) => row.length > 0).map((row) => make("tr", {}, row.map(cell))))));
+    make("table", { className: "state-image-tokens" }, make("tbody", {},
+      rows.filter((row) => row.length > 0).map((row) => make("tr", {}, row.map(cell))))));
 }
 
 // -------------------------------------------------------------------------------------------- sizes and code
@@ -1212,7 +1248,7 @@ VIEWS.push({
     list.append(stageTable(run, names, show));
     element.replaceChildren(
       sizeTotals(run),
-      make("div", { className: "state-controls" }, choice("Layer", layerNames(run), run.selected.layer, (layer) => select({ layer: Number(layer) }))),
+      make("div", { className: "state-controls" }, layerChoice(run)),
       paragraph("The stages in the order of computing, of one layer; the other layers have the same shapes. A click on a stage "
         + "shows the lines that compute it."),
       lettersText(run),
@@ -1237,24 +1273,28 @@ function sizeTotals(run) {
   const groups = run.text.num_attention_heads / run.text.num_key_value_heads;
   const stages = Object.entries(run.trace).filter(([name]) => !name.startsWith("cache."));
   const activations = stages.reduce((sum, [name, { data }]) => sum + stageBytes(name, data), 0);
-  const card = (title, bytes, ...rest) => make("div", { className: "state-card" }, make("h3", {}, title), make("p", { className: "state-big" }, byteText(bytes)), rest);
+  const card = (title, bytes, ...rest) => make("div", { className: "state-card" }, make("h3", {}, title),
+    make("p", { className: "state-big" }, byteText(bytes)), rest);
+  const more = groups > 1 ? ` With a key head for each query head it would be ${groups} times as much.` : "";
   return make("div", { className: "state-cards" },
     card("Weights", 2 * all, paragraph(`${count(all)} numbers in bfloat16, 2 bytes each.`),
       make("details", {}, make("summary", {}, "by part"), table("Weights by part", ["Part", "Numbers", "Bytes"],
         weights.map(([part, numbers]) => [part, count(numbers), byteText(2 * numbers)]), "state-numbers"))),
-    card("Cache", cacheBytes(run.text, length), paragraph(`${length} tokens: 2 · G · D numbers in each layer, for keys and values. At ${count(longest)} `
-      + `tokens: ${byteText(cacheBytes(run.text, longest))}. `, groups > 1 ? `With a key head for each query head it would be ${groups} times as much.` : "")),
-    card("Activations", activations, paragraph(`All ${count(stages.length)} stages of this text in one pass. A model that generates text keeps those of one stage or two at a time.`)));
+    card("Cache", cacheBytes(run.text, length), paragraph(`${length} tokens: 2 · G · D numbers in each layer for a token, its keys and `
+      + `values. At ${count(longest)} tokens: ${byteText(cacheBytes(run.text, longest))}.${more}`)),
+    card("Activations", activations, paragraph(`All ${count(stages.length)} stages of this text in one pass. A model that `
+      + "generates text keeps those of one stage or two at a time.")));
 }
 
 function lettersText(run) {
   const { hidden_size: E, num_attention_heads: H, num_key_value_heads: G, head_dim: D, intermediate_size: F, vocab_size: V } = run.text;
-  const letters = { B: [1, "texts"], S: [run.tokens.length, "tokens"], T: [run.tokens.length, "keys"], E: [E, "hidden size"], H: [H, "query heads"],
-    G: [G, "key/value heads"], D: [D, "size of a head"], F: [F, "size of the MLP"], V: [V, "vocabulary"] };
+  const S = run.tokens.length;
+  const letters = { B: [1, "text"], S: [S, "tokens"], T: [S, "keys"], E: [E, "hidden size"], H: [H, "query heads"], G: [G, "key/value heads"], D: [D, "size of a head"], F: [F, "size of the MLP"], V: [V, "vocabulary"] };
   const vision = run.config.vision_config;
   if (run.trace["vision.patches"]) {
     Object.assign(letters, { P: [run.trace["vision.patches"].shape[0], "patches"], C: [vision.hidden_size, "size of their vectors"],
-      M: [run.trace["projector.merged"].shape[0], "merged patches"], "H, F": [`${vision.num_attention_heads}, ${vision.intermediate_size}`, "in the vision encoder"] });
+      M: [run.trace["projector.merged"].shape[0], "merged patches"],
+      "H, F": [`${vision.num_attention_heads}, ${vision.intermediate_size}`, "in the vision encoder"] });
   }
   return make("dl", { className: "state-letters" }, Object.entries(letters).map(([letter, [size, meaning]]) =>
     make("div", {}, make("dt", {}, letter), make("dd", {}, `${size.toLocaleString("en-US")} ${meaning}`))));

@@ -388,9 +388,9 @@ def test_positions_view(pages):
     for position, scale in ((5, 1.0), (4000, 1 + 0.1 * math.log(16))):
         page.set("Position (", position)
         rows = page.run("return [...document.querySelectorAll('#view tbody tr')].map((row) => [...row.cells].map((cell) => cell.textContent))")
-        assert [numbers(row[2]) for row in rows] == pytest.approx((position * plain).tolist(), rel=1e-3)
-        assert [numbers(row[3]) for row in rows] == pytest.approx((position * used).tolist(), rel=1e-3)
-        assert [row[1].split(",")[0] for row in rows] == ["kept"] + 6 * ["blended"] + 9 * ["stretched"]
+        assert [numbers(row[1]) for row in rows] == pytest.approx((position * plain).tolist(), rel=1e-3)
+        assert [numbers(row[2]) for row in rows] == pytest.approx((position * used).tolist(), rel=1e-3)
+        assert [row[4].split(",")[0] for row in rows] == ["kept"] + 6 * ["blended"] + 9 * ["stretched"]
         assert f"= {scale:.4f}." in page.text()
     page.set("Position (", 5)
     assert "YaRN changes the angles of 15 of 16 pairs. It changes pair 2 most: 1.5811 rad without YaRN, 1.1576 rad with it." in page.text()
