@@ -98,7 +98,7 @@ def shoot(chrome: Any, element: str) -> bytes:
     result = io.BytesIO()
     image = Image.open(io.BytesIO(content)).convert("RGB")
     image = image.crop((0, 0, image.width, min(image.height, MOST)))
-    image = image.quantize(COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    image = image.quantize(COLOURS, Image.Quantize.MAXCOVERAGE, kmeans=2, dither=Image.Dither.NONE)
     image.save(result, "PNG", optimize=True)
     return result.getvalue()
 
