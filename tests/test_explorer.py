@@ -13,17 +13,17 @@ import numpy as np
 import pytest
 import torch
 
+from explorer import screenshots
 from explorer.__main__ import LIMIT, assemble, main
 from generate import Sampling, filter_logits, generate, load_model
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = {name: ROOT / "models" / name for name in ("ministral3", "ministral")}
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-DRIVER = shutil.which("chromedriver")
+HAS_BROWSER = any(map(shutil.which, screenshots.BROWSERS)) and shutil.which("chromedriver") is not None
+HAS_SELENIUM = importlib.util.find_spec("selenium") is not None
 needs_browser = pytest.mark.skipif(
-    BROWSER is None or DRIVER is None or importlib.util.find_spec("selenium") is None,
-    reason="needs chromium, chromedriver and selenium",
+    not (HAS_BROWSER and HAS_SELENIUM), reason="needs chromium, chromedriver and selenium"
 )
 PWNED = "window.pwned = true"
 PROMPT = f"""</script><script>{PWNED}</script><img src=x onerror="{PWNED}"> {{{{weights}}}} <!-- \ud800"""
@@ -110,17 +110,8 @@ class Page:
     """
 
     def __init__(self, pages):
-        from selenium import webdriver
-
-        options = webdriver.ChromeOptions()
-        options.binary_location = BROWSER
-        for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
-            options.add_argument(argument)
-        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-        self.driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
-        self.driver.set_script_timeout(60)
+        self.driver = screenshots.start_browser(1280, 900)
         self.pages = pages
-        self.resize(1280)
 
     def open(self, name, is_new=False, is_first_visit=False):
         """Show the page of a model, as an earlier test has left it, or loaded again; it has read a text."""
@@ -138,7 +129,7 @@ class Page:
     def __call__(self, script, *arguments):
         return self.driver.execute_script(script, *arguments)
 
-    def wait(self, condition="explorer.run !== null && !explorer.busy"):
+    def wait(self, condition="explorer.run !== null && !explorer.busy && explorer.pending === 0"):
         """Wait until a condition in JavaScript is true; errors of the page are errors here."""
         from selenium.webdriver.support.ui import WebDriverWait
 
@@ -182,13 +173,8 @@ class Page:
     def views(self):
         return self("return VIEWS.map(({ id }) => id)")
 
-    def resize(self, width, height=900):
-        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
-        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-
-    def scheme(self, name):
-        features = [{"name": "prefers-color-scheme", "value": name}]
-        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+    def resize(self, width):
+        screenshots.resize(self.driver, width, 900)
 
     def errors(self):
         """Errors in the console since the last call."""
@@ -261,8 +247,9 @@ def test_the_last_layer_of_the_lens_is_the_model(page):
     page.wait("document.querySelector('#view h3').innerText.includes('position 12')")
     best = int(page.logits(12).argmax())
     token = Tokenizer.from_dir(MODELS["ministral"]).decode([best]).replace(" ", "·").replace("\n", "↵")
+    share = f"{100 * page.logits(12).softmax(-1).max():.1f} %"
     stages = page("return [...document.querySelectorAll('.guesses')].map((stage) => stage.innerText)")
-    assert len(stages) == 9 and stages[-1].split("\n")[:2] == ["after layer 7", token]
+    assert len(stages) == 9 and stages[-1].split("\n")[:3] == ["after layer 7", token, share]
     assert f"first guess is “{token}”" in page.text("view")
 
 
@@ -317,8 +304,10 @@ def test_nothing_of_a_model_or_a_prompt_is_executed(page, tmp_path):
     tekken = json.loads((model / "tekken.json").read_text())
     tekken["special_tokens"][20]["token_str"] = evil
     script = f"</script><script>{PWNED}</script>"
-    encoded = base64.b64encode(script.encode()).decode()
-    tekken["vocab"][2000] = {"rank": 2000, "token_bytes": encoded, "token_str": script}
+    for rank in range(256, len(tekken["vocab"])):  # every token but single bytes
+        text = f"{evil}{script}{rank}"
+        encoded = base64.b64encode(text.encode()).decode()
+        tekken["vocab"][rank] = {"rank": rank, "token_bytes": encoded, "token_str": text}
     (model / "tekken.json").write_text(json.dumps(tekken))
     config = json.loads((model / "config.json").read_text())
     config |= {"architectures": [script], "__proto__": {"hidden_size": 1}, evil: evil}
@@ -329,19 +318,21 @@ def test_nothing_of_a_model_or_a_prompt_is_executed(page, tmp_path):
     page.open("evil")
     page("""globalThis.violations = 0;
         document.addEventListener("securitypolicyviolation", () => { violations += 1; });""")
+    page.press("write")
     for view in page.views():
         page.open_view(view)
+        page.wait()
+        assert page("return document.querySelectorAll('img, iframe, object, embed, main script').length") == 0, view
     assert page("return document.getElementById('prompt').value.startsWith(arguments[0])", PROMPT[:-1])
     assert page("return window.pwned ?? null") is None and page("return violations") == 0
-    assert page("return document.querySelectorAll('img, iframe, object, embed, main script').length") == 0
     assert page.text("title") == model.name
     strip = page("return [...document.querySelectorAll('.token')].map((token) => token.textContent).join('')")
-    assert "</script><script>window.pwned" in strip.replace("·", " ")
-    # The model's own tokens, shown as candidates.
-    page("""explorer.run.ask({ kind: "name", ids: [20, 2036] }).then(({ tokens }) => {
-        globalThis.named = tokens.map((token) => explorer.run.help.labelOf(token)); })""")
+    assert "</script><script>window.pwned" in strip.replace("·", " ")  # the prompt
+    assert f"{evil}{script}" in strip.replace("·", " ")  # written tokens
+    page("""explorer.run.ask({ kind: "name", ids: [20] }).then(({ tokens: [token] }) => {
+        globalThis.named = explorer.run.help.labelOf(token); })""")
     page.wait("globalThis.named !== undefined")
-    assert page("return named") == [evil, script.replace(" ", "·")]
+    assert page("return named") == evil  # a special token
 
 
 @needs_browser
@@ -369,7 +360,7 @@ def test_axe_finds_nothing(page, width, scheme):
     axe = pytest.importorskip("axe_core_python", reason="needs axe-core-python")
     script = (Path(axe.__path__[0]) / "axe.min.js").read_text(encoding="utf-8")
     page.resize(width)
-    page.scheme(scheme)
+    screenshots.set_scheme(page.driver, scheme)
     page.open("ministral3", is_first_visit=True)
     page.wait("!document.getElementById('tour').hidden")
     page(script)
@@ -385,7 +376,7 @@ def test_axe_finds_nothing(page, width, scheme):
         page.open_view(view)
         found[view] = page.driver.execute_async_script(run)
     page.resize(1280)
-    page.scheme("light")
+    screenshots.set_scheme(page.driver, "light")
     assert {view: violations for view, violations in found.items() if violations} == {}
 
 
