@@ -27,7 +27,7 @@ BUNDLED = ROOT / "models" / "ministral3"
 LIMIT = 64_000_000  # bytes of weights
 MODEL_TYPES = ("ministral", "ministral3", "mistral3")
 # In the order in which they run. A name in one of the views does not collide with the same name in another.
-SCRIPTS = ("model.js", "worker.js", "page.js", "views_text.js", "views_state.js")
+SCRIPTS = ("model.js", "worker.js", "page.js", "views_text.js", "views_state.js", "tour.js")
 SOURCES = ("ministral.py", "ministral3.py", "vision.py", "generate.py")
 
 

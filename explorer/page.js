@@ -9,7 +9,7 @@
 //     run.tokens                    [{id, text, bytes, special}] of everything read and written
 //     run.prompt                    how many of them are the prompt
 //     run.trace                     {name: {shape, data}}, the points of reference/trace.py of one pass over all tokens
-//     run.steps                     [{id, logits, settings}] of each written token: logits (V,) before it, settings then
+//     run.steps                     [{id, logits, settings}] of each written token: the logits (V,) that it was drawn from
 //     run.images                    [{rgb, height, width}] that were read with the text
 //     run.source                    {text, mode, images} that the tokens come from
 //     run.settings                  the sampling settings of the page, as of now
@@ -18,7 +18,7 @@
 //     run.tensors                   {name: shape} of the weights
 //     run.generation, run.name      the parsed generation_config.json, and the name of the model
 //     run.ask(message, progress)    Promise of an answer of the worker, see worker.js
-//     run.codePoint                 the point whose Python lines another view wants to show (help.showCode), or undefined
+//     run.codePoint                 the point whose Python lines are to be shown (help.showCode), or undefined
 //     run.help                      the functions below
 "use strict";
 
@@ -29,6 +29,7 @@ const state = {
   view: "attention",
   settings: null,
   busy: false,
+  pending: 0, // messages that the worker has not answered
   parameters: 0,
   tensors: {},
   live: null, // {tokens, prompt} while tokens are being written
@@ -52,6 +53,7 @@ function startWorker() {
       return;
     }
     waiting.delete(number);
+    state.pending = waiting.size;
     if (error !== undefined) reject(new Error(error));
     else resolve(result);
   };
@@ -61,6 +63,7 @@ function ask(message, progress) {
   messages += 1;
   const number = messages;
   worker.postMessage({ number, message });
+  state.pending += 1;
   return new Promise((resolve, reject) => waiting.set(number, { resolve, reject, progress }));
 }
 
@@ -69,7 +72,8 @@ function ask(message, progress) {
 // "svg:line" is an element of SVG, whose properties are all attributes.
 function make(tag, properties = {}, ...children) {
   const isDrawing = tag.startsWith("svg:");
-  const element = isDrawing ? document.createElementNS("http://www.w3.org/2000/svg", tag.slice(4)) : document.createElement(tag);
+  const space = isDrawing ? "http://www.w3.org/2000/svg" : "http://www.w3.org/1999/xhtml";
+  const element = document.createElementNS(space, tag.replace("svg:", ""));
   for (const [name, value] of Object.entries(properties)) {
     if (value === null || value === undefined) continue;
     if (typeof value === "function") element.addEventListener(name, value);
@@ -85,7 +89,8 @@ function labelOf({ text, bytes, special }) {
   if (special !== null) return special.replaceAll(/\p{C}/gu, hexOf);
   const isWhole = !text.includes("\ufffd");
   if (!isWhole) return [...bytes].map((byte) => `<${byte.toString(16).padStart(2, "0")}>`).join("");
-  return text.replaceAll(" ", "·").replaceAll("\n", "↵").replaceAll("\t", "⇥").replaceAll(/[\p{C}\p{Z}]/gu, hexOf);
+  const signs = { " ": "·", "\n": "↵", "\t": "⇥" };
+  return text.replaceAll(/[\p{C}\p{Z}]/gu, (character) => signs[character] ?? hexOf(character));
 }
 
 function hexOf(character) {
@@ -124,7 +129,8 @@ const SCALES = {
   light: [[253, 249, 244], [252, 222, 190], [244, 165, 100], [205, 92, 30], [122, 40, 8], [58, 14, 2]],
   dark: [[30, 30, 33], [74, 46, 36], [135, 66, 30], [205, 104, 44], [246, 172, 105], [255, 240, 220]],
 };
-const HIDDEN = { light: ["#e6e7ec", "#c3c6d0"], dark: ["#0e0f13", "#2c2f39"] }; // plain, and the lines of hatches
+// Hidden cells: plain, and the lines of hatches.
+const HIDDEN = { light: ["#e6e7ec", "#c3c6d0"], dark: ["#0e0f13", "#2c2f39"] };
 
 // The colour of a share from 0 to 1 as [red, green, blue]. Small shares are widened: the square root is shown.
 function scaleColour(share) {
@@ -198,7 +204,8 @@ function settingsOfPage() {
   const settings = {};
   for (const name of ["temperature", "top_k", "top_p", "min_p"]) {
     const input = byId(name);
-    settings[name] = input.validity.valid && input.value !== "" ? Number(input.value) : Number(input.defaultValue);
+    const isUsable = input.validity.valid && input.value !== "";
+    settings[name] = Number(isUsable ? input.value : input.defaultValue);
   }
   return settings;
 }
@@ -222,11 +229,14 @@ function setRun(result, source, steps) {
   const isFirst = state.run === null;
   const old = state.run?.selected ?? { layer: 0, head: 0, query: 0, key: 0 };
   const last = result.tokens.length - 1;
-  const help = { make, tokenLabel, labelOf, number, percent, scaleColour, inkOn, tint, heat, isDark, point, showCode, openView,
-    read, answer };
+  const help = {
+    make, tokenLabel, labelOf, number, percent, scaleColour, inkOn, tint, heat, isDark, point, showCode,
+    openView, read, answer,
+  };
   state.run = {
-    config, generation, name, sources, text, tensors: state.tensors, tokens: result.tokens, trace: result.trace, steps,
-    prompt: result.tokens.length - steps.length, images: source.images ?? [], source, settings: settingsOfPage(),
+    config, generation, name, sources, text, tensors: state.tensors, trace: result.trace, steps,
+    tokens: result.tokens, prompt: result.tokens.length - steps.length,
+    source, images: source.images ?? [], settings: settingsOfPage(),
     selected: { ...old, query: last, key: Math.min(old.key, last) }, ask, help,
   };
   if (isFirst) {
@@ -263,6 +273,12 @@ async function answer(source) {
   });
 }
 
+const ENDS = {
+  "end token": " The model has ended its text.",
+  limit: " The text is as long as this page allows.",
+  stop: " Stopped.",
+};
+
 // Write tokens after the text; it is read first if it has changed.
 async function write(howMany) {
   const source = sourceOfPage();
@@ -270,7 +286,8 @@ async function write(howMany) {
   await busyWith("Writing ...", async () => {
     const started = performance.now();
     const steps = isNew ? [] : [...state.run.steps];
-    const message = { kind: "run", ...source, generate: howMany, settings: settingsOfPage(), seed: Number(byId("seed").value) };
+    const seed = Number(byId("seed").value);
+    const message = { kind: "run", ...source, generate: howMany, settings: settingsOfPage(), seed };
     if (!isNew) message.ids = state.run.tokens.map(({ id }) => id);
     let first = null;
     const result = await ask({ ...message, trace: true }, ({ read: tokens, token, step }) => {
@@ -284,8 +301,8 @@ async function write(howMany) {
     });
     state.live = null;
     setRun(result, source, steps);
-    const ends = { "end token": " The model has ended its text.", limit: " The text is as long as this page allows.", stop: " Stopped." };
-    showStatus(`Wrote ${count(result.steps.length, "token")}; the first came after ${first ?? "0 s"}.${ends[result.ended] ?? ""}`);
+    const written = count(result.steps.length, "token");
+    showStatus(`Wrote ${written}; the first came after ${first ?? "0 s"}.${ENDS[result.ended] ?? ""}`);
   });
   state.live = null;
 }
@@ -294,12 +311,13 @@ function sourceOfPage() {
   const mode = document.querySelector("input[name=mode]:checked").value;
   const source = { text: byId("prompt").value, mode, images: [] };
   const old = state.run?.source;
-  if (old?.images?.length && old.text === source.text) return old; // the images of the view belong to this text
+  if (old?.images?.length && old.text === source.text) return old; // with the images of this text
   return source;
 }
 
 function sameSource(a, b) {
-  return a.text === b.text && a.mode === b.mode && a.images === b.images || JSON.stringify(a) === JSON.stringify(b);
+  const isSameText = a.text === b.text && a.mode === b.mode;
+  return isSameText && (a.images === b.images || a.images.length + b.images.length === 0);
 }
 
 async function busyWith(words, work) {
@@ -359,7 +377,8 @@ function renderStrip() {
   byId("legend").textContent = state.live === null ? currentView()?.legend?.(state.run) ?? "" : "";
   breakLines(strip, tokens);
   if (hadFocus) focusToken();
-  showInStrip(strip, state.live === null ? strip.querySelector("[aria-selected=true]") : strip.lastElementChild);
+  const shown = state.live === null ? strip.querySelector("[aria-selected=true]") : strip.lastElementChild;
+  showInStrip(strip, shown);
 }
 
 // Scroll the strip, and nothing else, to a token.
@@ -386,7 +405,10 @@ function focusToken() {
 function stripKeys(event) {
   const last = state.run.tokens.length - 1;
   const { query } = state.run.selected;
-  const targets = { ArrowRight: query + 1, ArrowDown: query + 1, ArrowLeft: query - 1, ArrowUp: query - 1, Home: 0, End: last };
+  const [next, before] = [query + 1, query - 1];
+  const targets = {
+    ArrowRight: next, ArrowDown: next, ArrowLeft: before, ArrowUp: before, Home: 0, End: last,
+  };
   const target = targets[event.key];
   if (target === undefined) return;
   event.preventDefault();
@@ -410,8 +432,8 @@ function openView(id) {
 
 function renderTabs() {
   byId("tabs").replaceChildren(...VIEWS.map(({ id, title }) => make("button", {
-    type: "button", role: "tab", id: `tab-${id}`, tabIndex: id === state.view ? 0 : -1, "aria-controls": "panel",
-    "aria-selected": String(id === state.view), click: () => openView(id),
+    type: "button", role: "tab", id: `tab-${id}`, tabIndex: id === state.view ? 0 : -1,
+    "aria-controls": "panel", "aria-selected": String(id === state.view), click: () => openView(id),
   }, title)));
   byId("panel").setAttribute("aria-labelledby", `tab-${state.view}`);
 }
@@ -451,63 +473,13 @@ function renderView() {
 function pathOf(element, ancestor) {
   if (element === ancestor || !ancestor.contains(element)) return null;
   const path = [];
-  for (; element !== ancestor; element = element.parentElement) path.unshift([...element.parentElement.children].indexOf(element));
+  for (; element !== ancestor; element = element.parentElement) {
+    path.unshift([...element.parentElement.children].indexOf(element));
+  }
   return path;
 }
 
-// --------------------------------------------------------------------------------------------------------- tour
-const STOPS = [
-  { view: "tokens", mark: "text", title: "The model reads tokens",
-    text: "Your text is cut into pieces from a fixed vocabulary. A blank belongs to the word after it. Click a token: all views follow it." },
-  { view: "sampling", mark: "input", title: "It writes one token at a time",
-    text: "Press “Next token”. The view shows how likely each candidate was, and what temperature, top-k, top-p and min-p left of it. Change a setting and watch the bars." },
-  { view: "attention", mark: "views", title: "Tokens look back",
-    text: "Each small map is a head. A bright or dark line beside the diagonal is a head that looks at the token before. Point at a cell to read its score, and why it is hidden if it is." },
-  { view: "layers", mark: "views", title: "The guess forms layer by layer",
-    text: "After each layer, the vector of a token can be read as a guess of the next one. Here you see from which layer on the guess stands." },
-  { view: "cache", mark: "views", title: "Keys and values are kept",
-    text: "The model reads a token once. Its keys and values stay in the cache: in a sliding layer in a ring with a fixed number of slots. Move the slider to see which slot is overwritten." },
-  { view: "mistakes", mark: "views", title: "Now break it",
-    text: "Switch a known mistake on, and compare text and numbers with the right model. Then write your own text at the top: everything is live." },
-];
-const tour = { stop: 0, stops: [] };
-
-function startTour(takeFocus) {
-  tour.stops = STOPS.filter(({ view }) => VIEWS.some(({ id }) => id === view));
-  byId("tour").hidden = false;
-  document.body.classList.add("touring");
-  showStop(0);
-  if (takeFocus) byId("tour").focus();
-}
-
-function showStop(stop) {
-  tour.stop = stop;
-  const { view, mark, title, text } = tour.stops[stop];
-  openView(view);
-  markStop(mark);
-  byId("tour-count").textContent = `Stop ${stop + 1} of ${tour.stops.length}`;
-  byId("tour-title").textContent = title;
-  byId("tour-text").textContent = text;
-  byId("tour-back").hidden = stop === 0;
-  byId("tour-next").textContent = stop === tour.stops.length - 1 ? "Finish" : "Next";
-  byId("tour-skip").hidden = stop === tour.stops.length - 1;
-}
-
-function markStop(mark) {
-  for (const element of document.querySelectorAll(".toured")) element.classList.remove("toured");
-  if (mark === null) return;
-  byId(mark).classList.add("toured");
-  if (tour.stop > 0 || document.activeElement !== document.body) byId(mark).scrollIntoView({ block: mark === "views" ? "start" : "nearest" });
-}
-
-function endTour() {
-  byId("tour").hidden = true;
-  document.body.classList.remove("touring");
-  markStop(null);
-  remember("tour", "seen");
-  byId("start-tour").focus({ preventScroll: true });
-}
-
+// -------------------------------------------------------------------------------------------------------- start
 // Where the browser stores nothing for this page, the tour begins each time.
 function remember(name, value) {
   try {
@@ -523,20 +495,6 @@ function remembered(name) {
   }
 }
 
-function listenForTour() {
-  byId("start-tour").addEventListener("click", () => startTour(true));
-  byId("tour-back").addEventListener("click", () => showStop(tour.stop - 1));
-  byId("tour-skip").addEventListener("click", endTour);
-  byId("tour-next").addEventListener("click", () => {
-    if (tour.stop < tour.stops.length - 1) showStop(tour.stop + 1);
-    else endTour();
-  });
-  document.addEventListener("keydown", (event) => {
-    if (event.key === "Escape" && !byId("tour").hidden) endTour();
-  });
-}
-
-// -------------------------------------------------------------------------------------------------------- start
 function showTheme() {
   byId("theme").textContent = isDark() ? "Light" : "Dark";
   byId("theme").setAttribute("aria-label", isDark() ? "Use light colours" : "Use dark colours");
@@ -553,7 +511,8 @@ function changeTheme() {
 }
 
 function showExamples() {
-  byId("example").replaceChildren(...data.examples.map(({ title }, place) => make("option", { value: String(place) }, title)));
+  const options = data.examples.map(({ title }, place) => make("option", { value: String(place) }, title));
+  byId("example").replaceChildren(...options);
   useExample(0);
 }
 
@@ -589,32 +548,40 @@ function listen() {
     clearTimeout(timer);
     timer = setTimeout(() => state.run !== null && renderView(), 150);
   });
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { showTheme(); if (state.run) select({}); });
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
+    showTheme();
+    if (state.run !== null) select({});
+  });
 }
 
 async function startPage() {
   const hasChat = data.tekken.special_tokens?.some(({ token_str: name }) => name === "[INST]") ?? true;
   byId("modes").hidden = !hasChat;
-  if (["light", "dark"].includes(remembered("theme"))) document.documentElement.dataset.theme = remembered("theme");
+  const theme = remembered("theme");
+  if (theme === "light" || theme === "dark") document.documentElement.dataset.theme = theme;
   showTheme();
   showExamples();
   useGenerationConfig();
   listen();
-  listenForTour();
   openView(state.view);
   document.title = `${data.name}: explorer`;
   byId("title").textContent = data.name;
   const text = textConfig();
   startWorker();
-  const { parameters, tensors } = await ask({ kind: "start", config: data.config, tekken: data.tekken, weights: byId("weights").textContent });
+  const { config, tekken } = data;
+  const weights = byId("weights").textContent;
+  const { parameters, tensors } = await ask({ kind: "start", config, tekken, weights });
   Object.assign(state, { parameters, tensors });
   byId("weights").remove();
-  byId("subtitle").textContent = `${(parameters / 1e6).toFixed(1)} million parameters, ${text.num_hidden_layers} layers, `
-    + `${count(text.num_attention_heads, "query head")} on ${count(text.num_key_value_heads, "key/value head")}. `
+  const millions = (parameters / 1e6).toFixed(1);
+  byId("subtitle").textContent = `${millions} million parameters, ${text.num_hidden_layers} layers, `
+    + `${count(text.num_attention_heads, "query head")} on `
+    + `${count(text.num_key_value_heads, "key/value head")}. `
     + "The model runs in this page; nothing is sent.";
   await read();
   if (remembered("tour") === null) startTour(false);
 }
 
-Object.assign(globalThis, { VIEWS, select, make, explorer: state });
+// What the other scripts use.
+Object.assign(globalThis, { VIEWS, select, make, openView, remember, explorer: state });
 document.addEventListener("DOMContentLoaded", () => startPage().catch((error) => showError(error.message)));

@@ -29,7 +29,8 @@ if (typeof WorkerGlobalScope !== "undefined") {
 async function answer(number, message) {
   const requests = { start, encode, run, lens: lensOf, name: ({ ids }) => ({ tokens: ids.map(describe) }) };
   try {
-    const result = await requests[message.kind](message, (progress) => self.postMessage({ number, progress }));
+    const report = (progress) => self.postMessage({ number, progress });
+    const result = await requests[message.kind](message, report);
     self.postMessage({ number, result }, buffersOf(result));
   } catch (error) {
     self.postMessage({ number, error: error.message });
@@ -82,7 +83,9 @@ function encode(message) {
 //     trace     whether the result has the points of one forward pass over all tokens
 //     result    tokens: all; prompt: how many were read; steps: [{id, logits}] of those written; ended: by </s>
 async function run(message, report) {
-  const { mistakes = [], cache: useCache = true, generate = 0, settings = { temperature: 0 }, seed = 0 } = message;
+  const { mistakes = [], cache: useCache = true, generate = 0, seed = 0 } = message;
+  const settings = message.settings ?? { temperature: 0 };
+  const ends = [parts.config.eos_token_id ?? parts.config.text_config?.eos_token_id ?? 2].flat();
   stopped = false;
   const model = modelOf(mistakes);
   const images = readImages(message.images ?? []);
@@ -102,7 +105,7 @@ async function run(message, report) {
     steps.push({ id, logits: state.logits, settings });
     report({ token: tokens.at(-1), step: steps.at(-1) });
     await new Promise((resolve) => setTimeout(resolve)); // "stop" may have come
-    if ([parts.config.eos_token_id ?? parts.config.text_config?.eos_token_id ?? 2].flat().includes(id)) ended = "end token";
+    if (ends.includes(id)) ended = "end token";
     else if (ids.length >= LIMIT) ended = "limit";
     else if (stopped) ended = "stop";
   }
@@ -110,9 +113,11 @@ async function run(message, report) {
   if (message.trace) {
     const record = (name, shape, data) => { trace[name] = { shape, data }; };
     const cache = model.newCache(); // the pass also fills a cache, so that the next token needs no second one
-    state = { ids: [...ids], cache, logits: Float32Array.from(model.forward(ids, cache, { images, record })) };
+    const logits = Float32Array.from(model.forward(ids, cache, { images, record }));
+    state = { ids: [...ids], cache, logits };
   }
-  if (state !== null && (useCache || message.trace) && mistakes.length === 0) kept = { ...state, key: imagesKey(message.images) };
+  const isUsable = state !== null && (useCache || message.trace) && mistakes.length === 0;
+  if (isUsable) kept = { ...state, key: imagesKey(message.images) };
   return { tokens, prompt, steps, trace, ended };
 }
 
@@ -170,7 +175,8 @@ function mostLikely(logits, count) {
   const largest = logits.reduce((a, b) => Math.max(a, b));
   const total = logits.reduce((sum, logit) => sum + Math.exp(logit - largest), 0);
   const order = [...logits.keys()].sort((a, b) => logits[b] - logits[a]);
-  return order.slice(0, count).map((id) => ({ ...describe(id), probability: Math.exp(logits[id] - largest) / total }));
+  const probability = (id) => Math.exp(logits[id] - largest) / total;
+  return order.slice(0, count).map((id) => ({ ...describe(id), probability: probability(id) }));
 }
 
 if (typeof module !== "undefined") module.exports = { noiseOf };

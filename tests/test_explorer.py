@@ -1,5 +1,6 @@
-"""The explorer's page: how it is put together, and what a reader sees in Chromium. test_explorer_port.py tests its model,
-test_explorer_state.py the views of the cache, positions, mistakes, images and sizes."""
+"""The explorer's page: how it is put together, and what a reader sees in Chromium.
+
+test_explorer_port.py tests its model, test_explorer_state.py the views of the cache, positions, mistakes and images."""
 
 import base64
 import importlib.util
@@ -37,7 +38,7 @@ def test_the_page_is_one_file_without_requests():
     text = re.sub(r'<script id="(weights|data)".*?</script>', "", page, flags=re.DOTALL)
     assert len(text) < 300_000
     assert not re.search(r"""\b(src|href)=["'](?!#)|url\(|@import|\bimport\s*\(|importScripts""", text)
-    assert set(re.findall(r"https?://[\w./]*", text)) == {"http://www.w3.org/2000/svg"}  # a name, not an address
+    assert set(re.findall(r"https?://[\w./]*", text)) == {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xhtml"}
     policy = re.search(r'Content-Security-Policy" content="([^"]*)"', page)[1]
     assert policy.startswith("default-src 'none'; ") and "unsafe" not in policy and "http" not in policy
     assert not re.search(r"\{\{\w+\}\}", text)
@@ -45,9 +46,10 @@ def test_the_page_is_one_file_without_requests():
 
 def test_nothing_in_a_script_element_ends_it():
     page = assemble(MODELS["ministral"], PROMPT)
-    assert page.count("<script") == page.count("</script>") == 7
+    assert page.count("<script") == page.count("</script>") == 8
     data = json.loads(re.search(r'<script id="data"[^>]*>(.*?)</script>', page, re.DOTALL)[1])
-    assert data["examples"][0]["text"] == PROMPT and data["sources"].keys() >= {"ministral.py", "ministral3.py", "vision.py"}
+    assert data["examples"][0]["text"] == PROMPT
+    assert data["sources"].keys() >= {"ministral.py", "ministral3.py", "vision.py"}
 
 
 def copy_of(directory, tmp_path):
@@ -156,11 +158,22 @@ class Page:
             self.wait("document.querySelector('#view table') !== null")
 
     def write(self, prompt, mode="text", **settings):
-        """Put a text and settings in place, and press a button."""
-        self("""const [text, mode, settings] = arguments;
+        """Put a text and settings in place."""
+        script = """const [text, mode, settings] = arguments;
             document.getElementById("prompt").value = text;
             document.querySelector(`input[name=mode][value=${mode}]`).checked = true;
-            for (const name in settings) document.getElementById(name).value = settings[name];""", prompt, mode, settings)
+            for (const name in settings) document.getElementById(name).value = settings[name];"""
+        self(script, prompt, mode, settings)
+
+    def prompt(self):
+        """What the text field holds, and whether it is a text or a question."""
+        return self("return [document.getElementById('prompt').value, explorer.run.source.mode]")
+
+    def logits(self, position):
+        """The logits (V,) after the token at a position."""
+        script = """const { shape: [, , V], data } = explorer.run.trace.logits;
+            return [...data.subarray(arguments[0] * V, (arguments[0] + 1) * V)];"""
+        return torch.tensor(self(script, position))
 
     def press(self, button):
         self.click(button)
@@ -206,14 +219,15 @@ def test_first_token_and_views(page, name):
     """The text is the one of Python; every view shows it, without an error."""
     page.open(name, is_new=True)
     prompt = page("return explorer.run.tokens.map(({ id }) => id)")
-    page.write(page("return document.getElementById('prompt').value"), page("return explorer.run.source.mode"), temperature=0)
+    page.write(*page.prompt(), temperature=0)
     page.press("next")
     assert float(re.search(r"the first came after ([\d.]+) s", page.text("status"))[1]) < 1
     page.press("write")
     model = load_model(MODELS[name], torch.float32)
     ids = page("return explorer.run.tokens.map(({ id }) => id)")
     assert ids[: len(prompt)] == prompt and len(ids) > len(prompt) + 8
-    assert ids == generate(model, torch.tensor([prompt]), max_new_tokens=len(ids) - len(prompt), do_sample=False)[0].tolist()
+    expected = generate(model, torch.tensor([prompt]), max_new_tokens=len(ids) - len(prompt), do_sample=False)
+    assert ids == expected[0].tolist()
     for view in page.views():
         page.open_view(view)
         page.wait()
@@ -245,8 +259,7 @@ def test_the_last_layer_of_the_lens_is_the_model(page):
     page.open_view("layers")
     page("select({query: 12})")
     page.wait("document.querySelector('#view h3').innerText.includes('position 12')")
-    best = page("const { shape: [, , V], data } = explorer.run.trace.logits; const row = data.subarray(12 * V, 13 * V);"
-                "return row.indexOf(row.reduce((a, b) => Math.max(a, b)))")
+    best = int(page.logits(12).argmax())
     token = Tokenizer.from_dir(MODELS["ministral"]).decode([best]).replace(" ", "·").replace("\n", "↵")
     stages = page("return [...document.querySelectorAll('.guesses')].map((stage) => stage.innerText)")
     assert len(stages) == 9 and stages[-1].split("\n")[:2] == ["after layer 7", token]
@@ -273,17 +286,18 @@ def test_the_page_stays_responsive(page):
 
 @needs_browser
 def test_sampling_shows_what_filter_logits_does(page):
-    page.open("ministral3")
+    page.open("ministral3", is_new=True)
     settings = {"temperature": 0.6, "top_k": 20, "top_p": 0.8, "min_p": 0.05}
-    page.write(page("return document.getElementById('prompt').value"), **settings)
+    page.write(*page.prompt(), **settings)
     page.open_view("sampling")
-    page("select({query: 10})")
+    page("select({query: 18})")
     page.wait("document.querySelectorAll('#view tbody tr').length > 5")
-    logits = torch.tensor(page("const { shape: [, , V], data } = explorer.run.trace.logits; return [...data.subarray(10 * V, 11 * V)]"))
+    logits = page.logits(18)
     before, after = logits.softmax(-1), filter_logits(logits, Sampling(**settings)).softmax(-1)
     tempered = (logits / 0.6).softmax(-1)
     tokenizer = Tokenizer.from_dir(MODELS["ministral3"])
-    rows = page("return [...document.querySelectorAll('#view tbody tr')].map((row) => [...row.children].map((cell) => cell.innerText))")
+    rows = page("""return [...document.querySelectorAll("#view tbody tr")]
+        .map((row) => [...row.children].map((cell) => cell.innerText))""")
     for place, id in enumerate(before.argsort(descending=True)[:14].tolist()):
         _, token, *shares, fate = rows[place]
         assert token.replace("·", " ").replace("↵", "\n") == tokenizer.decode([id])
@@ -303,7 +317,8 @@ def test_nothing_of_a_model_or_a_prompt_is_executed(page, tmp_path):
     tekken = json.loads((model / "tekken.json").read_text())
     tekken["special_tokens"][20]["token_str"] = evil
     script = f"</script><script>{PWNED}</script>"
-    tekken["vocab"][2000] = {"rank": 2000, "token_bytes": base64.b64encode(script.encode()).decode(), "token_str": script}
+    encoded = base64.b64encode(script.encode()).decode()
+    tekken["vocab"][2000] = {"rank": 2000, "token_bytes": encoded, "token_str": script}
     (model / "tekken.json").write_text(json.dumps(tekken))
     config = json.loads((model / "config.json").read_text())
     config |= {"architectures": [script], "__proto__": {"hidden_size": 1}, evil: evil}
@@ -312,7 +327,8 @@ def test_nothing_of_a_model_or_a_prompt_is_executed(page, tmp_path):
     assert main(["--model", str(model), "--prompt", PROMPT, "-o", str(output)]) == 0
     page.pages["evil"] = output.as_uri()
     page.open("evil")
-    page("""globalThis.violations = 0; document.addEventListener("securitypolicyviolation", () => { violations += 1; });""")
+    page("""globalThis.violations = 0;
+        document.addEventListener("securitypolicyviolation", () => { violations += 1; });""")
     for view in page.views():
         page.open_view(view)
     assert page("return document.getElementById('prompt').value.startsWith(arguments[0])", PROMPT[:-1])
@@ -334,7 +350,7 @@ def test_the_policy_forbids_requests_and_scripts(page):
     found = page.driver.execute_async_script(f"""
         const done = arguments[0];
         const blocked = [];
-        document.addEventListener("securitypolicyviolation", ({{ effectiveDirective }}) => blocked.push(effectiveDirective));
+        document.addEventListener("securitypolicyviolation", (event) => blocked.push(event.effectiveDirective));
         fetch("http://127.0.0.1:9/").catch(() => 0);
         new Image().src = "http://127.0.0.1:9/";
         const script = document.createElement("script");
@@ -376,9 +392,10 @@ def test_axe_finds_nothing(page, width, scheme):
 @needs_browser
 def test_widths_and_sizes_of_text(page):
     page.open("ministral3")
-    smallest = """return Math.min(...[...document.querySelectorAll("body *")].filter((element) => element.checkVisibility()
-        && [...element.childNodes].some((node) => node.nodeType === 3 && node.data.trim()))
-        .map((element) => parseFloat(getComputedStyle(element).fontSize)))"""
+    smallest = """const isText = ({ nodeType, data }) => nodeType === 3 && data.trim() !== "";
+        const hasText = (element) => element.checkVisibility() && [...element.childNodes].some(isText);
+        const shown = [...document.querySelectorAll("body *")].filter(hasText);
+        return Math.min(...shown.map((element) => parseFloat(getComputedStyle(element).fontSize)));"""
     for width in (360, 700, 1920):
         page.resize(width)
         for view in page.views():

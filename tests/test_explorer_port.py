@@ -28,6 +28,7 @@ from reference.trace import load, record, take_inputs
 from reference.vectors import published_vocabulary
 from tests.miniature import CONSTANTS, MODELS, QUESTIONS, SHAPES, TOKENS, user
 from tokenizer import Tokenizer
+from tokenizer.bpe import SPLIT, TextTokenizer, read_tekken
 from training import corpus
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -184,7 +185,7 @@ def test_errors():
 def random_text(draw, plays):
     """Pieces of all kinds: words of plays, digits, white space, letters of many scripts, names of special tokens."""
     special = ("<s>", "</s>", "[INST]", "[/INST]", "[IMG]", "<SPECIAL_35>", "[THINK]", "<pad>")
-    spaces = " \t\n\r\x0b\x0c\x1c\x85\xa0\u1680\u2003\u2028\u202f\u3000\u200b\ufeff"
+    spaces = 16 * " " + "\t\n\r\x0b\x0c\x1c\x85\xa0\u1680\u2003\u2028\u202f\u3000\u200b\ufeff"
     ranges = ((0, 0x7F), (0x80, 0x24F), (0x250, 0x5FF), (0x600, 0x1FFF), (0x2000, 0x2BFF), (0x3000, 0xD7FF),
               (0xE000, 0xFFFF), (0x1F300, 0x1FAFF), (0x10000, 0x10FFFF))  # fmt: skip
     text = ""
@@ -204,6 +205,31 @@ def random_text(draw, plays):
         else:
             text += "".join(draw.choices("aaab'Bé/.,!-\u0301\U0001f600", k=draw.randint(1, 9)))
     return text
+
+
+def artificial_vocabulary(seed):
+    """A tekken.json whose words are random, so that merges do not reach all of them."""
+    draw = random.Random(seed)
+    words = {"".join(draw.choices("ab", k=draw.randint(2, 6))) for _ in range(draw.choice((3, 10, 40)))}
+    vocab = [bytes([i]) for i in range(256)] + [word.encode() for word in draw.sample(sorted(words), len(words))]
+    entries = [{"rank": i, "token_bytes": base64.b64encode(word).decode()} for i, word in enumerate(vocab)]
+    config = {"pattern": SPLIT, "default_num_special_tokens": 20, "default_vocab_size": 20 + len(entries)}
+    return {"config": config | {"num_vocab_tokens": len(entries), "version": "v3"}, "vocab": entries}
+
+
+@needs_node
+def test_the_order_of_merges(tmp_path):
+    """With vocabularies that no training makes: words without a path of merges, several cuts of one word."""
+    draw = random.Random("merges")
+    tasks, expected = [], []
+    for seed in range(30):
+        path = tmp_path / f"{seed}.json"
+        path.write_text(json.dumps(artificial_vocabulary(seed)))
+        tokenizer = TextTokenizer(*read_tekken(path))
+        texts = ["".join(draw.choices("ab", k=draw.randint(2, 16))) for _ in range(40)]
+        tasks.append({"task": "encode", "tekken": str(path), "texts": texts})
+        expected.append([[tokenizer.encode(text), text] for text in texts])
+    assert run(*tasks) == expected
 
 
 @needs_node
@@ -347,6 +373,29 @@ def test_sampling():
             assert [found, mine] == [drawn, kept], task["settings"]
             compared += 1
     assert compared > 450
+
+
+# Settings and logits at the ends of the rules: sums of probabilities that equal the bound, the most likely token, which
+# top-p never drops, and quotients that float32 does not have.
+ENDS = [
+    *(({"temperature": 1.0, "top_p": p}, [1.0] * V) for V in (2, 4, 5, 8, 10) for p in (0.2, 0.25, 0.4, 0.5, 0.75)),
+    ({"temperature": 1.0, "top_p": 1e-9}, [1.0, 3.0, 2.0]),
+    ({"temperature": 1e-30}, [1e9, 3e9, -2e9]),
+    ({"temperature": 1e-50}, [1.0, 3.0, 2.0]),
+    ({"temperature": 1e-50, "top_k": 2}, [-1.0, -3.0, -1.0]),
+]
+
+
+@needs_node
+def test_the_ends_of_the_rules():
+    """The numbers of tokens that are kept, and their logits, are those of `filter_logits`."""
+    [answers] = run({"task": "sample", "cases": [
+        {"settings": settings, "logits": logits, "noise": [1.0] * len(logits)} for settings, logits in ENDS
+    ]})  # fmt: skip
+    for (settings, logits), (drawn, found, _, _) in zip(ENDS, answers, strict=True):
+        kept = filter_logits(torch.tensor(logits), Sampling(**settings)).isfinite().nonzero().flatten().tolist()
+        assert sorted(logits[token] for token in found) == sorted(logits[token] for token in kept), settings
+        assert logits[drawn] == max(logits)
 
 
 @needs_node
