@@ -425,9 +425,9 @@ class Tokenizer {
     if (this.ranks.has(parts.join(""))) return [parts.join("")];
     while (true) {
       let best = -1, lowest = Infinity;
-      for (let n = 0; n + 1 < parts.length; n++) { // equal ranks: in the order of the first part's
-        const rank = this.ranks.get(parts[n] + parts[n + 1]) * this.words.length + this.ranks.get(parts[n]);
-        if (rank < lowest) [best, lowest] = [n, rank]; // NaN, where there is none, is not lower
+      for (let n = 0; n + 1 < parts.length; n++) {
+        const rank = this.ranks.get(parts[n] + parts[n + 1]);
+        if (rank < lowest) [best, lowest] = [n, rank]; // undefined, where there is none, is not lower
       }
       if (best < 0) return parts;
       parts.splice(best, 2, parts[best] + parts[best + 1]);
