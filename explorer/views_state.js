@@ -361,9 +361,9 @@ function stepText(run, reading, step) {
 function cacheAbout(run, modelWindow, window) {
   if (window === null) {
     const rings = [...run.text.layer_types.keys()].filter((layer) => run.text.layer_types[layer] === "sliding_attention");
-    const hint = rings.length === 0 ? "No layer of this model has a ring; choose a small window to see what one does with the same text."
-      : `Layers ${rings.join(", ")} have a ring of ${run.text.sliding_window} slots.`;
-    return paragraph(`This layer uses full attention. Its cache only grows: position p is in slot p, and no key is overwritten. ${hint}`);
+    let hint = "No layer of this model has a ring; choose a small window to see what one does with the same text.";
+    if (rings.length > 0) hint = `Layers ${rings.join(", ")} have a ring of ${run.text.sliding_window} slots.`;
+    return paragraph("This layer uses full attention. Its cache only grows: position p is in slot p, and no key is overwritten. ", hint);
   }
   const text = `A ring of W = ${window} slots: position p is in slot p % ${window}. A token sees the last ${window} positions, `
     + `its own included. So ${window} keys are all that it needs, and a new key takes the place of the one that has just left the window.`;
@@ -470,7 +470,8 @@ function keysSentence(window, past, fresh, step) {
   }
   if (end <= window) return "The ring is not full: slots are positions, and all of them are visible.";
   return `Position ${past} sees positions ${end - window} to ${past}: these are W = ${window} keys, and they are all in the `
-    + "ring. They come in the order of slots. That does not matter: a key is rotated by its position before it is stored, and attention adds up all of them.";
+    + "ring. They come in the order of slots. That does not matter: a key is rotated by its position before it is stored, and "
+    + "attention adds up all of them.";
 }
 
 // -------------------------------------------------------------------------------------------------- positions
@@ -706,7 +707,8 @@ const MISTAKE_TEXTS = {
     says: ({ rope_parameters: rope }) => {
       const magnitude = 0.1 * Math.log(rope.factor) + 1;
       return `The port multiplies cosine and sine by 0.1 · ln(${rope.factor}) + 1 = ${magnitude.toFixed(3)}, the magnitude of `
-        + "the YaRN paper. Ministral 3 sets mscale and mscale_all_dim to the same value, and then it is 1. A port that does not read these two keys multiplies "
+        + "the YaRN paper. Ministral 3 sets mscale and mscale_all_dim to the same value, and then it is 1. A port that does not "
+        + "read these two keys multiplies "
         + `every score by ${(magnitude ** 2).toFixed(2)}, and attention becomes too sharp.`;
     },
     cannot: (text) => hasYarn(text) ? null : "Only YaRN has a magnitude.",
@@ -1289,7 +1291,8 @@ function sizeTotals(run) {
 function lettersText(run) {
   const { hidden_size: E, num_attention_heads: H, num_key_value_heads: G, head_dim: D, intermediate_size: F, vocab_size: V } = run.text;
   const S = run.tokens.length;
-  const letters = { B: [1, "text"], S: [S, "tokens"], T: [S, "keys"], E: [E, "hidden size"], H: [H, "query heads"], G: [G, "key/value heads"], D: [D, "size of a head"], F: [F, "size of the MLP"], V: [V, "vocabulary"] };
+  const letters = { B: [1, "text"], S: [S, "tokens"], T: [S, "keys"], E: [E, "hidden size"], H: [H, "query heads"],
+    G: [G, "key/value heads"], D: [D, "size of a head"], F: [F, "size of the MLP"], V: [V, "vocabulary"] };
   const vision = run.config.vision_config;
   if (run.trace["vision.patches"]) {
     Object.assign(letters, { P: [run.trace["vision.patches"].shape[0], "patches"], C: [vision.hidden_size, "size of their vectors"],

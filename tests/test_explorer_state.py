@@ -1,5 +1,5 @@
-"""The explorer's views of the state (cache, positions, mistakes, image, sizes and code): their arithmetic in Node, and the
-views themselves in Chromium, against the Python models."""
+"""The explorer's views of the state (cache, positions, mistakes, image, sizes and code) against the Python models: the
+arithmetic runs in Node, the views themselves in Chromium."""
 
 import ast
 import importlib.util
@@ -23,6 +23,7 @@ from ministral3 import Ministral3Config, YarnRotaryEmbedding
 from model_types import load_model
 from reference.mutants import MUTANTS
 from reference.trace import MODULES, POINTS, record
+from tokenizer import Tokenizer
 from training import shapes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,6 +31,8 @@ MODELS = {name: ROOT / "models" / name for name in ("ministral", "ministral3")}
 NODE, CHROMIUM, DRIVER = shutil.which("node"), shutil.which("chromium"), shutil.which("chromedriver")
 STATE_VIEWS = ("cache", "positions", "mistakes", "image", "sizes")
 TEXT = "To be, or not to be: that is the question.\nTo be, or not"
+
+EMPTY, MINUS, TIMES = "\N{EN DASH}", "\N{MINUS SIGN}", " \N{MULTIPLICATION SIGN} "
 
 needs_node = pytest.mark.skipif(NODE is None, reason="needs node")
 needs_browser = pytest.mark.skipif(
@@ -93,8 +96,8 @@ def test_slots_and_keys_are_those_of_the_cache():
             cases.append([past, new, window])
             expected.append([slots, keys, overwritten])
     found = in_node(
-        "cases.map(([past, fresh, window]) => { const step = cacheStep(past, fresh, window); return [step.slots, step.keys, "
-        "step.overwritten.map(({slot, old}) => [slot, old]).sort((a, b) => a[0] - b[0])]; })",
+        """cases.map((item) => cacheStep(...item)).map(({ slots, keys, overwritten }) =>
+            [slots, keys, overwritten.map(({ slot, old }) => [slot, old]).sort((a, b) => a[0] - b[0])])""",
         cases=cases,
     )
     assert found == expected
@@ -105,10 +108,11 @@ def test_slots_and_keys_are_those_of_the_cache():
 def test_angles_and_query_scale_are_those_of_the_model(text):
     rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64,
             "llama_4_scaling_beta": 0.3, "beta_fast": 1.0, "beta_slow": 1.0}  # fmt: skip
-    config = {
-        "bundled": lambda: load_config("ministral3"), "published": Ministral3Config, "plain": lambda: load_config("ministral"),
-        "no ramp": lambda: Ministral3Config(head_dim=64, rope_parameters=rope),
-    }[text]()  # fmt: skip
+    makers = {
+        "bundled": lambda: load_config("ministral3"), "plain": lambda: load_config("ministral"),
+        "published": Ministral3Config, "no ramp": lambda: Ministral3Config(head_dim=64, rope_parameters=rope),
+    }  # fmt: skip
+    config = makers[text]()
     is_plain = isinstance(config, MinistralConfig) and not isinstance(config, Ministral3Config)
     embedding = (RotaryEmbedding if is_plain else YarnRotaryEmbedding)(config)
     given = {"head_dim": config.head_dim, "rope_parameters": config.rope_parameters}
@@ -116,7 +120,8 @@ def test_angles_and_query_scale_are_those_of_the_model(text):
     pairs, scales = in_node(
         "[rotaryPairs(text), positions.map((position) => queryScale(text, position))]", text=given, positions=positions
     )
-    assert [pair["used"] for pair in pairs] == pytest.approx(embedding.inverse_frequencies(torch.float32).tolist(), rel=1e-6)
+    used = embedding.inverse_frequencies(torch.float32).tolist()
+    assert [pair["used"] for pair in pairs] == pytest.approx(used, rel=1e-6)
     plain = RotaryEmbedding.inverse_frequencies(embedding, torch.float32).tolist()
     assert [pair["plain"] for pair in pairs] == pytest.approx(plain, rel=1e-6)
     if is_plain:
@@ -125,7 +130,9 @@ def test_angles_and_query_scale_are_those_of_the_model(text):
     expected = embedding(torch.zeros(1), torch.tensor([positions]))[2].flatten().tolist()
     assert scales == pytest.approx(expected, rel=1e-6)
     low, high = (embedding.ramp_end(key) for key in ("beta_fast", "beta_slow"))
-    zones = ["kept" if i <= math.floor(low) else "stretched" if i >= math.ceil(high) else "blended" for i in range(len(pairs))]
+    low, high = math.floor(low), math.ceil(high)
+    zones = ["kept"] * (low + 1) + ["blended"] * (high - low - 1)
+    zones += ["stretched"] * (len(pairs) - len(zones))
     assert [pair["zone"] for pair in pairs] == zones
 
 
@@ -164,9 +171,8 @@ def test_sizes_are_those_of_the_model(name):
     lengths = (1, 40, 64, 300)
     given = {"layer_types": text.layer_types, "sliding_window": text.sliding_window, "head_dim": text.head_dim,
              "num_key_value_heads": text.num_key_value_heads}  # fmt: skip
-    weights, cached = in_node(
-        "[weightCounts(config), lengths.map((length) => cacheBytes(text, length))]", config=config, text=given, lengths=lengths
-    )
+    expression = "[weightCounts(config), lengths.map((length) => cacheBytes(text, length))]"
+    weights, cached = in_node(expression, config=config, text=given, lengths=lengths)
     assert sum(count for _, count in weights) == sum(weight.numel() for weight in model.parameters())
     for length, size in zip(lengths, cached):
         cache = KVCache(text, expected=length)
@@ -190,7 +196,8 @@ def test_every_point_has_its_lines():
     assert {name: entry[0] for name, entry in sources.items()} == {name: point[0] for name, point in POINTS.items()}
     assert list(sources) == list(POINTS)
     configs = ({"model_type": "ministral"}, {"vision_config": {}, "text_config": {}})
-    places = in_node("configs.flatMap((config) => names.flatMap((name) => sourcesOf(name, config)))", names=list(POINTS), configs=configs)
+    expression = "configs.flatMap((config) => names.flatMap((name) => sourcesOf(name, config)))"
+    places = in_node(expression, names=list(POINTS), configs=configs)
     files = {file: (ROOT / file).read_text() for file, _, _ in places}
     found = in_node("places.map(([file, name]) => functionLines(files[file], name))", places=places, files=files)
     for (file, name, part), lines in zip(places, found):
@@ -248,12 +255,13 @@ class Page:
 
     def texts(self, selector):
         """The texts of elements."""
-        return self.run("return [...document.querySelectorAll(arguments[0])].map((element) => element.textContent)", selector)
+        return self.run("return [...document.querySelectorAll(arguments[0])].map((one) => one.textContent)", selector)
 
     def set(self, label, value):
         """Change the control with this label, as a reader does."""
         self.run(
-            """const label = [...document.querySelectorAll("#view label")].find((label) => label.textContent.startsWith(arguments[0]));
+            """const labels = [...document.querySelectorAll("#view label")];
+            const label = labels.find((one) => one.textContent.startsWith(arguments[0]));
             const control = document.getElementById(label.htmlFor);
             control.value = arguments[1];
             for (const kind of ["input", "change"]) control.dispatchEvent(new Event(kind));""",
@@ -262,7 +270,13 @@ class Page:
 
     def click(self, text):
         """Press the button with this text."""
-        self.run("[...document.querySelectorAll('#view button')].find((b) => b.textContent === arguments[0]).click()", text)
+        buttons = "[...document.querySelectorAll('#view button')]"
+        self.run(f"{buttons}.find((button) => button.textContent === arguments[0]).click()", text)
+
+    def rows(self):
+        """The texts of the cells of the tables, row by row."""
+        return self.run("""return [...document.querySelectorAll("#view tbody tr")]
+            .map((row) => [...row.cells].map((cell) => cell.textContent))""")
 
     def ids(self):
         """The tokens of the run."""
@@ -330,7 +344,7 @@ def test_cache_view(pages, window):
             keys, slots = read_positions(cache, 1)
         page.set("Step", steps)
         shown = page.texts(".state-slot b")
-        assert shown == [str(position) for position in slots] + ["–"] * (size - len(slots))
+        assert shown == [str(position) for position in slots] + [EMPTY] * (size - len(slots))
         assert page.texts(".state-keys li") == [str(position) for position in keys]
         if len(slots) > 3:
             page.run("document.querySelectorAll('.state-slot')[3].click()")
@@ -375,7 +389,7 @@ def test_slots_are_reached_by_arrow_keys(pages):
 
 def numbers(text):
     """A number as the page writes it."""
-    return float(text.replace("−", "-").replace(",", ""))
+    return float(text.replace(MINUS, "-").replace(",", ""))
 
 
 @needs_browser
@@ -387,13 +401,14 @@ def test_positions_view(pages):
     plain = RotaryEmbedding.inverse_frequencies(embedding, torch.float64)
     for position, scale in ((5, 1.0), (4000, 1 + 0.1 * math.log(16))):
         page.set("Position (", position)
-        rows = page.run("return [...document.querySelectorAll('#view tbody tr')].map((row) => [...row.cells].map((cell) => cell.textContent))")
+        rows = page.rows()
         assert [numbers(row[1]) for row in rows] == pytest.approx((position * plain).tolist(), rel=1e-3)
         assert [numbers(row[2]) for row in rows] == pytest.approx((position * used).tolist(), rel=1e-3)
         assert [row[4].split(",")[0] for row in rows] == ["kept"] + 6 * ["blended"] + 9 * ["stretched"]
         assert f"= {scale:.4f}." in page.text()
     page.set("Position (", 5)
-    assert "YaRN changes the angles of 15 of 16 pairs. It changes pair 2 most: 1.5811 rad without YaRN, 1.1576 rad with it." in page.text()
+    lead = page.text(".state-lead")
+    assert "YaRN changes the angles of 15 of 16 pairs. It changes pair 2 most: 1.5811 rad without" in lead
     assert "pair 2: 1.1576 radians, 1.5811 without YaRN, blended" in page.run(
         "return [...document.querySelectorAll('.state-dial svg')].map((dial) => dial.getAttribute('aria-label'))"
     )
@@ -405,11 +420,11 @@ def largest_differences(name, mistake, ids):
     right = record(model, torch.tensor([ids]))
     with MUTANTS[mistake].applied():
         wrong = record(model, torch.tensor([ids]))
-        text = generate(model, torch.tensor([ids]), max_new_tokens=24, temperature=0, fast=False)[0, len(ids) :].tolist()
+        text = generate(model, torch.tensor([ids]), max_new_tokens=24, temperature=0, fast=False)[0, len(ids) :]
     sizes = {point: (right[point].float() - wrong[point].float()).abs().max().item() for point in right}
     first = next(point for point, size in sizes.items() if size > 0)
     layers = range(model.config.get_text_config().num_hidden_layers)
-    return first, [sizes[f"layers.{layer}.mlp_residual"] for layer in layers] + [sizes["logits"]], text
+    return first, [sizes[f"layers.{layer}.mlp_residual"] for layer in layers] + [sizes["logits"]], text.tolist()
 
 
 @needs_browser
@@ -420,8 +435,7 @@ def test_mistakes_view(pages, mistake):
     first, sizes, text = largest_differences("ministral3", mistake, page.ids())
     assert page.text(".state-lead").startswith(f"The first stage that differs is {first}, ")
     assert [numbers(value) for value in page.texts(".state-bars span")] == pytest.approx(sizes, rel=0.01)
-    written = page.run("return explorer.run.ask({ kind: 'name', ids: arguments[0] }).then(({ tokens }) => tokens.map(({ text }) => text).join(''))", text)
-    assert page.texts(".state-text p")[1] == written
+    assert page.texts(".state-text p")[1] == Tokenizer.from_pretrained(MODELS["ministral3"]).decode(text)
 
 
 @needs_browser
@@ -434,7 +448,8 @@ def test_mistakes_that_need_a_longer_text(pages):
     ids = page.ids()
     ids += (ids[1:] * 9)[: 80 - len(ids)]  # without <s>
     first, sizes, _ = largest_differences("ministral", "window_plus_1", ids)
-    assert page.text(".state-lead").startswith(f"The first stage that differs is {first}, ") and first == "layers.1.attention.mask"
+    assert first == "layers.1.attention.mask"
+    assert page.text(".state-lead").startswith(f"The first stage that differs is {first}, ")
     assert [numbers(value) for value in page.texts(".state-bars span")] == pytest.approx(sizes, rel=0.01)
     disabled = page.run("return [...document.querySelectorAll('#view input:disabled')].map((input) => input.value)")
     assert disabled == ["yarn_missing", "yarn_magnitude_1_277", "query_scale_missing"]
@@ -447,8 +462,9 @@ def test_image_view(pages):
     page = pages("ministral3")
     page.open("image")
     page.click("Ask")
-    page.wait("return explorer.run.steps.length > 0 && !explorer.busy && document.querySelector('.state-tokens') !== null")
-    assert page.text(".state-answer .state-big") == "A red circle at the top left and a blue square at the bottom right."
+    page.wait("return explorer.run.steps.length > 0 && !explorer.busy && document.querySelector('.state-tokens')")
+    answer = "A red circle at the top left and a blue square at the bottom right."
+    assert page.text(".state-answer .state-big") == answer
     ids, layer, query = page.ids(), *page.run("const { layer, query } = explorer.run.selected; return [layer, query]")
     pixels = paint((0, "circle", "red"), (3, "square", "blue")).astype(np.float32) / np.float32(255)
     pixels = torch.from_numpy((pixels - np.array(MEAN, np.float32)) / np.array(STD, np.float32)).permute(2, 0, 1)[None]
@@ -470,11 +486,12 @@ def test_a_click_on_a_stage_shows_its_lines(pages):
     page.open("sizes")
     page.set("Layer", 2)
     page.click("layers.2.attention.q_scaled")
-    assert page.text(".state-code h4") == f"Ministral3Attention.rotate ministral3.py, line {python_function('ministral3.py', 'Ministral3Attention.rotate')[0]}"
-    assert [line.strip() for line in page.texts(".state-hit")] == [f"{python_function('ministral3.py', 'Ministral3Attention.rotate')[1]}        return q * scale, k"]
-    row = page.run("return [...document.querySelector('[data-point=\"layers.2.attention.scores\"]').closest('tr').cells].map((cell) => cell.textContent)")
+    first, last = python_function("ministral3.py", "Ministral3Attention.rotate")
+    assert page.text(".state-code h4") == f"Ministral3Attention.rotate ministral3.py, line {first}"
+    assert page.texts(".state-hit") == [f"{last}        return q * scale, k"]
+    row = page.rows()[[name for name, *_ in page.rows()].index("layers.2.attention.scores")]
     S = len(page.ids())
-    assert row[1:3] == ["B H S T", f"1 × 8 × {S} × {S}"]
+    assert row[1:3] == ["B H S T", TIMES.join(("1", "8", f"{S}", f"{S}"))]
 
 
 # ---------------------------------------------------------------------------------------------- made for people
@@ -491,18 +508,20 @@ SMALL_TEXT = """return [...document.querySelectorAll("#view *")]
 def test_views_are_accessible(pages, name, width, theme):
     page = pages(name)
     axe = importlib.util.find_spec("axe_core_python")
-    page.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False})
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    page.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     page.run("document.documentElement.dataset.theme = arguments[0]; select({})", theme)
     for view in STATE_VIEWS:
         page.open(view)
         assert page.run("return document.documentElement.scrollWidth") <= width, view
         assert page.run(SMALL_TEXT) == [], view
         if axe is not None:
-            assert violations(page, Path(axe.origin).with_name("axe.min.js")) == [], view
+            script = Path(axe.origin).with_name("axe.min.js").read_text(encoding="utf-8")
+            assert violations(page, script) == [], view
 
 
-def violations(page, path):
-    """What axe-core finds in the view: rule and element."""
-    page.run("if (typeof axe === 'undefined') { const s = arguments[0]; (0, eval)(s); }", path.read_text(encoding="utf-8"))
-    found = page.run("return axe.run('#panel').then(({ violations }) => violations.flatMap(({ id, nodes }) => nodes.map(({ html }) => [id, html.slice(0, 200)])))")
-    return found
+def violations(page, script):
+    """What axe-core finds in the view: rules and elements."""
+    page.run("if (typeof axe === 'undefined') (0, eval)(arguments[0])", script)
+    return page.run("""return axe.run("#panel").then(({ violations }) =>
+        violations.flatMap(({ id, nodes }) => nodes.map(({ html }) => [id, html.slice(0, 200)])))""")
