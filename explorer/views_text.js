@@ -1,0 +1,721 @@
+// The views of the text: Tokens, Sampling, Attention, Layers.
+"use strict";
+
+// The label of a token, set off from the sentence around it.
+function mark(label) {
+  return make("span", { className: "label" }, label);
+}
+
+function muted(...words) {
+  return make("p", { className: "muted" }, words);
+}
+
+function button(words, click, properties = {}) {
+  return make("button", { type: "button", className: "small", click, ...properties }, words);
+}
+
+function headRow(names) {
+  return make("thead", {}, make("tr", {}, names.map((name) => make("th", { scope: "col" }, name))));
+}
+
+// A table that scrolls sideways where it does not fit.
+function scrolling(label, className, ...parts) {
+  const region = { className: `scroll ${className}`, tabIndex: 0, role: "region", "aria-label": label };
+  return make("div", region, make("table", {}, parts));
+}
+
+function chosenIf(condition) {
+  return condition ? "chosen" : "";
+}
+
+// "After" and the chosen token.
+function afterHeading(run) {
+  const { query } = run.selected;
+  return make("h3", {}, "After ", mark(run.help.tokenLabel(query)), ` (position ${query})`);
+}
+
+// ------------------------------------------------------------------------------------------------------- tokens
+const KIND_ABOUT = {
+  special: "special: made by the page or by the model, never by text",
+  part: "part of a character of several bytes",
+  word: "text",
+};
+
+function kindOf(token) {
+  if (token.special !== null) return "special";
+  return token.text.includes("\ufffd") ? "part" : "word";
+}
+
+VIEWS.push({
+  id: "tokens",
+  title: "Tokens",
+  about: "The text as the model reads it: pieces from a fixed vocabulary, each with a number and its bytes.",
+  render(element, run) {
+    const { labelOf } = run.help;
+    const { query } = run.selected;
+    const plain = run.tokens.filter((token) => token.special === null);
+    const bytes = plain.reduce((sum, token) => sum + token.bytes.length, 0);
+    const rows = run.tokens.map((token, position) => make("tr",
+      { className: chosenIf(position === query), click: () => select({ query: position }) },
+      make("th", { scope: "row" }, String(position)),
+      make("td", { className: "label" }, labelOf(token)),
+      make("td", {}, String(token.id)),
+      make("td", { className: "mono label" }, hex(token.bytes)),
+      make("td", { className: "muted" }, position < run.prompt ? "read" : "written")));
+    element.replaceChildren(
+      make("div", { className: "facts" },
+        fact(run.tokens.length, "tokens"),
+        fact(bytes, "bytes of text (UTF-8)"),
+        fact((bytes / Math.max(plain.length, 1)).toFixed(1), "bytes for each token of text"),
+        fact(run.text.vocab_size.toLocaleString("en-US"), "tokens in the vocabulary")),
+      make("h3", {}, `Token at position ${query}`),
+      make("p", {}, mark(run.help.tokenLabel(query)), tokenSentence(run, query)),
+      muted("Signs: · is a blank, ↵ a newline. A blank belongs to the word after it. ",
+        "Encoding cuts the text with a regular expression, then merges neighbouring bytes as long as the result is in the vocabulary."),
+      make("h3", {}, "All tokens"),
+      scrolling("All tokens", "tall", headRow(["position", "token", "id", "bytes", "from"]),
+        make("tbody", {}, rows)));
+  },
+});
+
+function tokenSentence(run, query) {
+  const token = run.tokens[query];
+  const same = run.tokens.filter(({ id }) => id === token.id).length;
+  let bytes = "It has no bytes.";
+  if (token.bytes.length > 0) bytes = `Its bytes are ${hex(token.bytes)} (hexadecimal).`;
+  const times = same > 1 ? `The same id is in this text ${same} times.` : "Its id is in this text once.";
+  return ` has the id ${token.id}. Its kind is ${KIND_ABOUT[kindOf(token)]}. ${bytes} ${times}`;
+}
+
+function hex(bytes) {
+  return [...bytes].map((byte) => byte.toString(16).padStart(2, "0")).join(" ");
+}
+
+function fact(value, words) {
+  return make("p", { className: "fact" }, make("strong", {}, String(value)), ` ${words}`);
+}
+
+// ----------------------------------------------------------------------------------------------------- sampling
+const SHOWN = 14; // candidates in the table
+const STEP_NAMES = { temperature: "temperature", top_k: "top-k", top_p: "top-p", min_p: "min-p" };
+
+// The logits (V,) after the token at a position.
+function logitsAfter(run, position) {
+  const { shape: [, , V], data } = run.trace.logits;
+  return data.subarray(position * V, (position + 1) * V);
+}
+
+function probabilitiesOf(logits) {
+  return softmax(Float64Array.from(logits)); // a copy, because softmax writes in place
+}
+
+// What the settings do to logits: [{name, probabilities, left}], the model's own first.
+function samplingStages(logits, settings) {
+  const stages = [{ name: "model", probabilities: probabilitiesOf(logits), left: logits.length }];
+  if (settings.temperature === 0) {
+    const best = logits.indexOf(logits.reduce((a, b) => Math.max(a, b)));
+    stages.push({ name: "temperature", probabilities: logits.map((_, id) => Number(id === best)), left: 1 });
+    return stages;
+  }
+  const steps = filterLogits(logits, { ...settings, min_p: settings.min_p || null });
+  for (const { name, logits: filtered } of steps) {
+    const left = filtered.reduce((sum, logit) => sum + Number(logit > -Infinity), 0);
+    stages.push({ name, probabilities: probabilitiesOf(filtered), left });
+  }
+  return stages;
+}
+
+// The step that removed a candidate, or null if it is left.
+function removedBy(stages, id) {
+  const index = stages.findIndex(({ probabilities }, place) => place > 0 && probabilities[id] === 0);
+  return index < 0 ? null : STEP_NAMES[stages[index].name];
+}
+
+let names = new Map(); // id -> token, of ids that the worker has named
+
+// Tokens of ids that are not in the text are asked of the worker; then the view renders again.
+function nameIds(run, ids) {
+  for (const token of run.tokens) names.set(token.id, token);
+  const unknown = ids.filter((id) => !names.has(id));
+  if (unknown.length === 0) return true;
+  run.ask({ kind: "name", ids: unknown }).then(({ tokens }) => {
+    for (const token of tokens) names.set(token.id, token);
+    select({});
+  });
+  return false;
+}
+
+VIEWS.push({
+  id: "sampling",
+  title: "Sampling",
+  about: "The model gives each token of the vocabulary a logit. The settings decide which can be drawn.",
+  glow(run, position) { // how likely the model held each token before it
+    if (position === 0) return null;
+    return probabilitiesOf(logitsAfter(run, position - 1))[run.tokens[position].id];
+  },
+  legend(run) {
+    const end = run.help.isDark() ? "brighter" : "darker";
+    return `Colour: the probability that the model gave to a token before it was read; ${end} is higher.`;
+  },
+  render(element, run) {
+    const { query } = run.selected;
+    const stages = samplingStages(logitsAfter(run, query), run.settings);
+    const model = stages[0].probabilities;
+    const order = [...model.keys()].sort((a, b) => model[b] - model[a]);
+    const next = run.tokens[query + 1]?.id ?? null;
+    const shown = order.slice(0, SHOWN);
+    if (next !== null && !shown.includes(next)) shown.push(next);
+    if (!nameIds(run, shown)) return;
+
+    const rows = shown.map((id) => candidateRow(run, stages, id, order.indexOf(id) + 1, next));
+    const temperature = `temperature ${run.settings.temperature}`;
+    const head = headRow(["rank", "token", "model", temperature, "after all settings", "result"]);
+    head.querySelector("th").className = "rank";
+    element.replaceChildren(
+      afterHeading(run),
+      make("p", {}, drawnSentence(run, order, next)),
+      make("ol", { className: "funnel" }, stages.map((_, index) => make("li", {},
+        make("strong", {}, stageTitle(run, stages, index)),
+        make("span", {}, stageWords(run, stages, index))))),
+      scrolling("Candidates", "bars", make("caption", {}, "The most likely candidates"), head,
+        make("tbody", {}, rows)),
+      muted("Change the settings above: the bars follow. A low temperature widens the lead of the first. ",
+        "top-k keeps the k most likely tokens, top-p the most likely that together reach p. ",
+        "min-p removes what is less likely than min-p times the first."));
+  },
+});
+
+function candidateRow(run, stages, id, rank, next) {
+  const removed = removedBy(stages, id);
+  let fate = removed === null ? "kept" : `cut by ${removed}`;
+  if (id === next) fate += run.selected.query + 1 < run.prompt ? ", in the prompt" : ", drawn";
+  const [model, temperature] = stages;
+  return make("tr", { className: `${chosenIf(id === next)} ${removed === null ? "" : "removed"}` },
+    make("td", { className: "muted rank" }, String(rank)),
+    make("th", { scope: "row", className: "label" }, run.help.labelOf(names.get(id))),
+    bar(run, model.probabilities[id]),
+    bar(run, temperature.probabilities[id]),
+    bar(run, stages.at(-1).probabilities[id]),
+    make("td", {}, fate));
+}
+
+function stageTitle(run, stages, index) {
+  const { name } = stages[index];
+  return index === 0 ? "vocabulary" : `${STEP_NAMES[name]} ${run.settings[name]}`;
+}
+
+function stageWords(run, stages, index) {
+  const { left, name } = stages[index];
+  const count = left.toLocaleString("en-US");
+  if (index === 0) return `${count} tokens`;
+  if (left === 1) return "1 token stays";
+  if (name !== "temperature") return `${count} tokens stay`;
+  return run.settings.temperature < 1 ? "sharper, all stay" : "all stay";
+}
+
+function drawnSentence(run, order, next) {
+  const { query } = run.selected;
+  if (next === null) return "The text ends here. “Next token” draws from the last column.";
+  const token = `“${run.help.tokenLabel(query + 1)}”`;
+  const rank = order.indexOf(next) + 1;
+  const place = rank === 1 ? "the most likely token" : `number ${rank} of the candidates`;
+  if (query + 1 < run.prompt) return `The prompt goes on with ${token}, ${place} of the model.`;
+  const { settings } = run.steps[query + 1 - run.prompt];
+  const changed = Object.keys(settings).some((name) => settings[name] !== run.settings[name]);
+  const drawn = `Here ${token} was drawn, ${place} of the model.`;
+  if (!changed) return drawn;
+  const old = Object.entries(settings).map(([name, value]) => `${STEP_NAMES[name]} ${value}`);
+  return `${drawn} It was drawn with other settings: ${old.join(", ")}.`;
+}
+
+// A table cell with a probability as a bar and in percent.
+function bar(run, share) {
+  const fill = make("span", { className: "fill" });
+  fill.style.width = `${100 * share}%`;
+  const words = share === 0 ? "0" : run.help.percent(share);
+  const track = make("span", { className: "track" }, fill);
+  return make("td", { className: "bar" }, track, make("span", {}, words));
+}
+
+// ---------------------------------------------------------------------------------------------------- attention
+const PATTERNS = [
+  { id: "previous", title: "previous token", key: (_, query) => (query > 1 ? [query - 1] : []) },
+  { id: "first", title: "first token", key: (_, query) => (query > 1 ? [0] : []) },
+  { id: "itself", title: "the token itself", key: (_, query) => (query > 0 ? [query] : []) },
+  {
+    id: "continued", title: "what came after the same token before",
+    key: (tokens, query) => {
+      const keys = [];
+      for (let key = 2; key < query; key++) {
+        if (tokens[key - 1].id === tokens[query].id) keys.push(key);
+      }
+      return keys;
+    },
+  },
+];
+let drawn = { trace: null, dark: null, grid: null, scores: null }; // what the small maps show
+
+function headCount(run) {
+  return run.text.num_attention_heads;
+}
+
+// Tensors of a layer and head: {probability(query, key), score(query, key), visible(query, key)}.
+function headMap(run, layer, head) {
+  const prefix = `layers.${layer}.attention.`;
+  const probabilities = run.trace[`${prefix}probabilities`].data;
+  const scores = run.trace[`${prefix}scores`].data;
+  const mask = run.trace[`${prefix}mask`].data;
+  const S = run.tokens.length;
+  const place = (query, key) => (head * S + query) * S + key;
+  return {
+    probability: (query, key) => probabilities[place(query, key)],
+    score: (query, key) => scores[place(query, key)],
+    visible: (query, key) => mask[query * S + key] !== 0,
+  };
+}
+
+function windowOf(run, layer) {
+  return run.text.layer_types[layer] === "sliding_attention" ? run.text.sliding_window : null;
+}
+
+// Why a key is hidden from a query: "future", "window", "padding"; or null.
+function whyHidden(run, layer, map, query, key) {
+  const window = windowOf(run, layer);
+  if (key > query) return "future";
+  if (window !== null && query - key >= window) return "window";
+  return map.visible(query, key) ? null : "padding";
+}
+
+function cellSentence(run, layer, map, query, key) {
+  const { tokenLabel, number, percent } = run.help;
+  const because = {
+    future: `Hidden: position ${key} is in the future of position ${query}. A token sees no later token.`,
+    window: `Hidden: outside the window. Position ${key} is ${query - key} positions back, `
+      + `and this layer sees the last ${windowOf(run, layer)}, the token itself included.`,
+    padding: "Hidden: this key is padding, which only fills up a batch.",
+  }[whyHidden(run, layer, map, query, key)];
+  if (because !== undefined) return because;
+  const [best] = keysByProbability(run, map, query);
+  const share = percent(map.probability(query, key));
+  if (best === key) return `Visible, and the highest score of this query: it gets ${share} of the attention.`;
+  const less = map.score(query, best) - map.score(query, key);
+  return `Visible. The score is ${number(less)} below that of “${tokenLabel(best)}” (position ${best}), `
+    + `so the probability is exp(${number(less)}) = ${number(Math.exp(less))} times smaller: ${share}.`;
+}
+
+// The visible keys of a query, the most likely first.
+function keysByProbability(run, map, query) {
+  const keys = [...run.tokens.keys()].filter((key) => map.visible(query, key));
+  return keys.sort((a, b) => map.probability(query, b) - map.probability(query, a));
+}
+
+// For each layer and head, the mean probability of each pattern in this text; null where the text has no case of it.
+function patternScores(run) {
+  const heads = [];
+  run.text.layer_types.forEach((_, layer) => {
+    for (let head = 0; head < headCount(run); head++) {
+      const map = headMap(run, layer, head);
+      heads.push({ layer, head, means: PATTERNS.map(({ key }) => meanOf(run, map, key)) });
+    }
+  });
+  return heads;
+}
+
+function meanOf(run, map, keysOf) {
+  let total = 0;
+  let cases = 0;
+  run.tokens.forEach((_, query) => {
+    const keys = keysOf(run.tokens, query).filter((key) => map.visible(query, key));
+    if (keys.length === 0) return;
+    cases += 1;
+    for (const key of keys) total += map.probability(query, key);
+  });
+  return cases === 0 ? null : total / cases;
+}
+
+VIEWS.push({
+  id: "attention",
+  title: "Attention",
+  about: "In each head, a token (row, the query) looks at earlier ones (columns, the keys). A row sums to 100 %.",
+  glow(run, position) {
+    const { layer, head, query } = run.selected;
+    if (position > query) return null;
+    return headMap(run, layer, head).probability(query, position);
+  },
+  first(run) { // the head that looks most at the token before, and where it looks
+    const [{ layer, head }] = patternScores(run).sort((a, b) => b.means[0] - a.means[0]);
+    return { layer, head, key: Math.max(run.selected.query - 1, 0) };
+  },
+  legend(run) {
+    const { layer, head, query } = run.selected;
+    const token = `“${run.help.tokenLabel(query)}” (position ${query})`;
+    return `Colour: where ${token} looks in layer ${layer}, head ${head}.`;
+  },
+  render(element, run) {
+    const dark = run.help.isDark();
+    if (drawn.trace !== run.trace || drawn.dark !== dark) {
+      drawn = { trace: run.trace, dark, grid: smallMaps(run), scores: patternScores(run) };
+    }
+    const { layer, head } = run.selected;
+    for (const small of drawn.grid.querySelectorAll("button")) {
+      const isChosen = small.dataset.head === `${layer}.${head}`;
+      small.setAttribute("aria-pressed", String(isChosen));
+      small.tabIndex = isChosen ? 0 : -1;
+    }
+    const windows = isMixed(run) ? ` W: a window of ${run.text.sliding_window} tokens.` : "";
+    element.replaceChildren(make("div", { className: "attention" },
+      largeMap(run),
+      make("div", { className: "heads" },
+        make("h3", {}, "All heads"),
+        muted("A row is a layer, a column is a head. Click one, or use the arrow keys.", windows),
+        drawn.grid,
+        patternTable(run))));
+  },
+});
+
+// Whether the model has layers with and without a window.
+function isMixed(run) {
+  return new Set(run.text.layer_types).size > 1;
+}
+
+// A button with a map for each layer and head.
+function smallMaps(run) {
+  const H = headCount(run);
+  const S = run.tokens.length;
+  const grid = make("div", { className: "maps", role: "group", "aria-label": "Heads" });
+  grid.classList.toggle("smooth", S > 36); // a map has about 36 pixels on a phone
+  grid.style.gridTemplateColumns = `auto repeat(${H}, minmax(0, 1fr))`;
+  run.text.layer_types.forEach((_, layer) => {
+    const window = windowOf(run, layer);
+    const words = window === null ? "full attention" : `window of ${window}`;
+    let name = String(layer);
+    if (isMixed(run)) name += window === null ? " full" : " W";
+    grid.append(make("span", { className: "muted" }, name));
+    for (let head = 0; head < H; head++) {
+      const canvas = make("canvas", { "aria-hidden": "true" });
+      drawMap(run, canvas, layer, headMap(run, layer, head), { cells: true });
+      grid.append(make("button", {
+        type: "button", click: () => select({ layer, head }), "data-head": `${layer}.${head}`,
+        "aria-label": `layer ${layer}, head ${head}, ${words}`,
+      }, canvas));
+    }
+  });
+  grid.addEventListener("keydown", (event) => {
+    const steps = { ArrowRight: [0, 1], ArrowLeft: [0, -1], ArrowDown: [1, 0], ArrowUp: [-1, 0] }[event.key];
+    if (steps === undefined) return;
+    event.preventDefault();
+    const { layer, head } = explorer.run.selected;
+    select({
+      layer: Math.min(Math.max(layer + steps[0], 0), run.text.layer_types.length - 1),
+      head: Math.min(Math.max(head + steps[1], 0), H - 1),
+    });
+    grid.querySelector("[aria-pressed=true]").focus();
+  });
+  return grid;
+}
+
+function drawMap(run, canvas, layer, map, size) {
+  const S = run.tokens.length;
+  const hidden = (query, key) => whyHidden(run, layer, map, query, key);
+  run.help.heat(canvas, { rows: S, columns: S, value: map.probability, hidden, ...size });
+}
+
+// Which head does most of what, with buttons that choose it.
+function patternTable(run) {
+  const { percent } = run.help;
+  const { layer, head } = run.selected;
+  const own = drawn.scores.find((scores) => scores.layer === layer && scores.head === head);
+  const rows = PATTERNS.map(({ title }, index) => {
+    const name = make("th", { scope: "row" }, title);
+    if (own.means[index] === null) {
+      return make("tr", {}, name, make("td", { className: "muted", colSpan: 2 }, "no case in this text"));
+    }
+    const best = [...drawn.scores].sort((a, b) => b.means[index] - a.means[index]).slice(0, 3);
+    const buttons = best.map((other) => button(`${other.layer}.${other.head}: ${percent(other.means[index])}`,
+      () => select({ layer: other.layer, head: other.head })));
+    return make("tr", {}, name,
+      make("td", {}, make("div", { className: "buttons" }, buttons)),
+      make("td", { className: "label" }, percent(own.means[index])));
+  });
+  return make("div", { className: "patterns" },
+    make("h3", {}, "Which head looks where, in this text"),
+    scrolling("Which head looks where", "",
+      headRow(["attention to", "most, as layer.head", `head ${layer}.${head}`]),
+      make("tbody", {}, rows)),
+    muted("Means over the queries of this text."));
+}
+
+const LABELLED = 13; // pixels of a cell from which tokens are written beside the map
+
+// The map of the selected head with a readout. The pointer previews a cell; a click or the arrow keys choose it.
+function largeMap(run) {
+  const { layer, head, query } = run.selected;
+  const map = headMap(run, layer, head);
+  const window = windowOf(run, layer);
+  const kind = window === null ? "full attention" : `window of ${window} tokens`;
+  const canvas = make("canvas", {
+    className: "map", id: "large-map", tabIndex: 0, role: "application", "aria-describedby": "readout",
+    "aria-label": `Attention of layer ${layer}, head ${head}. Arrow keys move the query and the key.`,
+  });
+  const readout = make("div", { id: "readout", role: "status" });
+  listenToMap(run, layer, map, canvas, readout);
+  const code = `layers.${layer}.attention.probabilities`;
+  const rows = keysByProbability(run, map, query).slice(0, 5).map((key) => make("tr", {},
+    make("td", { className: "muted" }, String(key)),
+    make("th", { scope: "row", className: "label" }, run.help.tokenLabel(key)),
+    make("td", {}, run.help.number(map.score(query, key))),
+    bar(run, map.probability(query, key))));
+  return make("div", { className: "large" },
+    make("h3", {}, `Layer ${layer}, head ${head}: ${kind}`),
+    canvas, readout,
+    make("table", { className: "bars" },
+      make("caption", {}, "Where ", mark(run.help.tokenLabel(query)), ` (position ${query}) looks`),
+      headRow(["key", "token", "score", "probability"]),
+      make("tbody", {}, rows)),
+    scaleLegend(run, window),
+    make("p", {}, button("Show the Python lines", () => run.help.showCode(code))));
+}
+
+// Draw the map, and let pointer and keys move in it.
+function listenToMap(run, layer, map, canvas, readout) {
+  const { query, key } = run.selected;
+  const last = run.tokens.length - 1;
+  const paint = mapPainter(run, layer, map, canvas);
+  const show = (row, column) => {
+    paint(row, column);
+    readout.replaceChildren(...readoutOf(run, layer, map, row, column));
+  };
+  const cellAt = (event) => {
+    const box = canvas.getBoundingClientRect();
+    const scale = canvas.width / paint.ratio / box.width;
+    const row = Math.floor(((event.clientY - box.top) * scale - paint.edge) / paint.cell);
+    const column = Math.floor(((event.clientX - box.left) * scale - paint.edge) / paint.cell);
+    const isInside = [row, column].every((place) => place >= 0 && place <= last);
+    return isInside ? [row, column] : null;
+  };
+  canvas.addEventListener("pointermove", (event) => show(...(cellAt(event) ?? [query, key])));
+  canvas.addEventListener("pointerleave", () => show(query, key));
+  canvas.addEventListener("click", (event) => {
+    const chosen = cellAt(event);
+    if (chosen !== null) select({ query: chosen[0], key: chosen[1] });
+  });
+  canvas.addEventListener("keydown", (event) => {
+    const steps = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[event.key];
+    if (steps === undefined) return;
+    event.preventDefault();
+    const limit = (place) => Math.min(Math.max(place, 0), last);
+    select({ query: limit(query + steps[0]), key: limit(key + steps[1]) });
+  });
+  show(query, key);
+}
+
+function readoutOf(run, layer, map, query, key) {
+  const { tokenLabel, number, percent } = run.help;
+  const isHidden = whyHidden(run, layer, map, query, key) !== null;
+  const token = (name, place) => make("p", { className: "fact" }, `${name} `,
+    make("strong", { className: "label" }, tokenLabel(place)), ` ${place}`);
+  const value = (name, words) => make("p", { className: "fact" }, `${name} `, make("strong", {}, words));
+  return [
+    make("div", { className: "facts" },
+      token("query", query),
+      token("key", key),
+      value("score", number(map.score(query, key))),
+      value("probability", isHidden ? "0" : percent(map.probability(query, key)))),
+    make("p", { className: "why" }, cellSentence(run, layer, map, query, key)),
+  ];
+}
+
+// A function (query, key) that draws the map with these two marked. Token labels stand beside it if they fit.
+function mapPainter(run, layer, map, canvas) {
+  const S = run.tokens.length;
+  const ratio = Math.min(devicePixelRatio || 1, 2);
+  const width = document.getElementById("view").clientWidth;
+  const share = width > 800 ? 0.5 : 1; // the small maps stand beside it
+  const room = Math.min(Math.max(share * width, 240), 620);
+  const labels = run.tokens.map((_, place) => clip(run.help.tokenLabel(place), 11));
+  const font = `12px ${getComputedStyle(document.documentElement).fontFamily}`;
+  const context = canvas.getContext("2d");
+  context.font = `bold ${font}`;
+  let edge = Math.ceil(Math.max(...labels.map((label) => context.measureText(label).width))) + 10;
+  const hasLabels = (room - edge) / S >= LABELLED;
+  if (!hasLabels) edge = 22;
+  const cell = Math.min((room - edge) / S, 30);
+  const side = Math.round(cell * S);
+  const base = document.createElement("canvas");
+  drawMap(run, base, layer, map, { size: side });
+  canvas.width = canvas.height = (edge + side) * ratio;
+  canvas.style.width = `${edge + side}px`;
+  const ink = getComputedStyle(document.getElementById("about")).color;
+
+  const write = (text, x, y, { turned = false, marked = false, align = "right" } = {}) => {
+    context.save();
+    context.translate(x, y);
+    if (turned) context.rotate(Math.PI / 2);
+    context.font = marked ? `bold ${font}` : font;
+    context.fillStyle = marked ? accent() : ink;
+    context.textAlign = align;
+    context.textBaseline = "middle";
+    context.fillText(text, 0, 0);
+    context.restore();
+  };
+  const paint = (query, key) => {
+    context.setTransform(ratio, 0, 0, ratio, 0, 0);
+    context.clearRect(0, 0, canvas.width, canvas.height);
+    context.drawImage(base, edge, edge, side, side);
+    if (hasLabels) {
+      labels.forEach((label, place) => {
+        const middle = edge + (place + 0.5) * cell;
+        write(label, edge - 5, middle, { marked: place === query });
+        write(label, middle, edge - 5, { turned: true, marked: place === key });
+      });
+    } else {
+      write("key →", edge, edge / 2, { align: "left" });
+      write("query →", edge / 2, edge, { turned: true, align: "left" });
+    }
+    context.strokeStyle = accent();
+    context.lineWidth = 1;
+    context.strokeRect(edge + 0.5, edge + query * cell, side - 1, cell);
+    context.lineWidth = 2;
+    context.strokeRect(edge + key * cell, edge + query * cell, cell, cell);
+  };
+  return Object.assign(paint, { edge, cell, ratio });
+}
+
+function accent() {
+  return getComputedStyle(document.querySelector("#tabs [aria-selected=true]")).color;
+}
+
+function clip(text, length) {
+  return text.length > length ? `${text.slice(0, length - 1)}…` : text;
+}
+
+// What the colours mean.
+function scaleLegend(run, window) {
+  const { scaleColour } = run.help;
+  const steps = [0, 0.01, 0.05, 0.2, 0.5, 1];
+  const swatch = (className, colour) => {
+    const element = make("span", { className: `swatch ${className}` });
+    if (colour !== undefined) element.style.background = `rgb(${colour.join()})`;
+    return element;
+  };
+  const items = steps.map((share) => make("span", {}, swatch("", scaleColour(share)), ` ${100 * share} %`));
+  items.push(make("span", {}, swatch("future"), " future"));
+  if (window !== null) items.push(make("span", {}, swatch("outside"), " outside the window"));
+  return make("p", { className: "scale" }, items);
+}
+
+// ------------------------------------------------------------------------------------------------------- layers
+const COLUMNS = 12; // positions in the table
+let lensed = { trace: null, guesses: new Map() }; // position -> for each row, the most likely tokens
+
+// The rows of the lens: [{title, point}] of the residual stream, from the embedding to the last layer.
+function lensRows(run) {
+  const rows = [{ title: "embedding", point: "embedding" }];
+  run.text.layer_types.forEach((_, layer) => {
+    rows.push({ title: `after layer ${layer}`, point: `layers.${layer}.mlp_residual` });
+  });
+  return rows;
+}
+
+// Positions whose guesses are missing are asked of the worker; then the view renders again.
+function guessAt(run, positions) {
+  if (lensed.trace !== run.trace) lensed = { trace: run.trace, guesses: new Map() };
+  const missing = positions.filter((position) => !lensed.guesses.has(position));
+  if (missing.length === 0) return true;
+  const rows = lensRows(run);
+  const E = run.text.hidden_size;
+  const count = rows.length;
+  const vectors = new Float32Array(missing.length * count * E);
+  missing.forEach((position, index) => rows.forEach(({ point }, row) => {
+    const vector = run.trace[point].data.subarray(position * E, (position + 1) * E);
+    vectors.set(vector, (index * count + row) * E);
+  }));
+  const { trace, guesses } = lensed;
+  run.ask({ kind: "lens", vectors }).then((result) => {
+    missing.forEach((position, index) => {
+      guesses.set(position, result.guesses.slice(index * count, (index + 1) * count));
+    });
+    if (trace === lensed.trace) select({});
+  });
+  return false;
+}
+
+VIEWS.push({
+  id: "layers",
+  title: "Layers",
+  about: "The logit lens: what the head of the model would say after each layer.",
+  render(element, run) {
+    const { query } = run.selected;
+    const rows = lensRows(run);
+    const first = Math.max(Math.min(query - COLUMNS + 3, run.tokens.length - COLUMNS), 0);
+    const positions = [...run.tokens.keys()].slice(first, first + COLUMNS);
+    if (!guessAt(run, positions)) {
+      if (element.children.length === 0) element.replaceChildren(muted("Computing ..."));
+      return;
+    }
+    element.replaceChildren(
+      afterHeading(run),
+      make("p", {}, depthSentence(run, rows)),
+      make("div", { className: "stages" }, rows.map((row, index) => stageOf(run, row, index))),
+      make("h3", {}, "The first guess at several positions"),
+      lensTable(run, rows, positions),
+      muted("Each layer adds to one vector for each token, the residual stream. ",
+        "Here that vector goes through the last norm and the head early. After the last layer this is the model's own answer. ",
+        "The embedding alone is nearest to its own token where both share one matrix."));
+  },
+});
+
+// The most likely tokens after one layer, at the chosen position.
+function stageOf(run, { title, point }, row) {
+  const { query } = run.selected;
+  const { labelOf, percent, tint } = run.help;
+  const next = run.tokens[query + 1]?.id;
+  const guesses = lensed.guesses.get(query)[row].slice(0, 4);
+  const items = guesses.map((guess) => make("li", { className: chosenIf(guess.id === next) },
+    make("span", { className: "label" }, labelOf(guess)),
+    tint(make("span", { className: "share" }, percent(guess.probability)), guess.probability)));
+  return make("section", { className: "guesses" },
+    make("h4", {}, title),
+    make("ol", {}, items),
+    button("Lines", () => run.help.showCode(point), { "aria-label": `Show the Python lines of ${title}` }));
+}
+
+// The first guess after each layer (rows) at some positions (columns).
+function lensTable(run, rows, positions) {
+  const { tokenLabel, labelOf, percent, tint } = run.help;
+  const { query } = run.selected;
+  const choose = (position) => () => select({ query: position });
+  const head = positions.map((position) => make("th", { scope: "col" },
+    button(`${position} ${tokenLabel(position)}`, choose(position),
+      { className: "small label", "aria-pressed": String(position === query) })));
+  const guess = (position, row) => {
+    const [best] = lensed.guesses.get(position)[row];
+    const title = percent(best.probability);
+    const cell = make("td", { className: "label guess", title, click: choose(position) }, labelOf(best));
+    return tint(cell, best.probability);
+  };
+  const body = rows.map(({ title }, row) => make("tr", {},
+    make("th", { scope: "row" }, title),
+    positions.map((position) => guess(position, row))));
+  const nextLabel = (position) => (position + 1 < run.tokens.length ? tokenLabel(position + 1) : "");
+  const truth = make("tr", {},
+    make("th", { scope: "row" }, "next in the text"),
+    positions.map((position) => make("td", { className: "label" }, nextLabel(position))));
+  return scrolling("First guesses", "lens",
+    make("thead", {}, make("tr", {}, make("td", {}, ""), head)),
+    make("tbody", {}, body, truth));
+}
+
+// From which layer on the first guess is the one of the model.
+function depthSentence(run, rows) {
+  const { labelOf } = run.help;
+  const next = run.tokens[run.selected.query + 1];
+  const guesses = lensed.guesses.get(run.selected.query).map(([best]) => best);
+  const final = guesses.at(-1);
+  let from = guesses.length - 1;
+  while (from > 0 && guesses[from - 1].id === final.id) from -= 1;
+  const since = rows[from].title;
+  const text = `The model's first guess is “${labelOf(final)}”. It stands first from “${since}” on.`;
+  if (next === undefined) return text;
+  return `${text} The text goes on with “${labelOf(next)}”.`;
+}

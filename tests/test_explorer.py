@@ -1,0 +1,463 @@
+"""The explorer's page: how it is put together, and what a reader sees in Chromium.
+
+test_explorer_port.py tests its model, test_explorer_state.py the views of the cache, positions, mistakes and images."""
+
+import base64
+import importlib.util
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from explorer import screenshots
+from explorer.__main__ import LIMIT, assemble, main
+from generate import Sampling, filter_logits, generate, load_model
+from tokenizer import Tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+MODELS = {name: ROOT / "models" / name for name in ("ministral3", "ministral")}
+HAS_BROWSER = any(map(shutil.which, screenshots.BROWSERS)) and shutil.which("chromedriver") is not None
+HAS_SELENIUM = importlib.util.find_spec("selenium") is not None
+needs_browser = pytest.mark.skipif(
+    not (HAS_BROWSER and HAS_SELENIUM), reason="needs chromium, chromedriver and selenium"
+)
+PWNED = "window.pwned = true"
+PROMPT = f"""</script><script>{PWNED}</script><img src=x onerror="{PWNED}"> {{{{weights}}}} <!-- \ud800"""
+
+
+# --------------------------------------------------------------------------------------------------------- assembly
+
+
+def test_the_page_is_one_file_without_requests():
+    page = assemble(MODELS["ministral3"])
+    assert len(page.encode()) < 14_000_000
+    text = re.sub(r'<script id="(weights|data)".*?</script>', "", page, flags=re.DOTALL)
+    assert len(text) < 300_000
+    assert not re.search(r"""\b(src|href)=["'](?!#)|url\(|@import|\bimport\s*\(|importScripts""", text)
+    assert set(re.findall(r"https?://[\w./]*", text)) == {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xhtml"}
+    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', page)[1]
+    assert policy.startswith("default-src 'none'; ") and "unsafe" not in policy and "http" not in policy
+    assert not re.search(r"\{\{\w+\}\}", text)
+
+
+def test_nothing_in_a_script_element_ends_it():
+    page = assemble(MODELS["ministral"], PROMPT)
+    assert page.count("<script") == page.count("</script>") == 8
+    data = json.loads(re.search(r'<script id="data"[^>]*>(.*?)</script>', page, re.DOTALL)[1])
+    assert data["examples"][0]["text"] == PROMPT
+    assert data["sources"].keys() >= {"ministral.py", "ministral3.py", "vision.py"}
+
+
+def copy_of(directory, tmp_path):
+    """A copy of a model whose weights are a link."""
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in directory.glob("*.json"):
+        shutil.copy(path, copy)
+    (copy / "model.safetensors").symlink_to(directory / "model.safetensors")
+    return copy
+
+
+@pytest.mark.parametrize("case", ["too large", "no weights", "no tokenizer", "no directory", "another model"])
+def test_refusals(tmp_path, capsys, case):
+    model, output = copy_of(MODELS["ministral"], tmp_path), tmp_path / "page.html"
+    output.write_text("old")
+    weights = model / "model.safetensors"
+    expected = "does not exist"
+    if case == "too large":
+        weights.unlink()
+        with weights.open("wb") as file:
+            file.truncate(LIMIT + 1)
+        expected = "has 64.0 MB; the explorer takes up to 64.0 MB, because"
+    elif case == "no weights":
+        weights.unlink()
+    elif case == "no tokenizer":
+        (model / "tekken.json").unlink()
+    elif case == "no directory":
+        model = tmp_path / "nothing"
+    else:
+        (model / "config.json").write_text('{"model_type": "llama"}')
+        expected = "model_type is 'llama'; supported: ministral, ministral3, mistral3"
+    assert main(["--model", str(model), "-o", str(output)]) == 2
+    assert expected in capsys.readouterr().err
+    assert output.read_text() == "old" and not list(tmp_path.glob(".*"))  # no half-written file
+
+
+def test_a_page_that_cannot_be_written_whole_is_not_written(tmp_path, monkeypatch, capsys):
+    def fail(path, *_, **__):
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    output = tmp_path / "page.html"
+    monkeypatch.setattr(Path, "write_text", fail)
+    assert main(["--model", str(MODELS["ministral"]), "-o", str(output)]) == 2
+    assert "disk full" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------------------------------------------------- browser
+
+
+class Page:
+    """A browser with a page of the explorer in it.
+
+    Attributes:
+        driver: selenium's.
+        pages: name of a model -> address of its page.
+    """
+
+    def __init__(self, pages):
+        self.driver = screenshots.start_browser(1280, 900)
+        self.pages = pages
+
+    def open(self, name, is_new=False, is_first_visit=False):
+        """Show the page of a model, as an earlier test has left it, or loaded again; it has read a text."""
+        if self.driver.current_url == self.pages[name] and not is_new and not is_first_visit:
+            return
+        self.driver.get(self.pages[name])
+        if is_first_visit:
+            self("localStorage.clear()")
+            self.driver.refresh()
+        elif self("return localStorage.getItem('explorer-tour') === null"):
+            self("localStorage.setItem('explorer-tour', 'seen')")
+            self.driver.refresh()
+        self.wait()
+
+    def __call__(self, script, *arguments):
+        return self.driver.execute_script(script, *arguments)
+
+    def wait(self, condition="explorer.run !== null && !explorer.busy && explorer.pending === 0"):
+        """Wait until a condition in JavaScript is true; errors of the page are errors here."""
+        from selenium.webdriver.support.ui import WebDriverWait
+
+        WebDriverWait(self.driver, 30, poll_frequency=0.05).until(lambda _: self(f"return {condition}"))
+        assert self("return document.querySelectorAll('.error').length") == 0, self.text("status") + self.text("view")
+
+    def text(self, element):
+        """The text of the element with an id, as a reader sees it."""
+        return self("return document.getElementById(arguments[0]).innerText", element)
+
+    def click(self, element):
+        self("document.getElementById(arguments[0]).click()", element)
+
+    def open_view(self, view):
+        self.click(f"tab-{view}")
+        if view in ("sampling", "layers"):  # they ask the worker
+            self.wait("document.querySelector('#view table') !== null")
+
+    def write(self, prompt, mode="text", **settings):
+        """Put a text and settings in place."""
+        script = """const [text, mode, settings] = arguments;
+            document.getElementById("prompt").value = text;
+            document.querySelector(`input[name=mode][value=${mode}]`).checked = true;
+            for (const name in settings) document.getElementById(name).value = settings[name];"""
+        self(script, prompt, mode, settings)
+
+    def prompt(self):
+        """What the text field holds, and whether it is a text or a question."""
+        return self("return [document.getElementById('prompt').value, explorer.run.source.mode]")
+
+    def logits(self, position):
+        """The logits (V,) after the token at a position."""
+        script = """const { shape: [, , V], data } = explorer.run.trace.logits;
+            return [...data.subarray(arguments[0] * V, (arguments[0] + 1) * V)];"""
+        return torch.tensor(self(script, position))
+
+    def press(self, button):
+        self.click(button)
+        self.wait()
+
+    def views(self):
+        return self("return VIEWS.map(({ id }) => id)")
+
+    def resize(self, width):
+        screenshots.resize(self.driver, width, 900)
+
+    def errors(self):
+        """Errors in the console since the last call."""
+        return [entry["message"] for entry in self.driver.get_log("browser")]
+
+    def keys(self, *keys):
+        from selenium.webdriver import ActionChains
+
+        for key in keys:
+            ActionChains(self.driver).send_keys(key).perform()
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("explorer")
+    pages = {}
+    for name, model in MODELS.items():
+        assert main(["--model", str(model), "-o", str(directory / f"{name}.html")]) == 0
+        pages[name] = (directory / f"{name}.html").as_uri()
+    page = Page(pages)
+    yield page
+    page.driver.quit()
+
+
+@needs_browser
+@pytest.mark.parametrize("name", MODELS)
+def test_first_token_and_views(page, name):
+    """The text is the one of Python; every view shows it, without an error."""
+    page.open(name, is_new=True)
+    prompt = page("return explorer.run.tokens.map(({ id }) => id)")
+    page.write(*page.prompt(), temperature=0)
+    page.press("next")
+    assert float(re.search(r"the first came after ([\d.]+) s", page.text("status"))[1]) < 1
+    page.press("write")
+    model = load_model(MODELS[name], torch.float32)
+    ids = page("return explorer.run.tokens.map(({ id }) => id)")
+    assert ids[: len(prompt)] == prompt and len(ids) > len(prompt) + 8
+    expected = generate(model, torch.tensor([prompt]), max_new_tokens=len(ids) - len(prompt), do_sample=False)
+    assert ids == expected[0].tolist()
+    for view in page.views():
+        page.open_view(view)
+        page.wait()
+        assert len(page.text("view")) > 100, view
+    assert page.errors() == []
+
+
+@needs_browser
+def test_why_a_cell_is_hidden(page):
+    page.open("ministral")
+    page.open_view("attention")
+
+    def why(query, key, layer):
+        page(f"select({{query: {query}, key: {key}, layer: {layer}, head: 0}})")
+        return page.text("readout")
+
+    assert "in the future of position 5" in why(5, 6, 0)
+    assert "outside the window. Position 3 is 64 positions back, and this layer sees the last 64" in why(67, 3, 1)
+    assert "Visible" in why(67, 3, 0) and "Visible" in why(67, 4, 1)  # a full layer, and the last key of a window
+    probabilities = page("""const { shape: [, H, S], data } = explorer.run.trace["layers.0.attention.probabilities"];
+        return [...data.subarray(67 * S, 68 * S)];""")
+    assert f"{100 * probabilities[3]:.1f} %" in why(67, 3, 0) or "< 0.05 %" in why(67, 3, 0)
+    assert sum(probabilities) == pytest.approx(1, abs=1e-5)
+
+
+@needs_browser
+def test_the_last_layer_of_the_lens_is_the_model(page):
+    page.open("ministral")
+    page.open_view("layers")
+    page("select({query: 12})")
+    page.wait("document.querySelector('#view h3').innerText.includes('position 12')")
+    best = int(page.logits(12).argmax())
+    token = Tokenizer.from_dir(MODELS["ministral"]).decode([best]).replace(" ", "·").replace("\n", "↵")
+    share = f"{100 * page.logits(12).softmax(-1).max():.1f} %"
+    stages = page("return [...document.querySelectorAll('.guesses')].map((stage) => stage.innerText)")
+    assert len(stages) == 9 and stages[-1].split("\n")[:3] == ["after layer 7", token, share]
+    assert f"first guess is “{token}”" in page.text("view")
+
+
+@needs_browser
+def test_the_page_stays_responsive(page):
+    page.open("ministral3")
+    page.write("O Romeo, Romeo! wherefore art thou Romeo?")
+    page("""globalThis.gaps = []; let last = performance.now();
+        const frame = (now) => { gaps.push(now - last); last = now; requestAnimationFrame(frame); };
+        requestAnimationFrame(frame);""")
+    page.click("write")
+    page.wait("explorer.live !== null && explorer.live.tokens.length > 20")
+    page("gaps.push('written')")
+    page.click("stop")
+    page.wait()
+    assert "Stopped." in page.text("status")
+    gaps = page("return gaps")
+    while_writing = gaps[: gaps.index("written")]
+    assert len(while_writing) > 10 and np.median(while_writing) < 100 and max(while_writing) < 500
+
+
+@needs_browser
+def test_sampling_shows_what_filter_logits_does(page):
+    page.open("ministral3", is_new=True)
+    settings = {"temperature": 0.6, "top_k": 20, "top_p": 0.8, "min_p": 0.05}
+    page.write(*page.prompt(), **settings)
+    page.open_view("sampling")
+    page("select({query: 18})")
+    page.wait("document.querySelectorAll('#view tbody tr').length > 5")
+    logits = page.logits(18)
+    before, after = logits.softmax(-1), filter_logits(logits, Sampling(**settings)).softmax(-1)
+    tempered = (logits / 0.6).softmax(-1)
+    tokenizer = Tokenizer.from_dir(MODELS["ministral3"])
+    rows = page("""return [...document.querySelectorAll("#view tbody tr")]
+        .map((row) => [...row.children].map((cell) => cell.innerText))""")
+    for place, id in enumerate(before.argsort(descending=True)[:14].tolist()):
+        _, token, *shares, fate = rows[place]
+        assert token.replace("·", " ").replace("↵", "\n") == tokenizer.decode([id])
+        expected = [before[id], tempered[id], after[id]]
+        for text, share in zip(shares, expected):
+            assert text in (f"{100 * share:.1f} %", "0", "< 0.05 %") and (text != "0" or share == 0)
+        assert fate.startswith("kept" if after[id] > 0 else "cut by top-")
+    assert any(row[-1].startswith("cut") for row in rows)
+    kept = int((after > 0).sum())
+    assert f"{kept} tokens stay" in page.text("view").partition("min-p")[2]
+
+
+@needs_browser
+def test_nothing_of_a_model_or_a_prompt_is_executed(page, tmp_path):
+    evil = f'<img src=x onerror="{PWNED}">'
+    model = copy_of(MODELS["ministral3"], tmp_path).rename(tmp_path / f"<img src=x onerror={PWNED}>")
+    tekken = json.loads((model / "tekken.json").read_text())
+    tekken["special_tokens"][20]["token_str"] = evil
+    script = f"</script><script>{PWNED}</script>"
+    for rank in range(256, len(tekken["vocab"])):  # every token but single bytes
+        text = f"{evil}{script}{rank}"
+        encoded = base64.b64encode(text.encode()).decode()
+        tekken["vocab"][rank] = {"rank": rank, "token_bytes": encoded, "token_str": text}
+    (model / "tekken.json").write_text(json.dumps(tekken))
+    config = json.loads((model / "config.json").read_text())
+    config |= {"architectures": [script], "__proto__": {"hidden_size": 1}, evil: evil}
+    (model / "config.json").write_text(json.dumps(config))
+    output = tmp_path / "evil.html"
+    assert main(["--model", str(model), "--prompt", PROMPT, "-o", str(output)]) == 0
+    page.pages["evil"] = output.as_uri()
+    page.open("evil")
+    page("""globalThis.violations = 0;
+        document.addEventListener("securitypolicyviolation", () => { violations += 1; });""")
+    page.press("write")
+    for view in page.views():
+        page.open_view(view)
+        page.wait()
+        assert page("return document.querySelectorAll('img, iframe, object, embed, main script').length") == 0, view
+    assert page("return document.getElementById('prompt').value.startsWith(arguments[0])", PROMPT[:-1])
+    assert page("return window.pwned ?? null") is None and page("return violations") == 0
+    assert page.text("title") == model.name
+    strip = page("return [...document.querySelectorAll('.token')].map((token) => token.textContent).join('')")
+    assert "</script><script>window.pwned" in strip.replace("·", " ")  # the prompt
+    assert f"{evil}{script}" in strip.replace("·", " ")  # written tokens
+    page("""explorer.run.ask({ kind: "name", ids: [20] }).then(({ tokens: [token] }) => {
+        globalThis.named = explorer.run.help.labelOf(token); })""")
+    page.wait("globalThis.named !== undefined")
+    assert page("return named") == evil  # a special token
+
+
+@needs_browser
+def test_the_policy_forbids_requests_and_scripts(page):
+    page.open("ministral3")
+    found = page.driver.execute_async_script(f"""
+        const done = arguments[0];
+        const blocked = [];
+        document.addEventListener("securitypolicyviolation", (event) => blocked.push(event.effectiveDirective));
+        fetch("http://127.0.0.1:9/").catch(() => 0);
+        new Image().src = "http://127.0.0.1:9/";
+        const script = document.createElement("script");
+        script.textContent = "{PWNED}";
+        document.body.append(script);
+        document.body.append(Object.assign(document.createElement("iframe"), {{ src: "http://127.0.0.1:9/" }}));
+        setTimeout(() => done(blocked.sort()), 500);""")
+    assert found == ["connect-src", "frame-src", "img-src", "script-src-elem"]
+    assert page("return window.pwned ?? null") is None
+    page.errors()  # they say the same
+
+
+@needs_browser
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (360, "dark")])
+def test_axe_finds_nothing(page, width, scheme):
+    axe = pytest.importorskip("axe_core_python", reason="needs axe-core-python")
+    script = (Path(axe.__path__[0]) / "axe.min.js").read_text(encoding="utf-8")
+    page.resize(width)
+    screenshots.set_scheme(page.driver, scheme)
+    page.open("ministral3", is_first_visit=True)
+    page.wait("!document.getElementById('tour').hidden")
+    page(script)
+    rules = "undefined"
+    if scheme == "dark":
+        rules = "['color-contrast', 'scrollable-region-focusable']"  # others depend on neither colours nor width
+    run = f"axe.run(document, {{ resultTypes: ['violations'], runOnly: {rules} }})"
+    run += ".then(({ violations }) => arguments[0](violations.map("
+    run += "({ id, nodes }) => [id, nodes.map(({ html, failureSummary }) => [html.slice(0, 200), failureSummary])])))"
+    found = {"tour": page.driver.execute_async_script(run)}
+    page.click("tour-skip")
+    for view in page.views():
+        page.open_view(view)
+        found[view] = page.driver.execute_async_script(run)
+    page.resize(1280)
+    screenshots.set_scheme(page.driver, "light")
+    assert {view: violations for view, violations in found.items() if violations} == {}
+
+
+@needs_browser
+def test_widths_and_sizes_of_text(page):
+    page.open("ministral3")
+    smallest = """const isText = ({ nodeType, data }) => nodeType === 3 && data.trim() !== "";
+        const hasText = (element) => element.checkVisibility() && [...element.childNodes].some(isText);
+        const shown = [...document.querySelectorAll("body *")].filter(hasText);
+        return Math.min(...shown.map((element) => parseFloat(getComputedStyle(element).fontSize)));"""
+    for width in (360, 700, 1920):
+        page.resize(width)
+        for view in page.views():
+            page.open_view(view)
+            assert page("return document.documentElement.scrollWidth") <= width, (view, width)
+            assert page(smallest) >= 12, view
+    page.resize(1280)
+
+
+@needs_browser
+def test_the_keyboard_alone(page):
+    """Tab reaches everything; arrows choose tabs, tokens, heads and cells; the focus stays where it was."""
+    from selenium.webdriver import ActionChains, Keys
+
+    page.open("ministral3")
+    page.open_view("attention")
+    page("document.getElementById('prompt').value = 'To be, or not'; document.getElementById('prompt').focus()")
+    ActionChains(page.driver).key_down(Keys.CONTROL).send_keys(Keys.ENTER).key_up(Keys.CONTROL).perform()
+    page.wait("explorer.run.tokens.length === 6 && !explorer.busy")
+    active = "const { id, className, textContent } = document.activeElement; return id || className || textContent"
+    reached = []
+    for _ in range(40):
+        page.keys(Keys.TAB)
+        reached.append(page(active))
+        if reached[-1].startswith("tab-"):
+            break
+    assert [name for name in reached if name in ("read", "next", "write", "temperature", "seed")] \
+        == ["read", "next", "write", "temperature", "seed"]  # fmt: skip
+    assert reached[-2].startswith("token")
+    assert reached[-1] == "tab-attention"
+    page.keys(Keys.ARROW_LEFT)
+    assert page(active) == "tab-sampling" and page("return explorer.view") == "sampling"
+    page.keys(Keys.ARROW_RIGHT, Keys.TAB)
+    assert page(active) == "panel"
+    page.keys(Keys.TAB)
+    assert page(active) == "large-map"
+    before = page("return { ...explorer.run.selected }")
+    page.keys(Keys.ARROW_UP, Keys.ARROW_LEFT)
+    after = page("return { ...explorer.run.selected }")
+    assert (after["query"], after["key"]) == (before["query"] - 1, before["key"] - 1) and page(active) == "large-map"
+    for _ in range(10):
+        page.keys(Keys.TAB)
+        if page("return document.activeElement.dataset.head !== undefined"):
+            break
+    page.keys(Keys.HOME, Keys.ARROW_DOWN)
+    head = page("return document.activeElement.dataset.head")
+    assert head == page("const { layer, head } = explorer.run.selected; return `${layer}.${head}`")
+    assert head == f"{before['layer'] + 1}.{before['head']}"
+    page("document.querySelector('#strip [aria-selected=true]').focus()")
+    page.keys(Keys.HOME)
+    assert page("return [explorer.run.selected.query, document.activeElement.textContent]") == [0, "<s>"]
+
+
+@needs_browser
+def test_the_tour_of_a_first_visit(page):
+    from selenium.webdriver import Keys
+
+    page.open("ministral3", is_first_visit=True)
+    page.wait("!document.getElementById('tour').hidden")
+    assert page.text("tour-count") == "Stop 1 of 6"
+    views = []
+    for _ in range(6):
+        views.append(page("return explorer.view"))
+        page.click("tour-next")
+    assert views == ["tokens", "sampling", "attention", "layers", "cache", "mistakes"]
+    assert page("return document.getElementById('tour').hidden")
+    page.driver.refresh()
+    page.wait()
+    assert page("return document.getElementById('tour').hidden")  # not a second time
+    page.click("start-tour")
+    assert page("return document.activeElement.id") == "tour"
+    page.keys(Keys.ESCAPE)
+    assert page("return document.getElementById('tour').hidden")
+    assert page("return document.activeElement.id") == "start-tour"
