@@ -13,9 +13,9 @@ import torch
 if not any(argument.startswith("--weights") for argument in sys.argv):
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing else in the tests may reach the network
 
-# 100 examples by default, more in CI (where the variable CI is set) or with `pytest --hypothesis-profile=ci`. Few where
-# the same tests run many times (tests/processors.py).
-for name, examples in (("default", 100), ("ci", 120), ("quick", 5)):
+# 20 examples by default, 60 with `pytest --all`. Few where the same tests run many times (tests/processors.py). More
+# with `pytest --hypothesis-profile=thorough`.
+for name, examples in (("default", 20), ("all", 60), ("quick", 5), ("thorough", 200)):
     hypothesis.settings.register_profile(
         name,
         max_examples=examples,
@@ -26,8 +26,7 @@ for name, examples in (("default", 100), ("ci", 120), ("quick", 5)):
 # The same examples every time: whether a mistake is found must not depend on the draw.
 hypothesis.settings.register_profile("mutants", hypothesis.settings.get_profile("default"), max_examples=40,
                                      phases=[hypothesis.Phase.generate], database=None, derandomize=True)  # fmt: skip
-hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
-
+hypothesis.settings.load_profile("default")
 
 
 def at_most(examples: int) -> hypothesis.settings:
@@ -57,9 +56,25 @@ logging.getLogger("transformers").addHandler(DeprecationHandler(logging.WARNING)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Options for published weights, which are too large to be part of this repository."""
+    """The options of this project's tests: published weights are too large to be part of the repository."""
+    parser.addoption("--all", action="store_true", help="the slow tests, too, and more examples: about three times as long")
     parser.addoption("--weights-8b-2410", metavar="DIR_OR_HUB_ID", help="Ministral-8B-Instruct-2410")
     parser.addoption("--weights", metavar="DIR_OR_HUB_ID", help="any published Ministral, compared with Transformers")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """More examples with --all. (A profile that is given by name is loaded after this.)"""
+    if config.getoption("--all"):
+        hypothesis.settings.load_profile("all")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip slow tests without --all, unless tests are chosen by name."""
+    if config.getoption("--all") or any("::" in argument for argument in config.args):
+        return
+    for item in items:
+        if item.get_closest_marker("slow") is not None:
+            item.add_marker(pytest.mark.skip(reason="slow; --all runs it"))
 
 
 def older(package: str, *version: int) -> bool:

@@ -953,6 +953,7 @@ def test_what_the_hub_refuses_is_one_line_with_a_cure(monkeypatch, capsys, error
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_the_cache_serves_without_a_network(tmp_path):
     """A repository in huggingface_hub's cache is found by name and by revision with HF_HUB_OFFLINE=1."""
     commit, repository = "0" * 40, tmp_path / "models--owner--name"

@@ -625,6 +625,7 @@ def test_a_vision_model_compiles_and_exports_whole():
 # --------------------------------------------------------------------------------------------------- example
 
 
+@pytest.mark.slow
 def test_the_example():
     """The data are as described, and a short run is better than the baseline on the held-out plays."""
     train, test = verse.load_data()

@@ -245,6 +245,7 @@ def short(monkeypatch):
     return short
 
 
+@pytest.mark.slow
 def test_the_example_learns_and_its_adapter_merges(short, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["lora", "--save", str(tmp_path / "adapter")])
     assert lora.main(steps=12) == 0
@@ -264,6 +265,7 @@ def test_the_spelling():
     )
 
 
+@pytest.mark.slow
 def test_the_figure_of_modern_spelling():
     texts = [play[20_000:50_000] for play in corpus.load()["test"]]
     model = load_model(BUNDLED, torch.float32)

@@ -11,6 +11,7 @@ from tests.conftest import newer_transformers
 from tests.mutation import RIGHT
 
 
+@pytest.mark.slow
 @newer_transformers
 @pytest.mark.skipif(sys.platform != "linux", reason="forks processes that hold torch")
 def test_every_mutant_turns_a_test_red():

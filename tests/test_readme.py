@@ -91,7 +91,12 @@ def usage(module):
     return done.stdout.partition("\n\n")[0].partition(module)[2]
 
 
-@pytest.mark.parametrize("page", PAGES)
+SLOW_PAGES = {"docs/performance.md"}  # a command of it takes 2 seconds to import Transformers
+
+
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=[pytest.mark.slow] if page in SLOW_PAGES else []) for page in PAGES]
+)
 def test_commands_in_the_text_are_there(page):
     """`python -m module` takes no argument that the page does not name; `pytest file` is a file."""
     in_blocks = [line.partition("#")[0].strip() for block in blocks(page, "sh") for line in block.splitlines()]

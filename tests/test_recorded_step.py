@@ -301,6 +301,7 @@ def test_a_step_is_recorded_on_its_own_device_and_stream(monkeypatch):
     assert replay() == "logits" and log[-1] == "replay"
 
 
+@pytest.mark.slow
 def test_many_shapes_are_compiled():
     """More than the limit of 8 that PyTorch has by default. (The compiler is left out: it takes seconds a shape.)"""
     right = torch.compile

@@ -426,6 +426,7 @@ def test_the_ngram_model_orders_texts_as_it_should():
     assert ngram_bits_per_byte(train_text + play, play) < ngram_bits_per_byte(train_text, play)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ministral3", "ministral"])
 def test_the_stated_bits_per_byte_are_true(name):
     """The bits per byte on the held-out plays that models/NAME/README.md states, measured again."""

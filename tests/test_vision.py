@@ -655,6 +655,7 @@ def test_impossible_configurations(change, message):
 # ------------------------------------------------------------------------------------------------------- files
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @given(rngs)
 def test_directories_go_both_ways(tmp_path_factory, rng):
