@@ -436,6 +436,8 @@ function renderTabs() {
     "aria-controls": "panel", "aria-selected": String(id === state.view), click: () => openView(id),
   }, title)));
   byId("panel").setAttribute("aria-labelledby", `tab-${state.view}`);
+  const tab = byId(`tab-${state.view}`); // on a narrow screen, the tabs scroll sideways
+  byId("tabs").scrollLeft = tab.offsetLeft - (byId("tabs").clientWidth - tab.offsetWidth) / 2;
 }
 
 function tabKeys(event) {
