@@ -57,7 +57,7 @@ logging.getLogger("transformers").addHandler(DeprecationHandler(logging.WARNING)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """The options of this project's tests: published weights are too large to be part of the repository."""
-    parser.addoption("--all", action="store_true", help="the slow tests, too, and more examples: about three times as long")
+    parser.addoption("--all", action="store_true", help="slow tests, too, and three times the examples")
     parser.addoption("--weights-8b-2410", metavar="DIR_OR_HUB_ID", help="Ministral-8B-Instruct-2410")
     parser.addoption("--weights", metavar="DIR_OR_HUB_ID", help="any published Ministral, compared with Transformers")
 

@@ -102,7 +102,7 @@ def test_commands_in_the_text_are_there(page):
     in_blocks = [line.partition("#")[0].strip() for block in blocks(page, "sh") for line in block.splitlines()]
     in_text = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", PAGES[page], flags=re.DOTALL))
     for code in filter(None, in_text + in_blocks):
-        words = code.removesuffix(" -n auto").split()
+        words = code.removesuffix(" --all").removesuffix(" -n auto").split()
         if "pytest" in words and len(words) > 1 and words[-1] != "pytest":
             files = [word for word in words if word.endswith(".py")]
             assert files and all((ROOT / file).is_file() for file in files), code

@@ -629,7 +629,7 @@ def test_images_among_given_embeddings():
     "change, message",
     [
         ({"vision_config": {"hidden_size": 10, "num_attention_heads": 4}}, "hidden_size=10 is impossible"),
-        ({"vision_config": {"patch_size": 0}}, "patch_size=0 is impossible; allowed: a whole number from 1 to 2147483647"),
+        ({"vision_config": {"patch_size": 0}}, "patch_size=0 is impossible; allowed: a whole number from 1 to"),
         ({"vision_config": {"head_dim": 3}}, "head_dim=3 is impossible; allowed: hidden_size / num_attention_heads"),
         ({"vision_config": {"rope_parameters": {"rope_type": "yarn"}}}, "allowed: rope_type default, or axial"),
         ({"vision_config": {"model_type": "clip"}}, "model_type 'clip' computes another function; allowed: pixtral"),
