@@ -1,9 +1,11 @@
 """The layout of the project: names that other files rely on exist, and imports run one way."""
 
 import ast
+import importlib
 import importlib.util
 import json
 import re
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -192,3 +194,20 @@ def test_names_that_notebooks_import_exist(path):
                         importlib.import_module(f"{node.module}.{name}")  # a file of a package
                     assert hasattr(module, name), f"{node.module} has no {name}"
     assert found
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="needs tomllib")
+def test_the_package_has_every_module_and_its_commands():
+    """`pip install .` installs what pyproject.toml lists: every file of the root, the packages, and three commands."""
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    listed = project["tool"]["setuptools"]
+    assert listed["py-modules"] == sorted(path.stem for path in ROOT.glob("*.py"))
+    packages = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"tests", "benchmarks", "examples", "notebooks"}
+    assert packages <= set(listed["packages"])
+    for package in listed["packages"]:
+        assert (ROOT / package.replace(".", "/")).is_dir()
+    for command in project["project"]["scripts"].values():
+        module, _, function = command.partition(":")
+        assert callable(getattr(importlib.import_module(module), function))
