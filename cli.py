@@ -89,9 +89,11 @@ def exit_code(command: Callable[[], int], interrupted: str = "interrupted") -> i
 
 
 def one_line(message: object) -> str:
-    """A message on one line. Characters that are not printable, of file names or of tensors' names, are escaped: a
-    terminal would obey them."""
+    """A message on one line. A long one, which repeats a long argument, is shortened. Characters of names that are not
+    printable are escaped: a terminal would obey them."""
     words = " ".join(str(message).split())
+    if len(words) > 500:
+        words = f"{words[:250]} ... {words[-200:]}"
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in words)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 import checkpoint
+from checks import brief
 from ministral import MinistralForCausalLM
 from ministral3 import Ministral3ForCausalLM
 from pretrained import PreTrainedConfig
@@ -40,7 +41,7 @@ def model_class(config: dict[str, object]) -> type[GenerativeModel]:
     """
     model_type = config.get("model_type")
     if str(model_type) not in MODELS:
-        raise ValueError(f"config.json has model_type {model_type!r}; allowed: {', '.join(MODELS)}")
+        raise ValueError(f"config.json has model_type {brief(model_type)}; allowed: {', '.join(MODELS)}")
     return MODELS[str(model_type)]
 
 

@@ -127,7 +127,7 @@ def _expect_tensors(
         problem = f"{len(unexpected)} tensors unexpected: {list_names(unexpected, 6)}"
         raise ValueError(f"{files.directory}: {problem}{origin}")
     if misshapen:
-        raise ValueError(f"{files.directory}: {len(misshapen)} tensors misshapen: {list_names(misshapen, 6)}")
+        raise ValueError(f"{files.directory}: {len(misshapen)} tensors misshapen: {list_names(misshapen, 3)}")
 
 
 def expect_types(

@@ -140,9 +140,9 @@ def _windows(params: Fields, layers: int) -> tuple[int | None, list[str]]:
     sizes = [window for window in pattern if window is not None]
     one_size = all(is_size(window) and window == sizes[0] for window in sizes)
     if contradictory or not one_size or not pattern or layers % len(pattern):
-        found = str(value)
+        found = brief(value)
         if contradictory:
-            found = f"{plain} and _sliding_window={value}"
+            found = f"{brief(plain)} and _sliding_window={brief(value)}"
         allowed = f"null, one number, or a list of it and null, repeated over {layers} layers"
         raise ValueError(f"{PARAMS} has sliding_window={found}; allowed: {allowed}")
     kinds = ["full_attention" if window is None else "sliding_attention" for window in pattern]

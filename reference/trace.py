@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -40,7 +41,8 @@ from vision_config import Mistral3Config
 FORMAT = "1"
 # What damaged files of arrays and metadata raise, beside ValueError, TypeError and OSError.
 DAMAGED = (
-    zipfile.BadZipFile, zlib.error, NotImplementedError, KeyError, MemoryError, RecursionError, SyntaxError,
+    zipfile.BadZipFile, zlib.error, tokenize.TokenError, NotImplementedError, KeyError, MemoryError, RecursionError,
+    SyntaxError,
 )  # fmt: skip
 
 # name -> (dimensions, meaning), in the order of computing. N is a layer; B texts, S tokens, T keys, E hidden size,
