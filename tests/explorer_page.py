@@ -96,13 +96,13 @@ class Page:
         """Errors in the console since the last call."""
         return [entry["message"] for entry in self.driver.get_log("browser")]
 
-    def violations(self, script, rules="undefined"):
-        """What axe-core, whose text is `script`, finds in the page: rules, elements and reasons."""
+    def violations(self, script, root="document", rules="undefined"):
+        """What axe-core, whose text is `script`, finds in an element of the page: rules, elements and reasons."""
         if self("return typeof axe === 'undefined'"):
             self(script)
         return self.driver.execute_async_script(f"""
             const reasons = ({{ html, failureSummary }}) => [html.slice(0, 200), failureSummary];
-            axe.run(document, {{ resultTypes: ["violations"], runOnly: {rules} }}).then(({{ violations }}) =>
+            axe.run({root}, {{ resultTypes: ["violations"], runOnly: {rules} }}).then(({{ violations }}) =>
                 arguments[0](violations.map(({{ id, nodes }}) => [id, nodes.map(reasons)])));""")
 
     # What a reader does.

@@ -17,6 +17,7 @@ from generate import Sampling, filter_logits, generate, load_model
 from tests.explorer_page import MODELS, needs_browser, open_browser, percent
 from tokenizer import Tokenizer
 
+VIEWS = ["tokens", "sampling", "attention", "layers", "cache", "positions", "mistakes", "image", "sizes"]  # the tabs
 PWNED = "window.pwned = true"
 PROMPT = f"""</script><script>{PWNED}</script><img src=x onerror="{PWNED}"> {{{{weights}}}} <!-- \ud800"""
 
@@ -110,6 +111,7 @@ def logits_at(page, position):
 def test_first_token_and_views(page, name):
     """The text is the one of Python; every view shows it, without an error."""
     page.open(name, is_new=True)
+    assert page.views() == VIEWS
     prompt = page.ids()
     page.write(*page.prompt(), temperature=0)
     page.press("next")
@@ -273,11 +275,11 @@ def test_axe_finds_nothing(page, width, scheme):
     rules = "undefined"
     if scheme == "dark":
         rules = "['color-contrast', 'scrollable-region-focusable']"  # others depend on neither colours nor width
-    found = {"tour": page.violations(script, rules)}
+    found = {"tour": page.violations(script, rules=rules)}
     page.click("tour-skip")
     for view in page.views():
         page.open_view(view)
-        found[view] = page.violations(script, rules)
+        found[view] = page.violations(script, rules=rules)
     page.resize(1280)
     screenshots.set_scheme(page.driver, "light")
     assert {view: violations for view, violations in found.items() if violations} == {}
