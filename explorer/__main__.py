@@ -26,8 +26,9 @@ ROOT = HERE.parent
 BUNDLED = ROOT / "models" / "ministral3"
 LIMIT = 64_000_000  # bytes of weights
 MODEL_TYPES = ("ministral", "ministral3", "mistral3")
-# In the order in which they run. A name in one of the views does not collide with the same name in another.
-SCRIPTS = ("model.js", "worker.js", "page.js", "views_text.js", "views_state.js", "tour.js")
+# In the order in which they run; page.js has the order of the tabs. A name in one of the views does not collide with
+# the same name in another.
+SCRIPTS = ("model.js", "worker.js", "page.js", "views_text.js", "views_state.js", "views_compare.js", "tour.js")
 SOURCES = ("ministral.py", "ministral3.py", "vision.py", "generate.py")
 
 

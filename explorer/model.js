@@ -498,8 +498,8 @@ function readWeights(buffer) {
     return [name, { shape, data: read(buffer.slice(8 + size + start, 8 + size + end)) }];
   }));
 }
-// A trace as a .safetensors file (ArrayBuffer) for `python -m reference diff`. points: {name: {shape, data}}. ids: those
-// that the model read. about: anything that JSON holds, such as the name of the model.
+// A trace as a .safetensors file (ArrayBuffer) for `python -m reference diff`. points: {name: {shape, data}}. ids:
+// those that the model read. about: anything that JSON holds, such as the name of the model.
 function saveTrace(points, ids, about = {}) {
   const tensors = [["input.input_ids", "I64", [1, ids.length], BigInt64Array.from(ids, BigInt)]];
   for (const [name, { shape, data }] of Object.entries(points)) tensors.push([name, "F32", shape, data]);

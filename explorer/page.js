@@ -8,8 +8,8 @@
 //     run.config, run.text          the parsed config.json, and its text configuration with all fields
 //     run.tokens                    [{id, text, bytes, special}] of everything read and written
 //     run.prompt                    how many of them are the prompt
-//     run.trace                     {name: {shape, data}}, the points of reference/trace.py of one pass over all tokens
-//     run.steps                     [{id, logits, settings}] of each written token: the logits (V,) that it was drawn from
+//     run.trace                     {name: {shape, data}}, points of reference/trace.py of one pass over all tokens
+//     run.steps                     [{id, logits, settings}] of each written token, drawn from the logits (V,)
 //     run.images                    [{rgb, height, width}] that were read with the text
 //     run.source                    {text, mode, images} that the tokens come from
 //     run.settings                  the sampling settings of the page, as of now
@@ -23,6 +23,8 @@
 "use strict";
 
 const VIEWS = [];
+// Their tabs, from left to right. A script may hold views that are not neighbours.
+const ORDER = ["tokens", "sampling", "attention", "layers", "cache", "positions", "mistakes", "image", "sizes"];
 const data = JSON.parse(document.getElementById("data").textContent);
 const state = {
   run: null, // null until the model has read the first text
@@ -112,15 +114,22 @@ function number(x) {
   return text.replaceAll("-", "−");
 }
 
-// A probability in percent.
+// A probability in percent. The blank before the sign does not break a line.
 function percent(p) {
-  if (p > 0 && p < 0.0005) return "< 0.05 %";
-  return `${(100 * p).toFixed(1)} %`;
+  if (p > 0 && p < 0.0005) return "< 0.05\u00a0%";
+  return `${(100 * p).toFixed(1)}\u00a0%`;
+}
+
+// A number with separators of thousands. With a word, so many things: count(1, "token") -> "1 token", 2 -> "2 tokens".
+function count(n, word = null) {
+  const written = n.toLocaleString("en-US");
+  if (word === null) return written;
+  return `${written} ${word}${n === 1 ? "" : "s"}`;
 }
 
 function isDark() {
-  const chosen = document.documentElement.dataset.theme;
-  if (chosen !== undefined) return chosen === "dark";
+  const { theme } = document.documentElement.dataset;
+  if (theme !== undefined) return theme === "dark";
   return matchMedia("(prefers-color-scheme: dark)").matches;
 }
 
@@ -197,6 +206,85 @@ function rgbOf(hex) {
 // The points of the trace with this name, for example point("layers.2.attention.scores") -> {shape, data}.
 function point(name) {
   return state.run.trace[name];
+}
+
+// --------------------------------------------------------------------------------------- parts of several views
+// What the reader chose in a view, by the id of the view: a view is made anew when the selection changes.
+const chosen = {};
+let madeIds = 0;
+
+// An id for a control and its label.
+function newId() {
+  madeIds += 1;
+  return `state-${madeIds}`;
+}
+
+// A list of [value, text] under a label.
+function choice(label, options, value, changed) {
+  const id = newId();
+  const item = ([key, text]) => make("option", { value: key, selected: String(key) === String(value) }, text);
+  const list = make("select", { id, change: () => changed(list.value) }, options.map(item));
+  return make("div", { className: "state-control" }, make("label", { htmlFor: id }, label), list);
+}
+
+function paragraph(...children) {
+  return make("p", {}, ...children);
+}
+
+// Arrow keys move between the buttons of a group, of which one can be reached with Tab.
+function arrowKeys(group, columns) {
+  group.addEventListener("keydown", (event) => {
+    const buttons = [...group.querySelectorAll("button")];
+    const steps = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: columns(), ArrowUp: -columns() };
+    const target = buttons[buttons.indexOf(document.activeElement) + steps[event.key]];
+    if (target === undefined) return;
+    event.preventDefault();
+    target.focus();
+  });
+}
+
+// The token of a position in quotes, after a blank; nothing beyond the end of the text.
+function quoted(run, position) {
+  if (position >= run.tokens.length) return "";
+  return ` “${run.help.tokenLabel(position)}”`;
+}
+
+// A plot that fills the width of its element and is drawn again when that changes. Its text keeps its size in pixels.
+// x and y: {from, to, log, ticks, label}; series: [{points: [[x, y], ...], className}]; zones: [{from, to, className}].
+function plot(description, x, y, series, zones = [], mark = null) {
+  const element = make("div", { className: "state-plot" });
+  element.redraw = () => {
+    const width = Math.max(element.clientWidth, 240);
+    const height = 220;
+    const [left, right, top, bottom] = [56, 12, 10, 40];
+    const scale = (axis, start, end) => (value) => {
+      const of = axis.log ? Math.log : Number;
+      return start + ((of(value) - of(axis.from)) / (of(axis.to) - of(axis.from))) * (end - start);
+    };
+    const toX = scale(x, left, width - right);
+    const toY = scale(y, height - bottom, top);
+    const line = (name, x1, y1, x2, y2) => make("svg:line", { class: name, x1, y1, x2, y2 });
+    const label = (text, at, line, anchor) => make("svg:text", { x: at, y: line, "text-anchor": anchor }, text);
+    const band = ({ className, from, to }) => make("svg:rect", { class: className, x: toX(from), y: top,
+      width: Math.max(toX(to) - toX(from), 0), height: height - bottom - top });
+    element.replaceChildren(make("svg:svg", { width, height, role: "img", "aria-label": description },
+      zones.map(band),
+      y.ticks.map((tick) => [line("state-grid", left, toY(tick), width - right, toY(tick)),
+        label(y.text(tick), left - 8, toY(tick) + 4, "end")]),
+      x.ticks.map((tick) => label(x.text(tick), toX(tick), height - bottom + 18, tick === x.to ? "end" : "middle")),
+      label(x.label, (left + width - right) / 2, height - 4, "middle"),
+      series.map(({ className, points }) => make("svg:polyline", { class: className,
+        points: points.map(([a, b]) => `${toX(a)},${toY(b)}`).join(" ") })),
+      mark && [line("state-mark", toX(mark.x), top, toX(mark.x), height - bottom),
+        make("svg:circle", { class: "state-dot", cx: toX(mark.x), cy: toY(mark.y), r: 5 })]));
+  };
+  new ResizeObserver(() => { if (element.clientWidth) element.redraw(); }).observe(element);
+  return element;
+}
+
+function layerChoice(run) {
+  const layers = run.text.layer_types.map((kind, index) => [index, `${index}: ${kind.replace("_", " ")}`]);
+  return choice("Layer", layers, run.selected.layer, (layer) => select({ layer: Number(layer) }));
 }
 
 // ------------------------------------------------------------------------------------------- run and selection
@@ -349,7 +437,6 @@ function showError(words) {
   byId("status").classList.add("error");
 }
 
-const count = (n, word) => `${n.toLocaleString("en-US")} ${word}${n === 1 ? "" : "s"}`;
 const seconds = (started) => `${((performance.now() - started) / 1000).toFixed(2)} s`;
 
 // -------------------------------------------------------------------------------------------------- token strip
@@ -565,6 +652,7 @@ async function startPage() {
   showExamples();
   useGenerationConfig();
   listen();
+  VIEWS.sort((a, b) => ORDER.indexOf(a.id) - ORDER.indexOf(b.id));
   openView(state.view);
   document.title = `${data.name}: explorer`;
   byId("title").textContent = data.name;
@@ -586,4 +674,5 @@ async function startPage() {
 
 // What the other scripts use.
 Object.assign(globalThis, { VIEWS, select, make, openView, remember, explorer: state });
+Object.assign(globalThis, { chosen, newId, choice, layerChoice, paragraph, arrowKeys, quoted, count, plot });
 document.addEventListener("DOMContentLoaded", () => startPage().catch((error) => showError(error.message)));

@@ -71,7 +71,8 @@ VIEWS.push({
       make("h3", {}, `Token at position ${query}`),
       make("p", {}, mark(run.help.tokenLabel(query)), tokenSentence(run, query)),
       muted("Signs: · is a blank, ↵ a newline. A blank belongs to the word after it. ",
-        "Encoding cuts the text with a regular expression, then merges neighbouring bytes as long as the result is in the vocabulary."),
+        "Encoding cuts the text with a regular expression, then merges neighbouring bytes as long as the result is in ",
+        "the vocabulary."),
       make("h3", {}, "All tokens"),
       scrolling("All tokens", "tall", headRow(["position", "token", "id", "bytes", "from"]),
         make("tbody", {}, rows)));
@@ -660,7 +661,8 @@ VIEWS.push({
       make("h3", {}, "The first guess at several positions"),
       lensTable(run, rows, positions),
       muted("Each layer adds to one vector for each token, the residual stream. ",
-        "Here that vector goes through the last norm and the head early. After the last layer this is the model's own answer. ",
+        "Here that vector goes through the last norm and the head early. ",
+        "After the last layer this is the model's own answer. ",
         "The embedding alone is nearest to its own token where both share one matrix."));
   },
 });

@@ -3,7 +3,6 @@
 test_explorer_port.py tests its model, test_explorer_state.py the views of the cache, positions, mistakes and images."""
 
 import base64
-import importlib.util
 import json
 import re
 import shutil
@@ -15,15 +14,10 @@ import torch
 from explorer import screenshots
 from explorer.__main__ import LIMIT, assemble, main
 from generate import Sampling, filter_logits, generate, load_model
+from tests.explorer_page import MODELS, needs_browser, open_browser, percent
 from tokenizer import Tokenizer
 
-ROOT = Path(__file__).resolve().parent.parent
-MODELS = {name: ROOT / "models" / name for name in ("ministral3", "ministral")}
-HAS_BROWSER = any(map(shutil.which, screenshots.BROWSERS)) and shutil.which("chromedriver") is not None
-HAS_SELENIUM = importlib.util.find_spec("selenium") is not None
-needs_browser = pytest.mark.skipif(
-    not (HAS_BROWSER and HAS_SELENIUM), reason="needs chromium, chromedriver and selenium"
-)
+VIEWS = ["tokens", "sampling", "attention", "layers", "cache", "positions", "mistakes", "image", "sizes"]  # the tabs
 PWNED = "window.pwned = true"
 PROMPT = f"""</script><script>{PWNED}</script><img src=x onerror="{PWNED}"> {{{{weights}}}} <!-- \ud800"""
 
@@ -45,7 +39,7 @@ def test_the_page_is_one_file_without_requests():
 
 def test_nothing_in_a_script_element_ends_it():
     page = assemble(MODELS["ministral"], PROMPT)
-    assert page.count("<script") == page.count("</script>") == 8
+    assert page.count("<script") == page.count("</script>") == 9
     data = json.loads(re.search(r'<script id="data"[^>]*>(.*?)</script>', page, re.DOTALL)[1])
     assert data["examples"][0]["text"] == PROMPT
     assert data["sources"].keys() >= {"ministral.py", "ministral3.py", "vision.py"}
@@ -100,102 +94,16 @@ def test_a_page_that_cannot_be_written_whole_is_not_written(tmp_path, monkeypatc
 # ---------------------------------------------------------------------------------------------------------- browser
 
 
-class Page:
-    """A browser with a page of the explorer in it.
-
-    Attributes:
-        driver: selenium's.
-        pages: name of a model -> address of its page.
-    """
-
-    def __init__(self, pages):
-        self.driver = screenshots.start_browser(1280, 900)
-        self.pages = pages
-
-    def open(self, name, is_new=False, is_first_visit=False):
-        """Show the page of a model, as an earlier test has left it, or loaded again; it has read a text."""
-        if self.driver.current_url == self.pages[name] and not is_new and not is_first_visit:
-            return
-        self.driver.get(self.pages[name])
-        if is_first_visit:
-            self("localStorage.clear()")
-            self.driver.refresh()
-        elif self("return localStorage.getItem('explorer-tour') === null"):
-            self("localStorage.setItem('explorer-tour', 'seen')")
-            self.driver.refresh()
-        self.wait()
-
-    def __call__(self, script, *arguments):
-        return self.driver.execute_script(script, *arguments)
-
-    def wait(self, condition="explorer.run !== null && !explorer.busy && explorer.pending === 0"):
-        """Wait until a condition in JavaScript is true; errors of the page are errors here."""
-        from selenium.webdriver.support.ui import WebDriverWait
-
-        WebDriverWait(self.driver, 30, poll_frequency=0.05).until(lambda _: self(f"return {condition}"))
-        assert self("return document.querySelectorAll('.error').length") == 0, self.text("status") + self.text("view")
-
-    def text(self, element):
-        """The text of the element with an id, as a reader sees it."""
-        return self("return document.getElementById(arguments[0]).innerText", element)
-
-    def click(self, element):
-        self("document.getElementById(arguments[0]).click()", element)
-
-    def open_view(self, view):
-        self.click(f"tab-{view}")
-        if view in ("sampling", "layers"):  # they ask the worker
-            self.wait("document.querySelector('#view table') !== null")
-
-    def write(self, prompt, mode="text", **settings):
-        """Put a text and settings in place."""
-        script = """const [text, mode, settings] = arguments;
-            document.getElementById("prompt").value = text;
-            document.querySelector(`input[name=mode][value=${mode}]`).checked = true;
-            for (const name in settings) document.getElementById(name).value = settings[name];"""
-        self(script, prompt, mode, settings)
-
-    def prompt(self):
-        """What the text field holds, and whether it is a text or a question."""
-        return self("return [document.getElementById('prompt').value, explorer.run.source.mode]")
-
-    def logits(self, position):
-        """The logits (V,) after the token at a position."""
-        script = """const { shape: [, , V], data } = explorer.run.trace.logits;
-            return [...data.subarray(arguments[0] * V, (arguments[0] + 1) * V)];"""
-        return torch.tensor(self(script, position))
-
-    def press(self, button):
-        self.click(button)
-        self.wait()
-
-    def views(self):
-        return self("return VIEWS.map(({ id }) => id)")
-
-    def resize(self, width):
-        screenshots.resize(self.driver, width, 900)
-
-    def errors(self):
-        """Errors in the console since the last call."""
-        return [entry["message"] for entry in self.driver.get_log("browser")]
-
-    def keys(self, *keys):
-        from selenium.webdriver import ActionChains
-
-        for key in keys:
-            ActionChains(self.driver).send_keys(key).perform()
-
-
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("explorer")
-    pages = {}
-    for name, model in MODELS.items():
-        assert main(["--model", str(model), "-o", str(directory / f"{name}.html")]) == 0
-        pages[name] = (directory / f"{name}.html").as_uri()
-    page = Page(pages)
-    yield page
-    page.driver.quit()
+    yield from open_browser(tmp_path_factory.mktemp("explorer"))
+
+
+def logits_at(page, position):
+    """The logits (V,) after the token at a position."""
+    script = """const { shape: [, , V], data } = explorer.run.trace.logits;
+        return [...data.subarray(arguments[0] * V, (arguments[0] + 1) * V)];"""
+    return torch.tensor(page(script, position))
 
 
 @needs_browser
@@ -203,13 +111,14 @@ def page(tmp_path_factory):
 def test_first_token_and_views(page, name):
     """The text is the one of Python; every view shows it, without an error."""
     page.open(name, is_new=True)
-    prompt = page("return explorer.run.tokens.map(({ id }) => id)")
+    assert page.views() == VIEWS
+    prompt = page.ids()
     page.write(*page.prompt(), temperature=0)
     page.press("next")
     assert re.search(r"the first came after [\d.]+ s", page.text("status"))
     page.press("write")
     model = load_model(MODELS[name], torch.float32)
-    ids = page("return explorer.run.tokens.map(({ id }) => id)")
+    ids = page.ids()
     assert ids[: len(prompt)] == prompt and len(ids) > len(prompt) + 8
     expected = generate(model, torch.tensor([prompt]), max_new_tokens=len(ids) - len(prompt), do_sample=False)
     assert ids == expected[0].tolist()
@@ -234,7 +143,7 @@ def test_why_a_cell_is_hidden(page):
     assert "Visible" in why(67, 3, 0) and "Visible" in why(67, 4, 1)  # a full layer, and the last key of a window
     probabilities = page("""const { shape: [, H, S], data } = explorer.run.trace["layers.0.attention.probabilities"];
         return [...data.subarray(67 * S, 68 * S)];""")
-    assert f"{100 * probabilities[3]:.1f} %" in why(67, 3, 0) or "< 0.05 %" in why(67, 3, 0)
+    assert percent(probabilities[3]) in why(67, 3, 0)
     assert sum(probabilities) == pytest.approx(1, abs=1e-5)
 
 
@@ -244,9 +153,9 @@ def test_the_last_layer_of_the_lens_is_the_model(page):
     page.open_view("layers")
     page("select({query: 12})")
     page.wait("document.querySelector('#view h3').innerText.includes('position 12')")
-    best = int(page.logits(12).argmax())
+    best = int(logits_at(page, 12).argmax())
     token = Tokenizer.from_dir(MODELS["ministral"]).decode([best]).replace(" ", "·").replace("\n", "↵")
-    share = f"{100 * page.logits(12).softmax(-1).max():.1f} %"
+    share = percent(logits_at(page, 12).softmax(-1).max().item())
     stages = page("return [...document.querySelectorAll('.guesses')].map((stage) => stage.innerText)")
     assert len(stages) == 9 and stages[-1].split("\n")[:3] == ["after layer 7", token, share]
     assert f"first guess is “{token}”" in page.text("view")
@@ -254,21 +163,22 @@ def test_the_last_layer_of_the_lens_is_the_model(page):
 
 @needs_browser
 def test_the_page_stays_responsive(page):
-    page.open("ministral3")
+    """The worker computes, not the page; the page draws, and obeys, between two tokens. No number depends on time."""
+    page.open("ministral3", is_new=True)
     page.write("O Romeo, Romeo! wherefore art thou Romeo?")
-    page("""globalThis.gaps = []; let last = performance.now();
-        const frame = (now) => { gaps.push(now - last); last = now; requestAnimationFrame(frame); };
+    page("""globalThis.calls = 0;
+        const { forward } = Model.prototype;
+        Model.prototype.forward = function (...given) { calls += 1; return forward.apply(this, given); };
+        const frame = () => {
+            const { live } = explorer;
+            if (live === null || live.tokens.length === live.prompt) requestAnimationFrame(frame);
+            else document.getElementById("stop").click();
+        };
         requestAnimationFrame(frame);""")
-    page.click("write")
-    page.wait("explorer.live !== null && explorer.live.tokens.length > 20")
-    page("gaps.push('written')")
-    page.click("stop")
-    page.wait()
-    assert "Stopped." in page.text("status")
-    gaps = page("return gaps")
-    while_writing = gaps[: gaps.index("written")]
-    # While 20 tokens were written in the worker, the page has drawn many frames. Without a worker it draws none.
-    assert len(while_writing) > 10
+    page.press("write")
+    assert page.text("status").endswith("Stopped.")
+    assert page("return explorer.run.steps.length") < 40
+    assert page("return calls") == 0
 
 
 @needs_browser
@@ -279,7 +189,7 @@ def test_sampling_shows_what_filter_logits_does(page):
     page.open_view("sampling")
     page("select({query: 18})")
     page.wait("document.querySelectorAll('#view tbody tr').length > 5")
-    logits = page.logits(18)
+    logits = logits_at(page, 18)
     before, after = logits.softmax(-1), filter_logits(logits, Sampling(**settings)).softmax(-1)
     tempered = (logits / 0.6).softmax(-1)
     tokenizer = Tokenizer.from_dir(MODELS["ministral3"])
@@ -290,7 +200,7 @@ def test_sampling_shows_what_filter_logits_does(page):
         assert token.replace("·", " ").replace("↵", "\n") == tokenizer.decode([id])
         expected = [before[id], tempered[id], after[id]]
         for text, share in zip(shares, expected):
-            assert text in (f"{100 * share:.1f} %", "0", "< 0.05 %") and (text != "0" or share == 0)
+            assert text in (percent(share.item()), "0") and (text != "0" or share == 0)
         assert fate.startswith("kept" if after[id] > 0 else "cut by top-")
     assert any(row[-1].startswith("cut") for row in rows)
     kept = int((after > 0).sum())
@@ -338,18 +248,17 @@ def test_nothing_of_a_model_or_a_prompt_is_executed(page, tmp_path):
 @needs_browser
 def test_the_policy_forbids_requests_and_scripts(page):
     page.open("ministral3")
-    found = page.driver.execute_async_script(f"""
-        const done = arguments[0];
-        const blocked = [];
+    page(f"""
+        globalThis.blocked = [];
         document.addEventListener("securitypolicyviolation", (event) => blocked.push(event.effectiveDirective));
         fetch("http://127.0.0.1:9/").catch(() => 0);
         new Image().src = "http://127.0.0.1:9/";
         const script = document.createElement("script");
         script.textContent = "{PWNED}";
         document.body.append(script);
-        document.body.append(Object.assign(document.createElement("iframe"), {{ src: "http://127.0.0.1:9/" }}));
-        setTimeout(() => done(blocked.sort()), 500);""")
-    assert found == ["connect-src", "frame-src", "img-src", "script-src-elem"]
+        document.body.append(Object.assign(document.createElement("iframe"), {{ src: "http://127.0.0.1:9/" }}));""")
+    page.wait("blocked.length >= 4")
+    assert page("return blocked.sort()") == ["connect-src", "frame-src", "img-src", "script-src-elem"]
     assert page("return window.pwned ?? null") is None
     page.errors()  # they say the same
 
@@ -363,18 +272,14 @@ def test_axe_finds_nothing(page, width, scheme):
     screenshots.set_scheme(page.driver, scheme)
     page.open("ministral3", is_first_visit=True)
     page.wait("!document.getElementById('tour').hidden")
-    page(script)
     rules = "undefined"
     if scheme == "dark":
         rules = "['color-contrast', 'scrollable-region-focusable']"  # others depend on neither colours nor width
-    run = f"axe.run(document, {{ resultTypes: ['violations'], runOnly: {rules} }})"
-    run += ".then(({ violations }) => arguments[0](violations.map("
-    run += "({ id, nodes }) => [id, nodes.map(({ html, failureSummary }) => [html.slice(0, 200), failureSummary])])))"
-    found = {"tour": page.driver.execute_async_script(run)}
+    found = {"tour": page.violations(script, rules=rules)}
     page.click("tour-skip")
     for view in page.views():
         page.open_view(view)
-        found[view] = page.driver.execute_async_script(run)
+        found[view] = page.violations(script, rules=rules)
     page.resize(1280)
     screenshots.set_scheme(page.driver, "light")
     assert {view: violations for view, violations in found.items() if violations} == {}

@@ -447,7 +447,7 @@ def test_chromium_computes_the_same_bits(tmp_path):
     path.write_text(page, encoding="utf-8")
     options = ["--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
     command = [CHROMIUM, *options, "--dump-dom", path.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
     found = json.loads(re.search(r"logits (\[.*?\]) end", done.stdout)[1])
     [whole] = run({"task": "logits", **{key: task[key] for key in ("model", "ids", "images")}})
     assert found == whole and len(found) == len(set(found)) == 40

@@ -23,31 +23,26 @@ from ministral3 import Ministral3Config, YarnRotaryEmbedding
 from model_types import load_model
 from reference.mutants import MUTANTS
 from reference.trace import MODULES, POINTS, record
+from tests.explorer_page import MODELS, ROOT, needs_browser, open_browser, percent
 from tokenizer import Tokenizer
 from training import shapes
 
-ROOT = Path(__file__).resolve().parent.parent
-MODELS = {name: ROOT / "models" / name for name in ("ministral", "ministral3")}
-NODE, CHROMIUM, DRIVER = shutil.which("node"), shutil.which("chromium"), shutil.which("chromedriver")
+NODE = shutil.which("node")
 STATE_VIEWS = ("cache", "positions", "mistakes", "image", "sizes")
 TEXT = "To be, or not to be: that is the question.\nTo be, or not"
 
 EMPTY, MINUS, TIMES = "\N{EN DASH}", "\N{MINUS SIGN}", " \N{MULTIPLICATION SIGN} "
 
 needs_node = pytest.mark.skipif(NODE is None, reason="needs node")
-needs_browser = pytest.mark.skipif(
-    None in (CHROMIUM, DRIVER) or importlib.util.find_spec("selenium") is None,
-    reason="needs chromium, chromedriver and selenium",
-)
 
 
 def in_node(expression, **values):
-    """The value of a JavaScript expression in which the functions of views_state.js and `values` are known."""
-    scripts = [str(ROOT / "explorer" / name) for name in ("model.js", "views_state.js")]
+    """The value of a JavaScript expression that knows `values` and the functions of both scripts of these views."""
+    scripts = [str(ROOT / "explorer" / name) for name in ("model.js", "views_state.js", "views_compare.js")]
     program = """
         const fs = require("fs"), vm = require("vm");
         const { scripts, expression, values } = JSON.parse(fs.readFileSync(0, "utf-8"));
-        Object.assign(globalThis, values, { VIEWS: [] });
+        Object.assign(globalThis, values, { VIEWS: [], chosen: {} });
         for (const script of scripts) vm.runInThisContext(fs.readFileSync(script, "utf-8"), script);
         process.stdout.write(JSON.stringify(vm.runInThisContext(expression)));
     """
@@ -225,116 +220,23 @@ def test_the_line_of_a_point_calls_its_module():
 # ------------------------------------------------------------------------------------------------------ the page
 
 
-class Page:
-    """A page of the explorer in a browser."""
-
-    def __init__(self, browser, address):
-        self.browser = browser
-        browser.get(address)
-        self.run("localStorage.setItem('explorer-tour', 'seen')")
-        browser.refresh()
-        self.wait("return typeof explorer !== 'undefined' && explorer.run !== null && !explorer.busy")
-
-    def run(self, script, *arguments):
-        """The result of a script."""
-        return self.browser.execute_script(script, *arguments)
-
-    def wait(self, script, *arguments):
-        """Wait until a script returns true."""
-        from selenium.webdriver.support.ui import WebDriverWait
-
-        WebDriverWait(self.browser, 60, 0.05).until(lambda _: self.run(script, *arguments))
-
-    def open(self, view):
-        """Open a view."""
-        self.run("document.getElementById(`tab-${arguments[0]}`).click()", view)
-
-    def text(self, selector="#view"):
-        """The text of an element."""
-        return self.run("return document.querySelector(arguments[0]).textContent", selector)
-
-    def texts(self, selector):
-        """The texts of elements."""
-        return self.run("return [...document.querySelectorAll(arguments[0])].map((one) => one.textContent)", selector)
-
-    def set(self, label, value):
-        """Change the control with this label, as a reader does."""
-        self.run(
-            """const labels = [...document.querySelectorAll("#view label")];
-            const label = labels.find((one) => one.textContent.startsWith(arguments[0]));
-            const control = document.getElementById(label.htmlFor);
-            control.value = arguments[1];
-            for (const kind of ["input", "change"]) control.dispatchEvent(new Event(kind));""",
-            label, str(value),
-        )  # fmt: skip
-
-    def click(self, text):
-        """Press the button with this text."""
-        buttons = "[...document.querySelectorAll('#view button')]"
-        self.run(f"{buttons}.find((button) => button.textContent === arguments[0]).click()", text)
-
-    def rows(self):
-        """The texts of the cells of the tables, row by row."""
-        return self.run("""return [...document.querySelectorAll("#view tbody tr")]
-            .map((row) => [...row.cells].map((cell) => cell.textContent))""")
-
-    def ids(self):
-        """The tokens of the run."""
-        return self.run("return explorer.run.tokens.map(({id}) => id)")
-
-    def choose_mistake(self, name):
-        """Turn a mistake on, and wait for the result."""
-        self.open("mistakes")
-        self.run("document.querySelector(`input[value=${arguments[0]}]`).click()", name)
-        self.wait("return !document.querySelector('.state-lead').textContent.startsWith('Computing')")
-
-
 @pytest.fixture(scope="module")
-def addresses(tmp_path_factory):
-    """The pages of both models: name -> address."""
-    folder = tmp_path_factory.mktemp("pages")
-    found = {}
-    for name, directory in MODELS.items():
-        path = folder / f"{name}.html"
-        path.write_text(explorer.assemble(directory, TEXT), encoding="utf-8")
-        found[name] = path.as_uri()
-    return found
+def page(tmp_path_factory):
+    yield from open_browser(tmp_path_factory.mktemp("explorer"), "--prompt", TEXT)
 
 
-@pytest.fixture(scope="module")
-def browser():
-    """Chromium without a window."""
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1200,900"):
-        options.add_argument(argument)
-    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
-    yield driver
-    driver.quit()
-
-
-@pytest.fixture(scope="module")
-def pages(browser, addresses):
-    """A function that opens the page of a model, or goes on with it if it is open."""
-    opened = {}
-
-    def open_page(name):
-        if name not in opened:
-            opened.clear()
-            opened[name] = Page(browser, addresses[name])
-        return opened[name]
-
-    return open_page
+def choose_mistake(page, name):
+    """Turn a mistake on, and wait for the result."""
+    page.open_view("mistakes")
+    page("document.querySelector(`input[value=${arguments[0]}]`).click()", name)
+    page.wait("!document.querySelector('.state-lead').textContent.startsWith('Computing')")
 
 
 @needs_browser
 @pytest.mark.parametrize("window", ["model", "8"])
-def test_cache_view(pages, window):
-    page = pages("ministral")
-    page.open("cache")
+def test_cache_view(page, window):
+    page.open("ministral")
+    page.open_view("cache")
     page.set("Layer", 1)
     page.set("Window", window)
     size = 64 if window == "model" else 8
@@ -343,19 +245,19 @@ def test_cache_view(pages, window):
         for _ in range(steps):
             keys, slots = read_positions(cache, 1)
         page.set("Step", steps)
-        shown = page.texts(".state-slot b")
+        shown = page.contents(".state-slot b")
         assert shown == [str(position) for position in slots] + [EMPTY] * (size - len(slots))
-        assert page.texts(".state-keys li") == [str(position) for position in keys]
+        assert page.contents(".state-keys li") == [str(position) for position in keys]
         if len(slots) > 3:
-            page.run("document.querySelectorAll('.state-slot')[3].click()")
-            assert f"Slot 3 holds position {slots[3]}" in page.text(".state-note")
-        assert f"{steps - 1} % {size} = {(steps - 1) % size}" in page.text(".state-lead")
+            page("document.querySelectorAll('.state-slot')[3].click()")
+            assert f"Slot 3 holds position {slots[3]}" in page.content(".state-note")
+        assert f"{steps - 1} % {size} = {(steps - 1) % size}" in page.content(".state-lead")
 
 
 @needs_browser
-def test_cache_view_with_the_prompt_in_one_step(pages):
-    page = pages("ministral")
-    page.open("cache")
+def test_cache_view_with_the_prompt_in_one_step(page):
+    page.open("ministral")
+    page.open_view("cache")
     page.set("Layer", 1)
     page.set("Window", 8)
     page.set("The prompt is read", "once")
@@ -363,28 +265,29 @@ def test_cache_view_with_the_prompt_in_one_step(pages):
     cache = cache_of(8)
     keys, slots = read_positions(cache, prompt)
     page.set("Step", 1)
-    assert page.texts(".state-slot b") == [str(position) for position in slots]
-    assert page.texts(".state-keys li") == [str(position) for position in keys] == [str(n) for n in range(prompt)]
+    assert page.contents(".state-slot b") == [str(position) for position in slots]
+    assert page.contents(".state-keys li") == [str(position) for position in keys] == [str(n) for n in range(prompt)]
     _, slots = read_positions(cache, 1)
     page.set("Step", 2)
-    assert page.texts(".state-slot b") == [str(position) for position in slots]
+    assert page.contents(".state-slot b") == [str(position) for position in slots]
     page.set("Layer", 0)
     page.set("Window", "model")
-    assert "Its cache only grows" in page.text() and "Layers 1, 2, 3, 5, 6, 7 have a ring of 64 slots" in page.text()
+    assert "Its cache only grows" in page.content()
+    assert "Layers 1, 2, 3, 5, 6, 7 have a ring of 64 slots" in page.content()
 
 
 @needs_browser
-def test_slots_are_reached_by_arrow_keys(pages):
-    page = pages("ministral")
-    page.open("cache")
+def test_slots_are_reached_by_arrow_keys(page):
+    page.open("ministral")
+    page.open_view("cache")
     page.set("Window", 8)
     page.set("The prompt is read", "single")
     page.set("Step", 20)
     press = """document.querySelectorAll(".state-slot")[3].focus();
         document.activeElement.dispatchEvent(new KeyboardEvent("keydown", { key: arguments[0], bubbles: true }))"""
-    page.run(press, "ArrowRight")
-    assert page.text(".state-note").startswith("Slot 4 holds position 12")
-    assert page.run("return document.activeElement.ariaPressed + document.activeElement.tabIndex") == "true0"
+    page(press, "ArrowRight")
+    assert page.content(".state-note").startswith("Slot 4 holds position 12")
+    assert page("return document.activeElement.ariaPressed + document.activeElement.tabIndex") == "true0"
 
 
 def numbers(text):
@@ -393,9 +296,9 @@ def numbers(text):
 
 
 @needs_browser
-def test_positions_view(pages):
-    page = pages("ministral3")
-    page.open("positions")
+def test_positions_view(page):
+    page.open("ministral3")
+    page.open_view("positions")
     embedding = YarnRotaryEmbedding(load_config("ministral3"))
     used = embedding.inverse_frequencies(torch.float64)
     plain = RotaryEmbedding.inverse_frequencies(embedding, torch.float64)
@@ -405,11 +308,11 @@ def test_positions_view(pages):
         assert [numbers(row[1]) for row in rows] == pytest.approx((position * plain).tolist(), rel=1e-3)
         assert [numbers(row[2]) for row in rows] == pytest.approx((position * used).tolist(), rel=1e-3)
         assert [row[4].split(",")[0] for row in rows] == ["kept"] + 6 * ["blended"] + 9 * ["stretched"]
-        assert f"= {scale:.4f}." in page.text()
+        assert f"= {scale:.4f}." in page.content()
     page.set("Position (", 5)
-    lead = page.text(".state-lead")
+    lead = page.content(".state-lead")
     assert "YaRN changes the angles of 15 of 16 pairs. It changes pair 2 most: 1.5811 rad without" in lead
-    assert "pair 2: 1.1576 radians, 1.5811 without YaRN, blended" in page.run(
+    assert "pair 2: 1.1576 radians, 1.5811 without YaRN, blended" in page(
         "return [...document.querySelectorAll('.state-dial svg')].map((dial) => dial.getAttribute('aria-label'))"
     )
 
@@ -429,66 +332,66 @@ def largest_differences(name, mistake, ids):
 
 @needs_browser
 @pytest.mark.parametrize("mistake", ["yarn_missing", "yarn_magnitude_1_277"])
-def test_mistakes_view(pages, mistake):
-    page = pages("ministral3")
-    page.choose_mistake(mistake)
+def test_mistakes_view(page, mistake):
+    page.open("ministral3")
+    choose_mistake(page, mistake)
     first, sizes, text = largest_differences("ministral3", mistake, page.ids())
-    assert page.text(".state-lead").startswith(f"The first stage that differs is {first}, ")
-    assert [numbers(value) for value in page.texts(".state-bars span")] == pytest.approx(sizes, rel=0.01)
-    assert page.texts(".state-text p")[1] == Tokenizer.from_pretrained(MODELS["ministral3"]).decode(text)
+    assert page.content(".state-lead").startswith(f"The first stage that differs is {first}, ")
+    assert [numbers(value) for value in page.contents(".state-bars span")] == pytest.approx(sizes, rel=0.01)
+    assert page.contents(".state-text p")[1] == Tokenizer.from_pretrained(MODELS["ministral3"]).decode(text)
 
 
 @needs_browser
-def test_mistakes_that_need_a_longer_text(pages):
-    page = pages("ministral")
-    page.choose_mistake("window_plus_1")
-    assert "No number differs in this text. It shows in texts of 65 tokens and more" in page.text()
-    page.click("Repeat the text up to 80 tokens")
-    page.wait("return document.querySelector('.state-bars') !== null")
+def test_mistakes_that_need_a_longer_text(page):
+    page.open("ministral")
+    choose_mistake(page, "window_plus_1")
+    assert "No number differs in this text. It shows in texts of 65 tokens and more" in page.content()
+    page.press_in_view("Repeat the text up to 80 tokens")
+    page.wait("document.querySelector('.state-bars') !== null")
     ids = page.ids()
     ids += (ids[1:] * 9)[: 80 - len(ids)]  # without <s>
     first, sizes, _ = largest_differences("ministral", "window_plus_1", ids)
     assert first == "layers.1.attention.mask"
-    assert page.text(".state-lead").startswith(f"The first stage that differs is {first}, ")
-    assert [numbers(value) for value in page.texts(".state-bars span")] == pytest.approx(sizes, rel=0.01)
-    disabled = page.run("return [...document.querySelectorAll('#view input:disabled')].map((input) => input.value)")
+    assert page.content(".state-lead").startswith(f"The first stage that differs is {first}, ")
+    assert [numbers(value) for value in page.contents(".state-bars span")] == pytest.approx(sizes, rel=0.01)
+    disabled = page("return [...document.querySelectorAll('#view input:disabled')].map((input) => input.value)")
     assert disabled == ["yarn_missing", "yarn_magnitude_1_277", "query_scale_missing"]
-    page.choose_mistake("no_cache")
-    assert page.text(".state-lead").startswith("The text is the same. 11 tokens after the first take ")
+    choose_mistake(page, "no_cache")
+    assert page.content(".state-lead").startswith("The text is the same. 11 tokens after the first take ")
 
 
 @needs_browser
-def test_image_view(pages):
-    page = pages("ministral3")
-    page.open("image")
-    page.click("Ask")
-    page.wait("return explorer.run.steps.length > 0 && !explorer.busy && document.querySelector('.state-tokens')")
+def test_image_view(page):
+    page.open("ministral3")
+    page.open_view("image")
+    page.press_in_view("Ask")
+    page.wait("explorer.run.steps.length > 0 && !explorer.busy && document.querySelector('.state-tokens')")
     answer = "A red circle at the top left and a blue square at the bottom right."
-    assert page.text(".state-answer .state-big") == answer
-    ids, layer, query = page.ids(), *page.run("const { layer, query } = explorer.run.selected; return [layer, query]")
+    assert page.content(".state-answer .state-big") == answer
+    ids, layer, query = page.ids(), *page("const { layer, query } = explorer.run.selected; return [layer, query]")
     pixels = paint((0, "circle", "red"), (3, "square", "blue")).astype(np.float32) / np.float32(255)
     pixels = torch.from_numpy((pixels - np.array(MEAN, np.float32)) / np.array(STD, np.float32)).permute(2, 0, 1)[None]
     model = load_model(MODELS["ministral3"], torch.float32)
     trace = record(model, torch.tensor([ids]), pixel_values=pixels)
     patches = [place for place, id in enumerate(ids) if id == model.config.image_token_id]
-    head = int(page.run("return [...document.querySelectorAll('#view select')].at(-1).value"))
+    head = int(page("return [...document.querySelectorAll('#view select')].at(-1).value"))
     shares = trace[f"layers.{layer}.attention.probabilities"][0, head, query, patches]
-    assert f"gives {100 * shares.sum():.1f} % of its attention to the 16 merged patches" in page.text()
+    assert f"gives {percent(shares.sum().item())} of its attention to the 16 merged patches" in page.content()
     row, column = divmod(int(shares.argmax()), 4)
-    assert f"row {row + 1}, column {column + 1}: {100 * shares.max():.1f} %." in page.text()
+    assert f"row {row + 1}, column {column + 1}: {percent(shares.max().item())}." in page.content()
     everywhere = [trace[f"layers.{n}.attention.probabilities"][0, :, query, patches].max() for n in range(7)]
     assert shares.max() == max(everywhere)  # the page has found the head that looks at one patch most
 
 
 @needs_browser
-def test_a_click_on_a_stage_shows_its_lines(pages):
-    page = pages("ministral3")
-    page.open("sizes")
+def test_a_click_on_a_stage_shows_its_lines(page):
+    page.open("ministral3")
+    page.open_view("sizes")
     page.set("Layer", 2)
-    page.click("layers.2.attention.q_scaled")
+    page.press_in_view("layers.2.attention.q_scaled")
     first, last = python_function("ministral3.py", "Ministral3Attention.rotate")
-    assert page.text(".state-code h4") == f"Ministral3Attention.rotate ministral3.py, line {first}"
-    assert page.texts(".state-hit") == [f"{last}        return q * scale, k"]
+    assert page.content(".state-code h4") == f"Ministral3Attention.rotate ministral3.py, line {first}"
+    assert page.contents(".state-hit") == [f"{last}        return q * scale, k"]
     row = page.rows()[[name for name, *_ in page.rows()].index("layers.2.attention.scores")]
     S = len(page.ids())
     assert row[1:3] == ["B H S T", TIMES.join(("1", "8", f"{S}", f"{S}"))]
@@ -505,23 +408,15 @@ SMALL_TEXT = """return [...document.querySelectorAll("#view *")]
 
 @needs_browser
 @pytest.mark.parametrize(("name", "width", "theme"), [("ministral", 1200, "light"), ("ministral3", 360, "dark")])
-def test_views_are_accessible(pages, name, width, theme):
-    page = pages(name)
+def test_views_are_accessible(page, name, width, theme):
+    page.open(name)
+    page.resize(width)
+    page("document.documentElement.dataset.theme = arguments[0]; select({})", theme)
     axe = importlib.util.find_spec("axe_core_python")
-    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
-    page.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    page.run("document.documentElement.dataset.theme = arguments[0]; select({})", theme)
     for view in STATE_VIEWS:
-        page.open(view)
-        assert page.run("return document.documentElement.scrollWidth") <= width, view
-        assert page.run(SMALL_TEXT) == [], view
+        page.open_view(view)
+        assert page("return document.documentElement.scrollWidth") <= width, view
+        assert page(SMALL_TEXT) == [], view
         if axe is not None:
             script = Path(axe.origin).with_name("axe.min.js").read_text(encoding="utf-8")
-            assert violations(page, script) == [], view
-
-
-def violations(page, script):
-    """What axe-core finds in the view: rules and elements."""
-    page.run("if (typeof axe === 'undefined') (0, eval)(arguments[0])", script)
-    return page.run("""return axe.run("#panel").then(({ violations }) =>
-        violations.flatMap(({ id, nodes }) => nodes.map(({ html }) => [id, html.slice(0, 200)])))""")
+            assert page.violations(script, "'#panel'") == [], view
