@@ -16,6 +16,7 @@ from torch import Tensor
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
 LARGEST_INTEGER = 2**31 - 1  # of all whole numbers in a configuration
+LARGEST_SIZE = 2**20  # of a dimension of a matrix; the bytes of a matrix then fit in 64 bits
 MOST_LAYERS = 1000  # more take minutes to make before the weights are looked at
 MOST_LABELS = 100_000
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
@@ -54,9 +55,12 @@ def is_size(value: object) -> bool:
 def brief(value: Any) -> str:
     """The `repr` of a value, shortened and on one line, for error messages."""
     try:
-        return " ".join(reprlib.repr(value).split())
+        text = " ".join(reprlib.repr(value).split())
     except ValueError:  # Python writes no numbers of more than 4300 digits
         return "a number of thousands of digits"
+    if len(text) > 160:  # containers in containers
+        return f"{text[:157]}..."
+    return text
 
 
 def is_whole(tensor: Tensor) -> bool:
@@ -73,16 +77,10 @@ def require(config: Any, name: str, valid: object, allowed: str) -> None:
         raise ValueError(f"{name}={brief(getattr(config, name))} is impossible; allowed: {allowed}")
 
 
-def require_sizes(config: Any, *names: str) -> None:
-    """Raise ValueError unless the fields are whole numbers above 0, which fit in 32 bits."""
+def require_sizes(config: Any, *names: str, most: int = LARGEST_SIZE) -> None:
+    """Raise ValueError unless the fields are whole numbers from 1 to `most`."""
     for name in names:
-        require(config, name, is_size(getattr(config, name)), f"a whole number from 1 to {LARGEST_INTEGER}")
-
-
-def require_layers(config: Any) -> None:
-    """Raise ValueError unless the number of layers is possible."""
-    valid = is_number(config.num_hidden_layers, int, 1, MOST_LAYERS)
-    require(config, "num_hidden_layers", valid, f"a whole number from 1 to {MOST_LAYERS}")
+        require(config, name, is_number(getattr(config, name), int, 1, most), f"a whole number from 1 to {most}")
 
 
 def is_fraction(value: Any) -> bool:
@@ -110,9 +108,9 @@ def check_output_fields(config: Any) -> None:
 
 def check_text_sizes(config: Any) -> None:
     """Check the sizes of a text model, from which other fields follow."""
-    require_sizes(config, "vocab_size", "hidden_size", "intermediate_size")
-    require_layers(config)
-    require_sizes(config, "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
+    require_sizes(config, "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+    require_sizes(config, "num_hidden_layers", most=MOST_LAYERS)
+    require_sizes(config, "vocab_size", "max_position_embeddings", most=LARGEST_INTEGER)
 
 
 def check_text_config(config: Any) -> None:
@@ -120,8 +118,8 @@ def check_text_config(config: Any) -> None:
     heads = config.num_attention_heads
     divides = heads % config.num_key_value_heads == 0
     require(config, "num_key_value_heads", divides, f"a divisor of {heads} attention heads")
-    even = is_number(config.head_dim, int, 2) and config.head_dim % 2 == 0
-    require(config, "head_dim", even, "an even number above 0")
+    even = is_number(config.head_dim, int, 2, LARGEST_SIZE) and config.head_dim % 2 == 0
+    require(config, "head_dim", even, f"an even number from 2 to {LARGEST_SIZE}")
     require(config, "rms_norm_eps", is_number(config.rms_norm_eps, float, 1e-30), "a number above 0")
     require(config, "use_cache", isinstance(config.use_cache, bool), "true or false")
     require(config, "tie_word_embeddings", isinstance(config.tie_word_embeddings, bool), "true or false")

@@ -92,8 +92,8 @@ def one_line(message: object) -> str:
     """A message on one line. A long one, which repeats a long argument, is shortened. Characters of names that are not
     printable are escaped: a terminal would obey them."""
     words = " ".join(str(message).split())
-    if len(words) > 500:
-        words = f"{words[:250]} ... {words[-200:]}"
+    if len(words) > 450:
+        words = f"{words[:220]} ... {words[-180:]}"
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in words)
 
 

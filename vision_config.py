@@ -40,8 +40,8 @@ class PixtralVisionConfig(PreTrainedConfig):
 
     def __post_init__(self) -> None:
         self._complete_rope_parameters()
-        require_sizes(self, "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        require_sizes(self, "num_channels", "image_size", "patch_size")
+        require_sizes(self, "hidden_size", "intermediate_size", "num_attention_heads", "image_size")
+        require_sizes(self, "num_channels", "patch_size", "num_hidden_layers", most=1000)
         check_common_fields(self, ACTIVATIONS, ATTENTION)
         attentions = self.output_attentions
         require(self, "output_attentions", not attentions, "False: the encoder returns no probabilities")
@@ -146,7 +146,7 @@ class Mistral3Config(PreTrainedConfig):
         require(self, "projector_hidden_act", known, ", ".join(ACTIVATIONS))
         bias = self.multimodal_projector_bias
         require(self, "multimodal_projector_bias", isinstance(bias, bool), "true or false")
-        require_sizes(self, "spatial_merge_size")
+        require_sizes(self, "spatial_merge_size", most=1000)
         require(self, "tie_word_embeddings", isinstance(self.tie_word_embeddings, bool), "true or false")
 
     def feature_index(self, layer: int | list[int] | None = None) -> int:

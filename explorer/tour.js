@@ -4,7 +4,7 @@
 const STOPS = [
   {
     view: "tokens", mark: "text", title: "The model reads tokens",
-    text: "Your text is cut into pieces from a fixed vocabulary. A blank belongs to the word after it. "
+    text: "Your text is cut into pieces from a fixed vocabulary. A blank usually belongs to the word after it. "
       + "Click a token: all views follow it.",
   },
   {

@@ -99,7 +99,7 @@ const MISTAKE_TEXTS = {
   window_plus_1: {
     title: "Window W + 1",
     says: ({ sliding_window: window }) => `The port lets a token see ${window} keys and itself. `
-      + `It is ${window} keys, its own included. `
+      + `Right are ${window} keys, the token's own included: the port sees ${window + 1}. `
       + `FlashAttention's window_size=(W, 0) is W + 1 keys: a port must pass ${window - 1} there.`,
     cannot: (text) => {
       if (text.layer_types.includes("sliding_attention")) return null;
@@ -130,7 +130,8 @@ const LONGEST = 480; // tokens of a text that is made longer; the worker reads u
 VIEWS.push({
   id: "mistakes",
   title: "Mistakes",
-  about: "Known mistakes of ports: the right model and the mistaken one read the same text, side by side.",
+  about: "Known mistakes of other programs that run these models (ports): "
+    + "the right model and the mistaken one read the same text, side by side.",
   render(element, run) {
     const state = chosen.mistakes;
     const list = make("fieldset", { className: "state-options" }, make("legend", {}, "Choose a mistake"));
@@ -294,8 +295,9 @@ function threeMaps(run, { right, wrong, length }) {
   const start = head * length * length;
   const mask = right[`layers.${layer}.attention.mask`].data;
   const change = largestChange(right, wrong, layer, head);
-  const words = `Largest change in layer ${layer}, head ${head}: query ${change.query}, key ${change.key}, `
+  let words = `Largest change in layer ${layer}, head ${head}: query ${change.query}, key ${change.key}, `
     + `from ${run.help.percent(change.before)} to ${run.help.percent(change.after)}.`;
+  if (change.before === change.after) words = `Nothing changes in layer ${layer}, head ${head}.`;
   const map = (title, value, otherMask = mask) => {
     const canvas = make("canvas", { className: "state-map", role: "img", "aria-label": `${title}. ${words}` });
     const hidden = (row, column) => {
@@ -396,7 +398,9 @@ function imageEditor(run) {
     const image = { rgb: paintShapes(state.shapes), height: IMAGE_SIZE, width: IMAGE_SIZE };
     await run.help.answer({ text: state.question, mode: "chat", images: [image] });
     const answered = explorer.run;
-    if (answered.steps.length > 0) lookClosest(answered, answered.prompt); // the first token of the answer
+    // A token of the answer is drawn at the position before it.
+    const drawnAt = answered.steps.map((_, step) => answered.prompt + step - 1);
+    if (drawnAt.length > 0) lookClosest(answered, ...drawnAt);
   };
   const question = make("input", { type: "text", id: "state-question", value: state.question,
     input: () => { state.question = question.value; },
@@ -417,18 +421,20 @@ function imageEditor(run) {
       make("div", { className: "state-buttons", role: "group", "aria-label": "Questions" }, suggestions)));
 }
 
-// Choose a token, and the layer and head in which it gives the largest share to one merged patch.
-function lookClosest(run, query) {
+// Of some tokens, choose the one that gives the largest share to one merged patch, and its layer and head.
+function lookClosest(run, ...queries) {
   const places = imagePlaces(run).patches;
   let best = { share: -1 };
-  run.text.layer_types.forEach((_, layer) => {
-    for (let head = 0; head < run.text.num_attention_heads; head++) {
-      const share = Math.max(...places.map(attentionOf(run, layer, head, query)));
-      if (share > best.share) best = { share, layer, head };
-    }
-  });
+  for (const query of queries) {
+    run.text.layer_types.forEach((_, layer) => {
+      for (let head = 0; head < run.text.num_attention_heads; head++) {
+        const share = Math.max(...places.map(attentionOf(run, layer, head, query)));
+        if (share > best.share) best = { share, query, layer, head };
+      }
+    });
+  }
   chosen.image.head = best.head;
-  select({ query, layer: best.layer, head: best.head });
+  select({ query: best.query, layer: best.layer, head: best.head });
 }
 
 function canAsk({ shapes, question }) {
@@ -524,7 +530,8 @@ function imageResult(run) {
     make("div", { className: "state-answer" }, make("p", { className: "state-small" }, run.source.text),
       make("p", { className: "state-big", role: "status" }, answer || "No answer yet.")),
     make("h3", {}, "Which token looks where"),
-    paragraph("Choose a token of the question or the answer:"),
+    paragraph("Choose a token of the question or the answer. The next token is drawn at the token before it: "
+      + "to see where the model looked for a word of the answer, choose the token before that word."),
     tokenChoice(run, places, query),
     make("div", { className: "state-controls" },
       layerChoice(run),
@@ -568,8 +575,8 @@ function attentionSentence(run, places, share, query) {
   const all = shares.reduce((sum, value) => sum + value, 0);
   return `Position ${query}${quoted(run, query)} gives ${percent(all)} of its attention `
     + `to the ${shares.length} merged patches (layer ${run.selected.layer}, ${heads}). `
-    + `Most of it goes to row ${Math.floor(most / rows) + 1}, `
-    + `column ${(most % rows) + 1}: ${percent(shares[most])}.`;
+    + `The largest share, ${percent(shares[most])}, goes to row ${Math.floor(most / rows) + 1}, `
+    + `column ${(most % rows) + 1}.`;
 }
 
 function tokenChoice(run, places, query) {

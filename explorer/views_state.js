@@ -232,7 +232,8 @@ VIEWS.push({
     const draw = () => result.replaceChildren(...cacheResult(run, window));
     const describe = (step) => stepText(run, state.reading, step);
     const change = (changes) => {
-      Object.assign(state, changes, { step: null });
+      if ("reading" in changes) state.step = null; // its steps are other ones
+      Object.assign(state, changes);
       select({});
     };
     element.replaceChildren(
@@ -515,7 +516,7 @@ function angleTable(text, pairs, position) {
 
 function zoneText(pair) {
   if (pair.zone !== "blended") return pair.zone;
-  return `blended, ${Math.round(100 * pair.share)} % plain`;
+  return `blended, ${Math.round(100 * pair.share)} % unstretched`;
 }
 
 // The period of each pair: positions until it has turned once.

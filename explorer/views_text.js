@@ -70,7 +70,7 @@ VIEWS.push({
         fact(run.text.vocab_size.toLocaleString("en-US"), "tokens in the vocabulary")),
       make("h3", {}, `Token at position ${query}`),
       make("p", {}, mark(run.help.tokenLabel(query)), tokenSentence(run, query)),
-      muted("Signs: · is a blank, ↵ a newline. A blank belongs to the word after it. ",
+      muted("Signs: · is a blank, ↵ a newline. A blank usually belongs to the word after it. ",
         "Encoding cuts the text with a regular expression, then merges neighbouring bytes as long as the result is in ",
         "the vocabulary."),
       make("h3", {}, "All tokens"),
@@ -244,7 +244,7 @@ const PATTERNS = [
   { id: "first", title: "first token", key: (_, query) => (query > 1 ? [0] : []) },
   { id: "itself", title: "the token itself", key: (_, query) => (query > 0 ? [query] : []) },
   {
-    id: "continued", title: "what came after the same token before",
+    id: "continued", title: "the token after an earlier copy of this token (copying)",
     key: (tokens, query) => {
       const keys = [];
       for (let key = 2; key < query; key++) {
@@ -644,7 +644,7 @@ function guessAt(run, positions) {
 VIEWS.push({
   id: "layers",
   title: "Layers",
-  about: "The logit lens: what the head of the model would say after each layer.",
+  about: "The logit lens: which next token the last norm and the output matrix would give after each layer.",
   render(element, run) {
     const { query } = run.selected;
     const rows = lensRows(run);

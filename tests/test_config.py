@@ -190,7 +190,7 @@ YARN = dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_
         (MinistralConfig, dict(head_dim=7), "head_dim=7.*even"),
         (MinistralConfig, dict(hidden_size=0), "hidden_size=0.*whole number from 1"),
         (MinistralConfig, dict(vocab_size=-3), "vocab_size=-3"),
-        (MinistralConfig, dict(hidden_size=2**64), "hidden_size=18446744073709551616.*from 1 to 2147483647"),
+        (MinistralConfig, dict(hidden_size=2**64), "hidden_size=18446744073709551616.*from 1 to 1048576"),
         (MinistralConfig, dict(sliding_window=2**53 + 1), "sliding_window=9007199254740993"),
         (MinistralConfig, dict(num_hidden_layers=65536), "num_hidden_layers=65536.*from 1 to 1000"),
         (MinistralConfig, dict(num_labels=10**7), "num_labels=10000000.*from 1 to 100000"),

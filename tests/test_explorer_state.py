@@ -378,7 +378,8 @@ def test_image_view(page):
     shares = trace[f"layers.{layer}.attention.probabilities"][0, head, query, patches]
     assert f"gives {percent(shares.sum().item())} of its attention to the 16 merged patches" in page.content()
     row, column = divmod(int(shares.argmax()), 4)
-    assert f"row {row + 1}, column {column + 1}: {percent(shares.max().item())}." in page.content()
+    largest = percent(shares.max().item())
+    assert f"The largest share, {largest}, goes to row {row + 1}, column {column + 1}." in page.content()
     everywhere = [trace[f"layers.{n}.attention.probabilities"][0, :, query, patches].max() for n in range(7)]
     assert shares.max() == max(everywhere)  # the page has found the head that looks at one patch most
 

@@ -25,6 +25,7 @@ NOT_RUN = {
     "python -m examples.lora": "minutes; test_lora.py runs it in short",
     "python -m checkpoint merge": "needs an adapter; test_lora.py runs it",
     "python -m training": "minutes to hours",
+    "python -m tests.fuzz": "minutes; tests/fuzz runs a part",
     "python -m benchmarks": "minutes; the test of their usage is below",
     "python generate.py --model mistralai/": "needs published weights",
     "python -m checkpoint info mistralai/": "needs the network",
