@@ -316,7 +316,7 @@ class Model {
   }
   // A mask (S, T), 1 where the query at position start + s sees a key. A window lets it see W keys, its own included.
   mask(start, S, positions, window) {
-    const T = positions.length, W = (window ?? Infinity) + this.mistakes.includes("window_plus_1");
+    const T = positions.length, W = (window ?? Infinity) + (this.mistakes.includes("window_plus_1") ? 1 : 0);
     const seen = (distance) => distance >= 0 && distance < W ? 1 : 0;
     return new Float32Array(S * T).map((_, n) => seen(start + Math.floor(n / T) - positions[n % T]));
   }

@@ -494,6 +494,7 @@ def test_the_first_result_that_is_not_finite_is_named():
     """Finite weights whose products overflow in float16."""
     model = MinistralForCausalLM(MinistralConfig(**SMALL)).half().eval()
     with torch.no_grad():
+        model.model.embed_tokens.weight.fill_(1.0)  # so all inputs of the layer's products are about 1
         for p in model.model.layers[1].mlp.parameters():
             p.fill_(60.0)
     message = r"output of model\.layers\.1\.mlp.* is the first .* in float16; try another dtype"
