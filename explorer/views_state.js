@@ -633,6 +633,14 @@ function cacheBytes(text, length) {
   return kept.reduce((sum, positions) => sum + positions * perPosition, 0);
 }
 
+// Save all stages of this text as a file for `python -m reference diff`.
+function downloadTrace(run) {
+  const trace = saveTrace(run.trace, run.tokens.map(({ id }) => id), { prompt: run.source.text });
+  const link = make("a", { href: URL.createObjectURL(new Blob([trace])), download: "trace.safetensors" });
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 1000); // after the browser has begun to save
+}
+
 VIEWS.push({
   id: "sizes",
   title: "Sizes and code",
@@ -661,7 +669,9 @@ VIEWS.push({
     list.append(stageTable(run, names, show));
     element.replaceChildren(
       sizeTotals(run),
-      make("div", { className: "state-controls" }, layerChoice(run)),
+      make("div", { className: "state-controls" }, layerChoice(run),
+        make("button", { type: "button", click: () => downloadTrace(run) }, "Save the trace")),
+      paragraph("The trace is a .safetensors file with all stages. `python -m reference diff` reads it."),
       paragraph("The stages in the order of computing, of one layer; the other layers have the same shapes. "
         + "A click on a stage shows the lines that compute it."),
       lettersText(run),

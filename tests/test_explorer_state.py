@@ -2,6 +2,7 @@
 arithmetic runs in Node, the views themselves in Chromium."""
 
 import ast
+import base64
 import importlib.util
 import json
 import math
@@ -21,6 +22,7 @@ from images import MEAN, STD
 from ministral import KVCache, LayerCache, MinistralConfig, RotaryEmbedding, SlidingLayerCache
 from ministral3 import Ministral3Config, YarnRotaryEmbedding
 from model_types import load_model
+from reference.__main__ import main as reference_main
 from reference.mutants import MUTANTS
 from reference.trace import MODULES, POINTS, record
 from tests.explorer_page import MODELS, ROOT, needs_browser, open_browser, percent
@@ -421,3 +423,23 @@ def test_views_are_accessible(page, name, width, theme):
         if axe is not None:
             script = Path(axe.origin).with_name("axe.min.js").read_text(encoding="utf-8")
             assert page.violations(script, "'#panel'") == [], view
+
+
+@needs_browser
+def test_the_saved_trace_is_read_by_reference_diff(page, tmp_path, capsys):
+    """What the button saves agrees with the reference at every stage."""
+    page.open("ministral3")
+    page.open_view("sizes")
+    page("""globalThis.saved = null; const create = URL.createObjectURL;
+        URL.createObjectURL = (blob) => { saved = blob; return create(blob); };""")
+    page.press_in_view("Save the trace")
+    content = page.driver.execute_async_script("""
+        const reader = new FileReader();
+        reader.onload = () => arguments[0](reader.result.split(",")[1]);
+        reader.readAsDataURL(saved);""")
+    (tmp_path / "mine.safetensors").write_bytes(base64.b64decode(content))
+    ids = ",".join(map(str, page.ids()))
+    model, reference = str(MODELS["ministral3"]), str(tmp_path / "reference.safetensors")
+    assert reference_main(["record", "--model", model, "--ids", ids, "-o", reference]) == 0
+    assert reference_main(["diff", str(tmp_path / "mine.safetensors"), reference]) == 0
+    assert "agree" in capsys.readouterr().out
