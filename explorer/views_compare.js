@@ -530,8 +530,8 @@ function imageResult(run) {
     make("div", { className: "state-answer" }, make("p", { className: "state-small" }, run.source.text),
       make("p", { className: "state-big", role: "status" }, answer || "No answer yet.")),
     make("h3", {}, "Which token looks where"),
-    paragraph("Choose a token of the question or the answer. The next token is drawn at the token before it: "
-      + "to see where the model looked for a word of the answer, choose the token before that word."),
+    paragraph("Choose a token of the question or the answer. A word of the answer is drawn at the token before it: "
+      + "choose that token to see where the model looked."),
     tokenChoice(run, places, query),
     make("div", { className: "state-controls" },
       layerChoice(run),

@@ -671,7 +671,8 @@ VIEWS.push({
       sizeTotals(run),
       make("div", { className: "state-controls" }, layerChoice(run),
         make("button", { type: "button", click: () => downloadTrace(run) }, "Save the trace")),
-      paragraph("The trace is a .safetensors file with all stages. `python -m reference diff` reads it."),
+      paragraph("The trace is a .safetensors file with all stages, for ",
+        make("code", {}, "python -m reference diff"), "."),
       paragraph("The stages in the order of computing, of one layer; the other layers have the same shapes. "
         + "A click on a stage shows the lines that compute it."),
       lettersText(run),
