@@ -428,7 +428,7 @@ def test_views_are_accessible(page, name, width, theme):
 @needs_browser
 def test_the_saved_trace_is_read_by_reference_diff(page, tmp_path, capsys):
     """What the button saves agrees with the reference at every stage."""
-    page.open("ministral3")
+    page.open("ministral3", is_new=True)  # without an image
     page.open_view("sizes")
     page("""globalThis.saved = null; const create = URL.createObjectURL;
         URL.createObjectURL = (blob) => { saved = blob; return create(blob); };""")
