@@ -20,10 +20,10 @@ from typing import Any
 
 from checkpoint import read_json, replace_file
 from cli import Parser, exit_code, format_bytes
+from model_types import BUNDLED, MODEL_DIRECTORY
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-BUNDLED = ROOT / "models" / "ministral3"
 LIMIT = 64_000_000  # bytes of weights
 MODEL_TYPES = ("ministral", "ministral3", "mistral3")
 # In the order in which they run; page.js has the order of the tabs. A name in one of the views does not collide with
@@ -67,7 +67,7 @@ def examples(directory: Path) -> list[dict[str, str]]:
     """Texts to begin with: {title, mode ("text" or "chat"), text}, the best for the bundled models."""
     known = read_json(HERE / "examples.json")
     name = directory.resolve().name
-    if directory.resolve().parent == ROOT / "models" and name in known:
+    if directory.resolve().parent == MODEL_DIRECTORY and name in known:
         return known[name]
     return known["other"]
 

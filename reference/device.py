@@ -24,7 +24,7 @@ from decoder import Decoder, choose_forward
 from ministral import ATTENTION, KVCache
 from model_types import load_model
 from reference import golden
-from reference.compare import compare
+from reference.compare import MARGIN_OF_ONE_RUN, Report, compare
 from reference.golden import HERE
 from reference.trace import general_name, load, record, take_inputs
 from tokenizer.bpe import cache_folder
@@ -43,14 +43,14 @@ def first_difference(device: torch.device, dtype: torch.dtype) -> str | None:
             padding_mask = inputs["attention_mask"].bool()
         arguments = golden.arguments(inputs, dtype)
         for part, trace in computed(model, arguments):
-            report = compare(trace, exact, {}, padding_mask, tolerances(dtype), margin())
+            report = agreement(trace, exact, dtype, padding_mask)
             if not report.agrees:
                 return f"{name}, {part}: {report.sentence}"
         if (HERE / name / "one_text.safetensors").is_file():
             exact, inputs = read_trace(HERE / name / "one_text.safetensors")
             logits = steps(model, inputs["input_ids"])
             exact = {"logits": exact["logits"][:, PREFILLED - 1 :]}
-            report = compare({"logits": logits}, exact, {}, None, tolerances(dtype), margin())
+            report = agreement({"logits": logits}, exact, dtype, None)
             if not report.agrees:
                 return f"{name}, the steps of generate: {report.sentence}"
     return None
@@ -90,26 +90,21 @@ def steps(model: Any, input_ids: Tensor) -> Tensor:
 
 
 @cache
-def tolerances(dtype: torch.dtype) -> dict[str, float]:
-    """The largest error of a right port over the largest number of a stage, before the margin, for each point of the
-    golden models. float16 has that of bfloat16, which is coarser."""
+def measured() -> dict[str, dict[str, float]]:
+    """The errors of a right port at each stage, by their types: the entries of golden/tolerances.json."""
+    stages: dict[str, dict[str, float]] = read_json(HERE / "tolerances.json")["stages"]
+    return stages
+
+
+def agreement(trace: dict[str, Tensor], exact: dict[str, Tensor], dtype: torch.dtype, mask: Tensor | None) -> Report:
+    """The comparison of a trace in a type with the float64 trace. float16 may have the errors of bfloat16, which is
+    coarser."""
     kind = str(dtype).removeprefix("torch.")
     if dtype == torch.float16:
         kind = "bfloat16"
-    stages = read_json(HERE / "tolerances.json")["stages"]
-    points = {}
-    for name in CHECKED_MODELS:
-        for point in load(HERE / name / "float64.safetensors")[0]:
-            general = general_name(point)
-            if general in stages:
-                points[point] = stages[general][kind]
-    return points
-
-
-@cache
-def margin() -> float:
-    """How many times that error is allowed."""
-    return float(read_json(HERE / "tolerances.json")["margin"])
+    stages = {name: measured().get(general_name(name), {}) for name in exact}
+    relative = {name: entry[kind] for name, entry in stages.items() if kind in entry}
+    return compare(trace, exact, {}, mask, relative, MARGIN_OF_ONE_RUN)
 
 
 def checked_once(device: torch.device, dtype: torch.dtype) -> bool:
