@@ -26,6 +26,11 @@ from .generation_config import GenerationConfig
 
 # A function that writes one file, under the name that it is given.
 Writer = Callable[[Path], object]
+# The names of the files of weights that belong to each file of a configuration, as regular expressions.
+WEIGHTS_OF = {
+    CONFIG: r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?",
+    PARAMS: r"consolidated\.safetensors(\.index\.json)?",
+}
 # Bytes of the units of sizes.
 UNITS = {
     "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
@@ -154,10 +159,8 @@ def _remove_old(directory: Path, config_path: Path, config: Any, new: Iterable[P
 
     Nothing is removed if the earlier save has the same configuration and the same files, the weights in one. Then the
     old version can be read until the new weights replace the old ones."""
-    weights = "consolidated"
-    if config_path.name == CONFIG:
-        weights = r"model(-\d+-of-\d+)?"
-    old = [path for path in directory.iterdir() if re.fullmatch(rf"{weights}\.safetensors(\.index\.json)?", path.name)]
+    weights = re.compile(WEIGHTS_OF[config_path.name])
+    old = [path for path in directory.iterdir() if weights.fullmatch(path.name)]
     old += [path for path in (config_path, directory / GENERATION) if path.is_file()]
     if set(old) == set(new) and len(old) <= 3 and config_path.read_bytes() == _json_bytes(config):
         return
@@ -177,9 +180,8 @@ def _removal_order(path: Path) -> int:
 
 def leftovers(directory: Path) -> list[Path]:
     """The temporary files of saves of a model that were interrupted."""
-    names = "|".join(map(re.escape, (CONFIG, PARAMS, GENERATION)))
-    weights = r"(model(-\d+-of-\d+)?|consolidated)\.safetensors(\.index\.json)?"
-    temporary = re.compile(rf"\.({names}|{weights})\.[\d-]+\.tmp")
+    names = [re.escape(name) for name in (CONFIG, PARAMS, GENERATION)]
+    temporary = re.compile(rf"\.({'|'.join((*names, *WEIGHTS_OF.values()))})\.[\d-]+\.tmp")
     return sorted(path for path in directory.iterdir() if temporary.fullmatch(path.name))
 
 
