@@ -182,7 +182,7 @@ def leftovers(directory: Path) -> list[Path]:
     """The temporary files of saves of a model that were interrupted."""
     names = [re.escape(name) for name in (CONFIG, PARAMS, GENERATION)]
     temporary = re.compile(rf"\.({'|'.join((*names, *WEIGHTS_OF.values()))})\.[\d-]+\.tmp")
-    return sorted(path for path in directory.iterdir() if temporary.fullmatch(path.name))
+    return sorted(path for path in directory.glob(".*.tmp") if temporary.fullmatch(path.name))
 
 
 def interrupted_save(directory: Path) -> str:

@@ -630,3 +630,9 @@ def test_what_is_refused_is_not_converted(saved, tmp_path):
             with pytest.raises(ValueError, match=re.escape(message)):
                 checkpoint.convert(path, tmp_path / "new", format=format)
             assert not (tmp_path / "new").exists()
+
+
+def test_a_directory_that_is_not_there_is_named(tmp_path):
+    for path in (tmp_path / "no", tmp_path / "no" / "deeper"):
+        with pytest.raises(FileNotFoundError, match=f"{path}/config.json does not exist; a model is a directory"):
+            checkpoint.read_config(path)
