@@ -1,8 +1,10 @@
 """The two miniature models: what they write and answer, the same in Transformers from the same directory, and the
 command line with the bundled model and no other options. `python -m tests.miniature` makes the constants anew."""
 
+import html
 import json
 import random
+import re
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ import auto
 import chat
 import command
 from chat import Conversation
+from docs import recording
 from generate import generate
 from model_types import ABILITIES, BUNDLED
 from tests import miniature
@@ -301,6 +304,24 @@ def test_the_readme_shows_what_the_bundled_model_answers(monkeypatch):
         assert any(option in line for line in lines)
     assert miniature.with_outputs(page) == page
     assert len(probabilities) >= len(lines) and min(probabilities) > SURE
+
+
+def test_the_recording_shows_the_commands_and_outputs_of_the_readme(monkeypatch):
+    """docs/recording.svg is made by docs/recording.py. A drawn text is run again; the answers stand in README.md."""
+    monkeypatch.chdir(ROOT)
+    drawn = (ROOT / "docs" / "recording.svg").read_text(encoding="utf-8")
+    recorded = html.unescape(re.search(r"<desc>(.*?)</desc>", drawn, re.DOTALL)[1])
+    sections = dict(section.split("\n", 1) for section in recorded.removeprefix("$ ").split("\n\n$ "))
+    page = README.read_text(encoding="utf-8")
+    assert list(sections) == list(recording.COMMANDS) and set(sections) <= set(page.splitlines())
+    for line, shown in sections.items():
+        shown = re.sub(r"\n+", "\n", shown).removesuffix("...")
+        if "--seed" in line:
+            assert miniature.output(f"{line} --max-new-tokens 50").startswith(shown)
+        else:
+            assert shown.strip() in page
+    shown = re.findall(r"<text[^>]*>(.*?)</text>", drawn)
+    assert "".join(shown).replace(" ", "") == html.escape(re.sub(r"\s", "", recorded))
 
 
 def typed(monkeypatch, *lines):
