@@ -530,11 +530,8 @@ def run(options: argparse.Namespace) -> int:
     print(describe_settings(sampling, new_tokens, sources), file=sys.stderr)
 
     # Load the model, and generate.
+    check_first_use(options, files, device)
     model = load(options, files, device)
-    if device.type != "cpu" and not options.no_check:
-        from reference.device import checked_once  # imported late: it takes a tenth of a second
-
-        checked_once(device, model.dtype)
     print_products(options, model, len(ids))
     settings = asdict(sampling) | {"max_new_tokens": new_tokens}
     if options.chat:
@@ -560,6 +557,18 @@ def check_device(device: torch.device, dtype: torch.dtype) -> int:
         return 1
     print(f"{name}: {len(CHECKED_MODELS)} models agree with the float64 reference at every stage ({seconds:.1f} s)")
     return 0
+
+
+def check_first_use(options: argparse.Namespace, files: ModelFiles, device: torch.device) -> None:
+    """Check a device that is not the CPU before its first use in the type of the model (raises as `checked_once`)."""
+    if device.type == "cpu" or options.no_check:
+        return
+    from reference.device import checked_once  # imported late: it takes a tenth of a second
+
+    dtype = DTYPES.get(options.dtype)
+    if dtype is None:
+        dtype = checkpoint.Checkpoint(files.directory).dtype
+    checked_once(device, dtype)
 
 
 def print_format(options: argparse.Namespace, prompt: Prompt, reason: str, trained: bool) -> None:

@@ -424,6 +424,23 @@ def test_the_device_is_checked(capsys, dtype):
     assert "3 models agree with the float64 reference at every stage" in out
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("arguments, dtype", [([], torch.bfloat16), (["--dtype", "float16"], torch.float16),
+                                              (["--no-check"], None)])  # fmt: skip
+def test_other_devices_are_checked_before_their_first_use(monkeypatch, device, arguments, dtype):
+    """In the type of the weights, and before these are loaded. The CPU is not."""
+    checked = []
+    monkeypatch.setattr("reference.device.checked_once", lambda *arguments: checked.append(arguments))
+    monkeypatch.setattr(command, "choose_device", lambda name: torch.device(device))
+    monkeypatch.setattr(command, "load", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        command.run(command.parse_arguments(["HAMLET.", *arguments]))
+    expected = [(torch.device(device), dtype)]
+    if device == "cpu" or dtype is None:
+        expected = []
+    assert checked == expected
+
+
 @pytest.mark.parametrize(
     "broken, found",
     [
