@@ -29,7 +29,8 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const state = {
   run: null, // null until the model has read the first text
   view: "attention",
-  settings: null,
+  settings: {}, // the last usable numbers of the fields, by the ids of the fields
+  back: null, // {view, scroll} from which the Python lines were opened
   busy: false,
   pending: 0, // messages that the worker has not answered
   parameters: 0,
@@ -104,19 +105,26 @@ function tokenLabel(position) {
   return labelOf(state.run.tokens[position]);
 }
 
-// A number in about four significant digits, with a real minus sign.
-function number(x) {
+// A number in so many significant digits: 10,870 or 0.5000. Below 0.001, and from a million on: 1.087 · 10⁶.
+function number(x, digits = 4) {
   if (x === 0) return "0";
   if (!Number.isFinite(x)) return String(x).replace("Infinity", "∞").replace("-", "−");
-  let text = x.toPrecision(4);
-  if (Math.abs(x) >= 1e4 || Math.abs(x) < 1e-3) text = x.toExponential(2);
-  else if (text.includes(".")) text = text.replace(/0+$/, "").replace(/\.$/, "");
-  return text.replaceAll("-", "−");
+  const size = Math.abs(x);
+  const rounding = { minimumSignificantDigits: digits, maximumSignificantDigits: digits };
+  if (size >= 1e-3 && size < 1e6) return x.toLocaleString("en-US", rounding).replace("-", "−");
+  const [mantissa, exponent] = x.toExponential(digits - 1).split("e");
+  return `${mantissa.replace("-", "−")}\u00a0·\u00a0${powerOfTen(exponent)}`;
 }
 
-// A probability in percent. The blank before the sign does not break a line.
+function powerOfTen(exponent) {
+  const raised = { "-": "⁻", 0: "⁰", 1: "¹", 2: "²", 3: "³", 4: "⁴", 5: "⁵", 6: "⁶", 7: "⁷", 8: "⁸", 9: "⁹" };
+  return `10${Array.from(String(Number(exponent)), (sign) => raised[sign]).join("")}`;
+}
+
+// A share in percent, 0 only if it is 0. The blank before the sign does not break a line.
 function percent(p) {
-  if (p > 0 && p < 0.0005) return "< 0.05\u00a0%";
+  if (p === 0) return "0\u00a0%";
+  if (p < 0.0005) return "< 0.05\u00a0%";
   return `${(100 * p).toFixed(1)}\u00a0%`;
 }
 
@@ -125,6 +133,13 @@ function count(n, word = null) {
   const written = n.toLocaleString("en-US");
   if (word === null) return written;
   return `${written} ${word}${n === 1 ? "" : "s"}`;
+}
+
+// So many written tokens. The end token is one of them, which is said.
+function countWritten(tokens) {
+  const end = tokens.at(-1)?.special;
+  const words = count(tokens.length, "token");
+  return end === "</s>" ? `${words}, </s> included` : words;
 }
 
 function isDark() {
@@ -139,7 +154,7 @@ const SCALES = {
   dark: [[30, 30, 33], [74, 46, 36], [135, 66, 30], [205, 104, 44], [246, 172, 105], [255, 240, 220]],
 };
 // Hidden cells: plain, and the lines of hatches.
-const HIDDEN = { light: ["#e6e7ec", "#c3c6d0"], dark: ["#0e0f13", "#2c2f39"] };
+const HIDDEN = { light: ["#e6e7ec", "#c3c6d0"], dark: ["#343b4d", "#5d6785"] };
 
 // The colour of a share from 0 to 1 as [red, green, blue]. Small shares are widened: the square root is shown.
 function scaleColour(share) {
@@ -284,31 +299,66 @@ function plot(description, x, y, series, zones = [], mark = null) {
 
 function layerChoice(run) {
   const layers = run.text.layer_types.map((kind, index) => [index, `${index}: ${kind.replace("_", " ")}`]);
-  return choice("Layer", layers, run.selected.layer, (layer) => select({ layer: Number(layer) }));
+  return choice("Layer (in all views)", layers, run.selected.layer, (layer) => select({ layer: Number(layer) }));
 }
 
 // ------------------------------------------------------------------------------------------- run and selection
+// The numbers of the fields. A field whose number is not supported says so and counts as before; nothing is written then.
 function settingsOfPage() {
-  const settings = {};
-  for (const name of ["temperature", "top_k", "top_p", "min_p"]) {
-    const input = byId(name);
-    const isUsable = input.validity.valid && input.value !== "";
-    settings[name] = Number(isUsable ? input.value : input.defaultValue);
+  const complaints = [];
+  for (const input of byId("settings").querySelectorAll("input")) {
+    const found = complaint(input.labels[0].textContent.trim(), input);
+    input.setAttribute("aria-invalid", String(found !== null));
+    if (found === null) state.settings[input.id] = input.valueAsNumber;
+    else complaints.push(`${found}. Until you change it, ${state.settings[input.id]} counts.`);
   }
-  return settings;
+  byId("complaint").textContent = complaints.join(" ");
+  return { ...state.settings };
 }
 
-// Choose a layer, head, query or key; all views render again.
+// Why the number in a field is not supported; null if it is. Numbers between its steps are, unless the step is 1.
+function complaint(name, { valueAsNumber: found, min, max, step }) {
+  const isWhole = step === "1";
+  const isInside = found >= Number(min) && (max === "" || found <= Number(max));
+  if (isInside && (!isWhole || Number.isInteger(found))) return null;
+  const kind = isWhole ? "whole numbers " : "";
+  const end = max === "" ? "on" : `to ${count(Number(max))}`;
+  const shown = Number.isNaN(found) ? "no number" : String(found).replace("-", "−");
+  return `${name}: ${shown}; supported: ${kind}from ${min} ${end}`;
+}
+
+// Choose a layer, head, query or key; all views render again. A new query comes with the key that it looks at most.
 function select(changes) {
-  Object.assign(state.run.selected, changes);
+  const { selected } = state.run;
+  Object.assign(selected, changes);
+  if ("query" in changes && !("key" in changes)) selected.key = strongestKey(selected);
   renderStrip();
   renderView();
 }
 
-// Show the lines of Python that compute a point of the trace.
+function strongestKey({ layer, head, query }) {
+  const { shape: [, , S, T], data } = state.run.trace[`layers.${layer}.attention.probabilities`];
+  const row = data.subarray((head * S + query) * T, (head * S + query + 1) * T);
+  return row.indexOf(Math.max(...row));
+}
+
+// Show the lines of Python that compute a point of the trace, and a button that leads back.
 function showCode(name) {
   state.run.codePoint = name;
+  const back = { view: state.view, scroll: window.scrollY };
+  const { title } = currentView();
   openView("sizes");
+  state.back = back;
+  byId("back").textContent = `← Back to “${title}”`;
+  byId("back").hidden = false;
+  byId("back").focus();
+}
+
+function goBack() {
+  const { view, scroll } = state.back;
+  openView(view);
+  byId(`tab-${view}`).focus({ preventScroll: true });
+  window.scrollTo(0, scroll);
 }
 
 function setRun(result, source, steps) {
@@ -330,6 +380,7 @@ function setRun(result, source, steps) {
   if (isFirst) {
     for (const view of VIEWS) Object.assign(state.run.selected, view.first?.(state.run));
   }
+  state.run.selected.key = strongestKey(state.run.selected);
   renderStrip();
   renderView();
 }
@@ -354,10 +405,11 @@ async function answer(source) {
   await busyWith("Answering ...", async () => {
     byId("prompt").value = source.text;
     document.querySelector("input[name=mode][value=chat]").checked = true;
+    showWhichExample();
     const message = { kind: "run", ...source, generate: 60, settings: { temperature: 0 }, trace: true };
     const result = await ask(message);
     setRun(result, source, result.steps);
-    showStatus(`Answered with ${count(result.steps.length, "token")}.`);
+    showStatus(`Answered with ${countWritten(result.tokens.slice(result.prompt))}.`);
   });
 }
 
@@ -374,8 +426,9 @@ async function write(howMany) {
   await busyWith("Writing ...", async () => {
     const started = performance.now();
     const steps = isNew ? [] : [...state.run.steps];
-    const seed = Number(byId("seed").value);
-    const message = { kind: "run", ...source, generate: howMany, settings: settingsOfPage(), seed };
+    const { seed, ...settings } = settingsOfPage();
+    if (byId("complaint").textContent !== "") throw new Error("Nothing was written: a setting is not supported.");
+    const message = { kind: "run", ...source, generate: howMany, settings, seed };
     if (!isNew) message.ids = state.run.tokens.map(({ id }) => id);
     let first = null;
     const result = await ask({ ...message, trace: true }, ({ read: tokens, token, step }) => {
@@ -389,7 +442,7 @@ async function write(howMany) {
     });
     state.live = null;
     setRun(result, source, steps);
-    const written = count(result.steps.length, "token");
+    const written = countWritten(result.tokens.slice(result.prompt));
     showStatus(`Wrote ${written}; the first came after ${first ?? "0 s"}.${ENDS[result.ended] ?? ""}`);
   });
   state.live = null;
@@ -461,7 +514,10 @@ function renderStrip() {
     }
     return element;
   }));
-  byId("legend").textContent = state.live === null ? currentView()?.legend?.(state.run) ?? "" : "";
+  const legends = [];
+  if (state.live === null) legends.push(currentView()?.legend?.(state.run) ?? "");
+  if (prompt < tokens.length) legends.push("Underlined: written by the model.");
+  byId("legend").textContent = legends.join(" ");
   breakLines(strip, tokens);
   if (hadFocus) focusToken();
   const shown = state.live === null ? strip.querySelector("[aria-selected=true]") : strip.lastElementChild;
@@ -510,6 +566,8 @@ function currentView() {
 
 function openView(id) {
   state.view = id;
+  state.back = null;
+  byId("back").hidden = true;
   renderTabs();
   if (state.run !== null) {
     renderStrip();
@@ -517,14 +575,20 @@ function openView(id) {
   }
 }
 
-function renderTabs() {
+function makeTabs() {
+  VIEWS.sort((a, b) => ORDER.indexOf(a.id) - ORDER.indexOf(b.id));
   byId("tabs").replaceChildren(...VIEWS.map(({ id, title }) => make("button", {
-    type: "button", role: "tab", id: `tab-${id}`, tabIndex: id === state.view ? 0 : -1,
-    "aria-controls": "panel", "aria-selected": String(id === state.view), click: () => openView(id),
+    type: "button", role: "tab", id: `tab-${id}`, "aria-controls": "panel", click: () => openView(id),
   }, title)));
+}
+
+function renderTabs() {
+  for (const { id } of VIEWS) {
+    const isOpen = id === state.view;
+    byId(`tab-${id}`).tabIndex = isOpen ? 0 : -1;
+    byId(`tab-${id}`).setAttribute("aria-selected", String(isOpen));
+  }
   byId("panel").setAttribute("aria-labelledby", `tab-${state.view}`);
-  const tab = byId(`tab-${state.view}`); // on a narrow screen, the tabs scroll sideways
-  byId("tabs").scrollLeft = tab.offsetLeft - (byId("tabs").clientWidth - tab.offsetWidth) / 2;
 }
 
 function tabKeys(event) {
@@ -601,20 +665,40 @@ function changeTheme() {
 
 function showExamples() {
   const options = data.examples.map(({ title }, place) => make("option", { value: String(place) }, title));
-  byId("example").replaceChildren(...options);
+  byId("example").replaceChildren(...options, make("option", { value: "own" }, "Your own text"));
   useExample(0);
 }
 
+// The list of examples names the one that the text and the mode are of, if they are.
+function showWhichExample() {
+  const { text, mode } = sourceOfPage();
+  const place = data.examples.findIndex((example) => example.text === text && modeOf(example) === mode);
+  byId("example").value = place < 0 ? "own" : String(place);
+}
+
+function modeOf({ mode }) {
+  return mode === "chat" ? "chat" : "text";
+}
+
 function useExample(place) {
-  const { text, mode } = data.examples[place];
-  byId("prompt").value = text;
-  document.querySelector(`input[name=mode][value=${mode === "chat" ? "chat" : "text"}]`).checked = true;
+  const example = data.examples[place];
+  byId("prompt").value = example.text;
+  document.querySelector(`input[name=mode][value=${modeOf(example)}]`).checked = true;
+}
+
+function chooseExample({ target: { value } }) {
+  if (value === "own") {
+    byId("prompt").focus();
+    return;
+  }
+  useExample(Number(value));
+  read();
 }
 
 function useGenerationConfig() {
   const { temperature, top_k, top_p } = data.generation;
   for (const [name, value] of Object.entries({ temperature, top_k, top_p })) {
-    if (typeof value === "number") byId(name).value = byId(name).defaultValue = String(value);
+    if (typeof value === "number") byId(name).value = String(value);
   }
 }
 
@@ -625,7 +709,10 @@ function listen() {
   click("write", () => write(40));
   click("stop", () => worker.postMessage({ message: { kind: "stop" } }));
   click("theme", changeTheme);
-  byId("example").addEventListener("change", ({ target }) => { useExample(Number(target.value)); read(); });
+  click("back", goBack);
+  byId("example").addEventListener("change", chooseExample);
+  byId("prompt").addEventListener("input", showWhichExample);
+  byId("modes").addEventListener("change", showWhichExample);
   byId("settings").addEventListener("input", () => state.run !== null && renderView());
   byId("strip").addEventListener("keydown", stripKeys);
   byId("tabs").addEventListener("keydown", tabKeys);
@@ -650,9 +737,10 @@ async function startPage() {
   if (theme === "light" || theme === "dark") document.documentElement.dataset.theme = theme;
   showTheme();
   showExamples();
+  settingsOfPage();
   useGenerationConfig();
   listen();
-  VIEWS.sort((a, b) => ORDER.indexOf(a.id) - ORDER.indexOf(b.id));
+  makeTabs();
   openView(state.view);
   document.title = `${data.name}: explorer`;
   byId("title").textContent = data.name;
@@ -674,5 +762,6 @@ async function startPage() {
 
 // What the other scripts use.
 Object.assign(globalThis, { VIEWS, select, make, openView, remember, explorer: state });
-Object.assign(globalThis, { chosen, newId, choice, layerChoice, paragraph, arrowKeys, quoted, count, plot });
+Object.assign(globalThis, { chosen, newId, choice, layerChoice, paragraph, arrowKeys, quoted, plot });
+Object.assign(globalThis, { count, countWritten, number, percent, powerOfTen, complaint });
 document.addEventListener("DOMContentLoaded", () => startPage().catch((error) => showError(error.message)));

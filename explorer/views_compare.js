@@ -124,7 +124,7 @@ const MISTAKE_TEXTS = {
   },
 };
 const WRITTEN = 24; // tokens that both models write
-const TIMED = 12; // tokens that are written with a cache and without one
+const TIMED = 12; // tokens that are written at most with a cache and without one
 const LONGEST = 480; // tokens of a text that is made longer; the worker reads up to 512
 
 VIEWS.push({
@@ -235,7 +235,7 @@ async function withoutCache(run) {
     const progress = ({ token }) => { if (token !== undefined) ends.push(performance.now()); };
     const { tokens } = await run.ask({ kind: "run", ids, images: run.images, generate: TIMED, cache }, progress);
     texts.push(tokens.slice(ids.length));
-    times.push(ends.slice(1).map((end, index) => end - ends[index])); // the first token needs the prompt in any case
+    times.push(ends.at(-1) - ends[0]); // the first token needs the prompt in any case
   }
   return { times, texts };
 }
@@ -280,7 +280,7 @@ function twoTexts(texts, ...titles) {
   const column = (tokens, title) => make("section", { className: "state-text" }, make("h4", {}, title),
     make("p", {}, tokens.slice(0, same).map(({ text }) => text).join(""),
       make("mark", {}, tokens.slice(same).map((token) => token.special ?? token.text).join(""))));
-  let said = `Both write the same ${right.length} tokens.`;
+  let said = `Both write the same ${countWritten(right)}.`;
   if (same < Math.max(right.length, wrong.length)) said = `The texts differ from token ${same + 1} on (marked).`;
   return make("div", {},
     make("h3", {}, "What both write after the prompt"),
@@ -329,25 +329,25 @@ function bars(run, rows) {
 }
 
 function showTimes({ lead, rest }, run, { times, texts }) {
-  const total = times.map((list) => list.reduce((sum, time) => sum + time, 0));
-  const steps = times[0].length;
+  const written = texts[0].length;
   const same = texts[0].map(({ id }) => id).join() === texts[1].map(({ id }) => id).join();
   const found = same ? "The text is the same." : "The texts differ, which must not happen.";
-  lead.textContent = `${found} ${steps} tokens after the first take `
-    + `${Math.round(total[0])} ms with a cache and ${Math.round(total[1])} ms without: `
-    + `${(total[1] / total[0]).toFixed(1)} times as long.`;
-  const highest = Math.max(...times.flat(), 1);
-  const line = (list, className) => ({ className, points: list.map((time, index) => [run.prompt + 1 + index, time]) });
-  const first = run.prompt + 1;
-  const last = first + Math.max(steps - 1, 1);
-  const places = [first, Math.round((first + last) / 2), last];
-  const x = { from: first, to: last, label: "tokens read so far", text: String, ticks: places };
-  const heights = [0, highest * 0.5, highest];
-  const y = { from: 0, to: highest * 1.1, ticks: heights, text: (tick) => `${Math.round(tick)} ms` };
+  const kept = Array.from({ length: written }, (_, step) => (step === 0 ? run.prompt : 1));
+  const whole = Array.from({ length: written }, (_, step) => run.prompt + step);
+  const [few, many] = [kept, whole].map((positions) => positions.reduce((sum, read) => sum + read, 0));
+  lead.textContent = `${found} To write ${countWritten(texts[0])}, the model reads ${count(few)} positions with a cache `
+    + `and ${count(many)} without.`;
+  const milliseconds = times.map((time) => `${Math.round(time)} ms`);
+  const steps = (positions) => positions.map((read, step) => [step + 1, read]);
+  const x = { from: 1, to: Math.max(written, 2), label: "written token", text: String, ticks: [1, written] };
+  const y = { from: 0, to: 1.1 * whole.at(-1), ticks: [1, run.prompt, whole.at(-1)], text: count };
   rest.replaceChildren(
-    steps > 1 ? plot(lead.textContent, x, y, [line(times[1], "state-line"), line(times[0], "state-line-plain")]) : "",
-    paragraph("Solid: without a cache, where each step reads all positions again. "
-      + "Dashed: with a cache, where it reads one position and the stored keys."),
+    plot("Positions that the model reads for each written token", x, y, [
+      { className: "state-line", points: steps(whole) }, { className: "state-line-plain", points: steps(kept) }]),
+    paragraph("Positions that the model reads for each written token. "
+      + "Solid: without a cache, all again. Dashed: with a cache, the prompt once, then one at a time."),
+    paragraph(`In this browser, the tokens after the first took ${milliseconds[0]} with a cache and ${milliseconds[1]} without. `
+      + "This is one measurement: another one gives other times."),
     twoTexts(texts, "With a cache", "Without a cache"));
 }
 
@@ -503,7 +503,7 @@ function drawImage(canvas, rgb, config, shares = null, isDark = false) {
     context.fillStyle = isDark ? "#fff" : "#000";
     context.font = "26px system-ui, sans-serif"; // 13 CSS pixels
     context.textAlign = "center";
-    context.fillText(`${(100 * share).toFixed(1)} %`, x + cell / 2, y + cell - 14);
+    context.fillText(percent(share), x + cell / 2, y + cell - 14);
   });
 }
 

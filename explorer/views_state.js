@@ -159,7 +159,7 @@ function functionLines(source, name) {
 }
 
 // --------------------------------------------------------------------------------------------------- elements
-chosen.cache = { step: null, slot: 3, window: "model", reading: "single" };
+chosen.cache = { step: null, slot: 3, layer: null, window: "model", reading: "single" };
 chosen.positions = { position: null };
 chosen.sizes = { point: null };
 
@@ -218,6 +218,8 @@ VIEWS.push({
     const state = chosen.cache;
     const kinds = run.text.layer_types;
     const kind = kinds[run.selected.layer];
+    if (state.layer !== run.selected.layer) state.window = "model"; // a demonstration is of one layer
+    state.layer = run.selected.layer;
     const modelWindow = kind === "sliding_attention" ? run.text.sliding_window : null;
     const window = state.window === "model" ? modelWindow : Number(state.window);
     const last = Math.max(lastStep(run, state.reading), 32, (window ?? 0) + 16);
@@ -417,13 +419,20 @@ VIEWS.push({
     const range = { min: 0, max: end, value: Math.min(state.position, end), describe };
     const near = slider("Position near the text", range, (position) => show(position));
     const show = (position) => {
-      state.position = Math.min(Math.max(Math.round(position) || 0, 0), longest);
+      state.position = Math.min(position, longest);
+      refusal.textContent = "";
       number.value = state.position;
       near.set(state.position);
       result.replaceChildren(...positionResult(run, state.position));
     };
     const limits = { min: 0, max: longest };
-    const number = make("input", { type: "number", id: "state-position", ...limits, change: () => show(number.value) });
+    const number = make("input", { type: "number", id: "state-position", step: 1, ...limits });
+    const refusal = make("p", { className: "state-refusal", role: "alert" });
+    number.addEventListener("change", () => {
+      const found = complaint("Position", number);
+      if (found === null) show(number.valueAsNumber);
+      else refusal.textContent = `${found}. Position ${count(state.position)} stays.`;
+    });
     const original = run.text.rope_parameters.original_max_position_embeddings;
     const jumps = [5, 100, original - 1, original, longest].filter((position) => position >= 0 && position <= longest);
     element.replaceChildren(
@@ -433,6 +442,7 @@ VIEWS.push({
         near,
         make("div", { className: "state-buttons", role: "group", "aria-label": "Positions" },
           jumps.map((position) => make("button", { type: "button", click: () => show(position) }, count(position))))),
+      refusal,
       result);
     show(state.position);
   },
@@ -441,6 +451,8 @@ VIEWS.push({
 function positionResult(run, position) {
   const pairs = rotaryPairs(run.text);
   return [
+    paragraph(`The ${run.text.head_dim} numbers of a query or a key form ${pairs.length} pairs. A pair is a point in a `
+      + "plane, and the position turns each pair around the origin by an angle of its own."),
     make("p", { className: "state-lead", role: "status" }, positionSentence(run, pairs, position)),
     make("div", { className: "state-dials", role: "list" }, pairs.map((pair) => dial(pair, position))),
     dialLegend(run.text),
@@ -468,9 +480,8 @@ function positionSentence(run, pairs, position) {
 }
 
 function radians(angle) {
-  if (angle === 0) return "0";
-  if (angle < 0.001) return angle.toExponential(3);
-  return angle.toPrecision(Math.max(5, Math.ceil(Math.log10(angle)) + 3));
+  const whole = Math.ceil(Math.log10(Math.max(angle, 1))); // digits before the point
+  return number(angle, Math.max(5, whole + 3));
 }
 
 const DIAL = 32; // radius
@@ -516,7 +527,7 @@ function angleTable(text, pairs, position) {
 
 function zoneText(pair) {
   if (pair.zone !== "blended") return pair.zone;
-  return `blended, ${Math.round(100 * pair.share)} % unstretched`;
+  return `blended, ${percent(pair.share)} unstretched`;
 }
 
 // The period of each pair: positions until it has turned once.
@@ -530,7 +541,7 @@ function periods(text, pairs) {
   const x = { from: -0.5, to: last + 0.5, label: "pair", text: String,
     ticks: pairs.map(({ pair }) => pair).filter((pair) => pair % step === 0) };
   const y = { from: 5, to: longest * 1.3, log: true, ticks,
-    text: (tick) => (tick < 1e5 ? count(tick) : tick.toExponential(0).replace("e+", "e")) };
+    text: (tick) => (tick < 1e5 ? count(tick) : powerOfTen(Math.log10(tick))) };
   const used = { className: "state-line", points: pairs.map((pair) => [pair.pair, of(pair.used)]) };
   if (pairs[0].zone === null) {
     return [plot("Periods of the rotary pairs", x, y, [used]),
@@ -609,7 +620,7 @@ function weightCounts(config) {
     [`MLP of ${L} layers`, L * 3 * E * F],
     ["norms", (2 * L + 1) * E],
   ];
-  if (!(config.tie_word_embeddings ?? text.tie_word_embeddings)) parts.push(["head", V * E]);
+  if (!(config.tie_word_embeddings ?? text.tie_word_embeddings)) parts.push(["output matrix", V * E]);
   const vision = config.vision_config;
   if (vision) {
     const C = vision.hidden_size;

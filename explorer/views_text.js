@@ -98,7 +98,48 @@ function fact(value, words) {
 
 // ----------------------------------------------------------------------------------------------------- sampling
 const SHOWN = 14; // candidates in the table
+// isNext: whether the choice after the last token is shown, which is not made yet; trace, query: what it was set for.
+chosen.sampling = { isNext: false, trace: null, query: null };
 const STEP_NAMES = { temperature: "temperature", top_k: "top-k", top_p: "top-p", min_p: "min-p" };
+
+// The position whose choice is shown: of the selected token; after a text was read, of the token that will follow.
+function placeOfChoice(run) {
+  const state = chosen.sampling;
+  const { query } = run.selected;
+  if (state.trace !== run.trace) state.isNext = run.steps.length === 0;
+  else if (state.query !== query) state.isNext = false;
+  Object.assign(state, { trace: run.trace, query });
+  const isLast = query === run.tokens.length - 1;
+  return isLast && state.isNext ? query + 1 : query;
+}
+
+function showChoice(run, place) {
+  const last = run.tokens.length - 1;
+  if (place < 0 || place > last + 1) return;
+  const query = Math.min(place, last);
+  Object.assign(chosen.sampling, { isNext: place > last, query });
+  select({ query });
+}
+
+function choiceTitle(run, place) {
+  if (place === run.tokens.length) return `The next token (position ${place}), not drawn yet`;
+  const token = mark(run.help.tokenLabel(place));
+  if (place < run.prompt) return ["How likely ", token, ` (position ${place}) was in the prompt`];
+  return ["How ", token, ` (position ${place}) was drawn`];
+}
+
+// The heading of a choice, and the way to its neighbours.
+function choiceHeading(run, place) {
+  const step = (label, target, isEnd) => {
+    return button(label, () => showChoice(run, target), { "aria-disabled": String(isEnd) });
+  };
+  return [
+    make("h3", {}, choiceTitle(run, place)),
+    make("div", { className: "buttons" },
+      step("← Choice before", place - 1, place === 0),
+      step("Choice after →", place + 1, place === run.tokens.length)),
+  ];
+}
 
 // The logits (V,) after the token at a position.
 function logitsAfter(run, position) {
@@ -149,7 +190,8 @@ function nameIds(run, ids) {
 VIEWS.push({
   id: "sampling",
   title: "Sampling",
-  about: "The model gives each token of the vocabulary a logit. The settings decide which can be drawn.",
+  about: "The model gives each token of the vocabulary a number, its logit. The softmax makes probabilities of the logits. "
+    + "The settings decide which tokens can be drawn.",
   glow(run, position) { // how likely the model held each token before it
     if (position === 0) return null;
     return probabilitiesOf(logitsAfter(run, position - 1))[run.tokens[position].id];
@@ -159,71 +201,94 @@ VIEWS.push({
     return `Colour: the probability that the model gave to a token before it was read; ${end} is higher.`;
   },
   render(element, run) {
-    const { query } = run.selected;
-    const stages = samplingStages(logitsAfter(run, query), run.settings);
+    const place = placeOfChoice(run);
+    if (place === 0) {
+      const given = "Nothing chooses the first token: every text begins with it.";
+      element.replaceChildren(...choiceHeading(run, place), make("p", {}, given));
+      return;
+    }
+    const stages = samplingStages(logitsAfter(run, place - 1), run.settings);
     const model = stages[0].probabilities;
     const order = [...model.keys()].sort((a, b) => model[b] - model[a]);
-    const next = run.tokens[query + 1]?.id ?? null;
+    const next = run.tokens[place]?.id ?? null;
     const shown = order.slice(0, SHOWN);
     if (next !== null && !shown.includes(next)) shown.push(next);
     if (!nameIds(run, shown)) return;
 
-    const rows = shown.map((id) => candidateRow(run, stages, id, order.indexOf(id) + 1, next));
-    const temperature = `temperature ${run.settings.temperature}`;
-    const head = headRow(["rank", "token", "model", temperature, "after all settings", "result"]);
+    const rows = shown.map((id) => candidateRow(run, stages, id, order.indexOf(id) + 1, place));
+    const head = headRow(["rank", "token", ...stages.map(({ name }) => stageTitle(run, name)), "result"]);
     head.querySelector("th").className = "rank";
     element.replaceChildren(
-      afterHeading(run),
-      make("p", {}, drawnSentence(run, order, next)),
-      make("ol", { className: "funnel" }, stages.map((_, index) => make("li", {},
-        make("strong", {}, stageTitle(run, stages, index)),
-        make("span", {}, stageWords(run, stages, index))))),
+      ...choiceHeading(run, place),
+      make("p", {}, drawnSentence(run, order, place)),
+      make("ol", { className: "funnel" }, stageBoxes(run, stages)),
       scrolling("Candidates", "bars", make("caption", {}, "The most likely candidates"), head,
         make("tbody", {}, rows)),
-      muted("Change the settings above: the bars follow. A low temperature widens the lead of the first. ",
-        "top-k keeps the k most likely tokens, top-p the most likely that together reach p. ",
-        "min-p removes what is less likely than min-p times the first."));
+      muted("The columns are the steps above, from left to right. Each step works on the column before it. ",
+        "The tokens that stay are scaled to 100 % together. Change a setting above: the bars follow."));
   },
 });
 
-function candidateRow(run, stages, id, rank, next) {
+function candidateRow(run, stages, id, rank, place) {
   const removed = removedBy(stages, id);
+  const next = run.tokens[place]?.id;
   let fate = removed === null ? "kept" : `cut by ${removed}`;
-  if (id === next) fate += run.selected.query + 1 < run.prompt ? ", in the prompt" : ", drawn";
-  const [model, temperature] = stages;
+  if (id === next) fate += place < run.prompt ? ", in the prompt" : ", drawn";
   return make("tr", { className: `${chosenIf(id === next)} ${removed === null ? "" : "removed"}` },
     make("td", { className: "muted rank" }, String(rank)),
     make("th", { scope: "row", className: "label" }, run.help.labelOf(names.get(id))),
-    bar(run, model.probabilities[id]),
-    bar(run, temperature.probabilities[id]),
-    bar(run, stages.at(-1).probabilities[id]),
+    stages.map(({ probabilities }) => bar(run, probabilities[id])),
     make("td", {}, fate));
 }
 
-function stageTitle(run, stages, index) {
-  const { name } = stages[index];
-  return index === 0 ? "vocabulary" : `${STEP_NAMES[name]} ${run.settings[name]}`;
+function stageTitle(run, name) {
+  return name === "model" ? "model" : `${STEP_NAMES[name]} ${run.settings[name]}`;
 }
 
-function stageWords(run, stages, index) {
-  const { left, name } = stages[index];
-  const count = left.toLocaleString("en-US");
-  if (index === 0) return `${count} tokens`;
-  if (left === 1) return "1 token stays";
-  if (name !== "temperature") return `${count} tokens stay`;
-  return run.settings.temperature < 1 ? "sharper, all stay" : "all stay";
+// What each step does, in the order in which they act; those that are off last.
+function stageBoxes(run, stages) {
+  const box = (className, title, words) => make("li", { className },
+    make("strong", {}, title), make("span", {}, words));
+  const boxes = stages.map((stage, index) => {
+    const { left, name } = stage;
+    const verb = left === 1 ? "stays" : "stay";
+    const words = [stageWords(run, stages[index - 1], name), `${count(left, "token")} ${verb}.`];
+    return box("", `${index + 1}. ${stageTitle(run, name)}`, words.join(" "));
+  });
+  const isOn = (name) => stages.some((stage) => stage.name === name);
+  const words = run.settings.temperature === 0 ? "Not used at temperature 0." : "Off.";
+  for (const name of Object.keys(STEP_NAMES)) {
+    if (!isOn(name)) boxes.push(box("off", stageTitle(run, name), words));
+  }
+  return boxes;
 }
 
-function drawnSentence(run, order, next) {
-  const { query } = run.selected;
-  if (next === null) return "The text ends here. “Next token” draws from the last column.";
-  const token = `“${run.help.tokenLabel(query + 1)}”`;
-  const rank = order.indexOf(next) + 1;
-  const place = rank === 1 ? "the most likely token" : `number ${rank} of the candidates`;
-  if (query + 1 < run.prompt) return `The prompt goes on with ${token}, ${place} of the model.`;
-  const { settings } = run.steps[query + 1 - run.prompt];
+// What a step does to the probabilities of the step before it.
+function stageWords(run, before, name) {
+  const { temperature, top_k: k, top_p: p, min_p: least } = run.settings;
+  if (name === "model") return "The softmax of the logits.";
+  if (name === "top_k") return `Keeps the ${count(k)} most likely.`;
+  if (name === "top_p") return `Keeps the most likely, until they reach ${percent(p)} together.`;
+  if (name === "min_p") {
+    const most = Math.max(...before.probabilities);
+    return `Cuts what is below ${least} × ${percent(most)} (the first) = ${percent(least * most)}.`;
+  }
+  if (temperature === 0) return "Takes the most likely token.";
+  const rule = `Divides the logits by ${temperature}.`;
+  if (temperature === 1) return `${rule} Nothing changes.`;
+  return temperature < 1 ? `${rule} Likely tokens gain.` : `${rule} Likely tokens lose to the others.`;
+}
+
+function drawnSentence(run, order, place) {
+  const id = run.tokens[place]?.id;
+  if (id === undefined) return "The text ends here. “Next token” draws from the last column.";
+  const token = `“${run.help.tokenLabel(place)}”`;
+  const rank = order.indexOf(id) + 1;
+  const rated = rank === 1 ? "the most likely token" : `number ${count(rank)} of the candidates`;
+  if (place < run.prompt) return `The prompt goes on with ${token}, ${rated} of the model.`;
+  const { settings } = run.steps[place - run.prompt];
   const changed = Object.keys(settings).some((name) => settings[name] !== run.settings[name]);
-  const drawn = `Here ${token} was drawn, ${place} of the model.`;
+  const drawn = `${token} was drawn, ${rated} of the model.`;
   if (!changed) return drawn;
   const old = Object.entries(settings).map(([name, value]) => `${STEP_NAMES[name]} ${value}`);
   return `${drawn} It was drawn with other settings: ${old.join(", ")}.`;
@@ -231,11 +296,12 @@ function drawnSentence(run, order, next) {
 
 // A table cell with a probability as a bar and in percent.
 function bar(run, share) {
-  const fill = make("span", { className: "fill" });
-  fill.style.width = `${100 * share}%`;
-  const words = share === 0 ? "0" : run.help.percent(share);
-  const track = make("span", { className: "track" }, fill);
-  return make("td", { className: "bar" }, track, make("span", {}, words));
+  const track = make("span", { className: "track" });
+  if (share > 0) {
+    track.append(make("span", { className: "fill" }));
+    track.firstChild.style.width = `${100 * share}%`;
+  }
+  return make("td", { className: "bar" }, track, make("span", {}, run.help.percent(share)));
 }
 
 // ---------------------------------------------------------------------------------------------------- attention
@@ -337,15 +403,16 @@ function meanOf(run, map, keysOf) {
 VIEWS.push({
   id: "attention",
   title: "Attention",
-  about: "In each head, a token (row, the query) looks at earlier ones (columns, the keys). A row sums to 100 %.",
+  about: "A layer has several attention heads. In each, a token (row, the query) looks at earlier ones "
+    + "(columns, the keys). A row sums to 100 %.",
   glow(run, position) {
     const { layer, head, query } = run.selected;
     if (position > query) return null;
     return headMap(run, layer, head).probability(query, position);
   },
-  first(run) { // the head that looks most at the token before, and where it looks
+  first(run) { // the head that looks most at the token before
     const [{ layer, head }] = patternScores(run).sort((a, b) => b.means[0] - a.means[0]);
-    return { layer, head, key: Math.max(run.selected.query - 1, 0) };
+    return { layer, head };
   },
   legend(run) {
     const { layer, head, query } = run.selected;
@@ -363,12 +430,13 @@ VIEWS.push({
       small.setAttribute("aria-pressed", String(isChosen));
       small.tabIndex = isChosen ? 0 : -1;
     }
-    const windows = isMixed(run) ? ` W: a window of ${run.text.sliding_window} tokens.` : "";
+    let kinds = "";
+    if (isMixed(run)) kinds = ` W: a window of ${run.text.sliding_window} tokens. full: all earlier tokens.`;
     element.replaceChildren(make("div", { className: "attention" },
       largeMap(run),
       make("div", { className: "heads" },
         make("h3", {}, "All heads"),
-        muted("A row is a layer, a column is a head. Click one, or use the arrow keys.", windows),
+        muted("A row is a layer, a column is a head. Click one, or use the arrow keys.", kinds),
         drawn.grid,
         patternTable(run))));
   },
@@ -443,7 +511,7 @@ function patternTable(run) {
     scrolling("Which head looks where", "",
       headRow(["attention to", "most, as layer.head", `head ${layer}.${head}`]),
       make("tbody", {}, rows)),
-    muted("Means over the queries of this text."));
+    muted("Means over the queries of this text. ", mark(`${layer}.${head}`), ` is layer ${layer}, head ${head}.`));
 }
 
 const LABELLED = 13; // pixels of a cell from which tokens are written beside the map
@@ -474,7 +542,9 @@ function largeMap(run) {
       headRow(["key", "token", "score", "probability"]),
       make("tbody", {}, rows)),
     scaleLegend(run, window),
-    make("p", {}, button("Show the Python lines", () => run.help.showCode(code))));
+    muted("The score is the product of query and key, divided by the root of their size D. ",
+      "The softmax makes probabilities of the scores of a row."),
+    make("p", {}, button("Show the Python lines (in “Sizes and code”)", () => run.help.showCode(code))));
 }
 
 // Draw the map, and let pointer and keys move in it.
@@ -521,7 +591,7 @@ function readoutOf(run, layer, map, query, key) {
       token("query", query),
       token("key", key),
       value("score", number(map.score(query, key))),
-      value("probability", isHidden ? "0" : percent(map.probability(query, key)))),
+      value("probability", percent(isHidden ? 0 : map.probability(query, key)))),
     make("p", { className: "why" }, cellSentence(run, layer, map, query, key)),
   ];
 }
@@ -644,7 +714,7 @@ function guessAt(run, positions) {
 VIEWS.push({
   id: "layers",
   title: "Layers",
-  about: "The logit lens: which next token the last norm and the output matrix would give after each layer.",
+  about: "The logit lens: which next token the model would give if it had no more layers than so far.",
   render(element, run) {
     const { query } = run.selected;
     const rows = lensRows(run);
@@ -657,13 +727,15 @@ VIEWS.push({
     element.replaceChildren(
       afterHeading(run),
       make("p", {}, depthSentence(run, rows)),
+      muted("Each layer adds its result to one vector for each token, the residual stream. ",
+        "The lens takes this vector early through the last norm and the output matrix. ",
+        "The norm scales it to a root mean square of 1, times learned weights. ",
+        "The output matrix has a row for each token of the vocabulary; the product with the row is the token's logit."),
       make("div", { className: "stages" }, rows.map((row, index) => stageOf(run, row, index))),
       make("h3", {}, "The first guess at several positions"),
       lensTable(run, rows, positions),
-      muted("Each layer adds to one vector for each token, the residual stream. ",
-        "Here that vector goes through the last norm and the head early. ",
-        "After the last layer this is the model's own answer. ",
-        "The embedding alone is nearest to its own token where both share one matrix."));
+      muted("After the last layer, the lens shows the model's own answer. ",
+        "The embedding alone is nearest to its own token where it shares one matrix with the output."));
   },
 });
 
@@ -679,7 +751,8 @@ function stageOf(run, { title, point }, row) {
   return make("section", { className: "guesses" },
     make("h4", {}, title),
     make("ol", {}, items),
-    button("Lines", () => run.help.showCode(point), { "aria-label": `Show the Python lines of ${title}` }));
+    button("Python lines", () => run.help.showCode(point),
+      { "aria-label": `Python lines ${title}`, title: "opens “Sizes and code”" }));
 }
 
 // The first guess after each layer (rows) at some positions (columns).
