@@ -13,7 +13,8 @@
 //     run.images                    [{rgb, height, width}] that were read with the text
 //     run.source                    {text, mode, images} that the tokens come from
 //     run.settings                  the sampling settings of the page, as of now
-//     run.selected                  {layer, head, query, key}; change it with select({layer: 2})
+//     run.selected                  {layer, head, query, key, ahead}; change it with select({layer: 2}). ahead: the
+//                                   token after the query is meant, which is the last and not drawn yet
 //     run.sources                   {"ministral.py": text, ...}
 //     run.tensors                   {name: shape} of the weights
 //     run.generation, run.name      the parsed generation_config.json, and the name of the model
@@ -154,7 +155,7 @@ const SCALES = {
   dark: [[30, 30, 33], [74, 46, 36], [135, 66, 30], [205, 104, 44], [246, 172, 105], [255, 240, 220]],
 };
 // Hidden cells: plain, and the lines of hatches.
-const HIDDEN = { light: ["#e6e7ec", "#c3c6d0"], dark: ["#343b4d", "#5d6785"] };
+const HIDDEN = { light: ["#e6e7ec", "#c3c6d0"], dark: ["#2e3445", "#566080"] };
 
 // The colour of a share from 0 to 1 as [red, green, blue]. Small shares are widened: the square root is shown.
 function scaleColour(share) {
@@ -327,9 +328,10 @@ function complaint(name, { valueAsNumber: found, min, max, step }) {
   return `${name}: ${shown}; supported: ${kind}from ${min} ${end}`;
 }
 
-// Choose a layer, head, query or key; all views render again. A new query comes with the key that it looks at most.
+// Choose a layer, head, query or key; all views render again. A query comes with the key that it looks at most.
 function select(changes) {
   const { selected } = state.run;
+  if ("query" in changes) selected.ahead = false;
   Object.assign(selected, changes);
   if ("query" in changes && !("key" in changes)) selected.key = strongestKey(selected);
   renderStrip();
@@ -375,7 +377,7 @@ function setRun(result, source, steps) {
     config, generation, name, sources, text, tensors: state.tensors, trace: result.trace, steps,
     tokens: result.tokens, prompt: result.tokens.length - steps.length,
     source, images: source.images ?? [], settings: settingsOfPage(),
-    selected: { ...old, query: last, key: Math.min(old.key, last) }, ask, help,
+    selected: { ...old, query: last, ahead: steps.length === 0 }, ask, help,
   };
   if (isFirst) {
     for (const view of VIEWS) Object.assign(state.run.selected, view.first?.(state.run));

@@ -47,26 +47,28 @@ function showStop(stop) {
   current = stop;
   const { view, mark, title, text } = STOPS[stop];
   openView(view);
-  markStop(mark);
   byId("tour-count").textContent = `Stop ${stop + 1} of ${STOPS.length}`;
   byId("tour-title").textContent = title;
   byId("tour-text").textContent = text;
   byId("tour-back").hidden = stop === 0;
   byId("tour-next").textContent = stop === STOPS.length - 1 ? "Finish" : "Next";
   byId("tour-skip").hidden = stop === STOPS.length - 1;
+  document.documentElement.style.scrollPaddingBottom = `${byId("tour").offsetHeight + 24}px`; // what the box covers
+  markStop(mark);
 }
 
 function markStop(mark) {
   for (const element of document.querySelectorAll(".toured")) element.classList.remove("toured");
   if (mark === null) return;
   byId(mark).classList.add("toured");
-  const block = mark === "views" ? "start" : "nearest";
-  if (current > 0) byId(mark).scrollIntoView({ block });
+  const blocks = { views: "start", input: "end", text: "nearest" }; // the settings are at the end of the input
+  if (current > 0) byId(mark).scrollIntoView({ block: blocks[mark] });
 }
 
 function endTour() {
   byId("tour").hidden = true;
   document.body.classList.remove("touring");
+  document.documentElement.style.scrollPaddingBottom = "";
   markStop(null);
   remember("tour", "seen");
   byId("start-tour").focus({ preventScroll: true });

@@ -340,7 +340,7 @@ function showTimes({ lead, rest }, run, { times, texts }) {
   const milliseconds = times.map((time) => `${Math.round(time)} ms`);
   const steps = (positions) => positions.map((read, step) => [step + 1, read]);
   const x = { from: 1, to: Math.max(written, 2), label: "written token", text: String, ticks: [1, written] };
-  const y = { from: 0, to: 1.1 * whole.at(-1), ticks: [1, run.prompt, whole.at(-1)], text: count };
+  const y = { from: 0, to: 1.1 * whole.at(-1), ticks: [1, whole.at(-1)], text: count };
   rest.replaceChildren(
     plot("Positions that the model reads for each written token", x, y, [
       { className: "state-line", points: steps(whole) }, { className: "state-line-plain", points: steps(kept) }]),
@@ -498,6 +498,7 @@ function drawImage(canvas, rgb, config, shares = null, isDark = false) {
     const [x, y] = [(index % rows) * cell, Math.floor(index / rows) * cell];
     context.fillStyle = `rgba(${isDark ? "18, 19, 23" : "255, 255, 255"}, ${(0.9 * (1 - share / most)).toFixed(3)})`;
     context.fillRect(x, y, cell, cell);
+    if (share < 0.0005) return; // there is no room for "< 0.05 %"; the table has it
     context.fillStyle = isDark ? "#000000cc" : "#ffffffdd";
     context.fillRect(x + cell / 2 - 44, y + cell - 40, 88, 34);
     context.fillStyle = isDark ? "#fff" : "#000";

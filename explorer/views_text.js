@@ -98,27 +98,11 @@ function fact(value, words) {
 
 // ----------------------------------------------------------------------------------------------------- sampling
 const SHOWN = 14; // candidates in the table
-// isNext: whether the choice after the last token is shown, which is not made yet; trace, query: what it was set for.
-chosen.sampling = { isNext: false, trace: null, query: null };
 const STEP_NAMES = { temperature: "temperature", top_k: "top-k", top_p: "top-p", min_p: "min-p" };
-
-// The position whose choice is shown: of the selected token; after a text was read, of the token that will follow.
-function placeOfChoice(run) {
-  const state = chosen.sampling;
-  const { query } = run.selected;
-  if (state.trace !== run.trace) state.isNext = run.steps.length === 0;
-  else if (state.query !== query) state.isNext = false;
-  Object.assign(state, { trace: run.trace, query });
-  const isLast = query === run.tokens.length - 1;
-  return isLast && state.isNext ? query + 1 : query;
-}
 
 function showChoice(run, place) {
   const last = run.tokens.length - 1;
-  if (place < 0 || place > last + 1) return;
-  const query = Math.min(place, last);
-  Object.assign(chosen.sampling, { isNext: place > last, query });
-  select({ query });
+  if (place >= 0 && place <= last + 1) select({ query: Math.min(place, last), ahead: place > last });
 }
 
 function choiceTitle(run, place) {
@@ -201,7 +185,8 @@ VIEWS.push({
     return `Colour: the probability that the model gave to a token before it was read; ${end} is higher.`;
   },
   render(element, run) {
-    const place = placeOfChoice(run);
+    const { query, ahead } = run.selected;
+    const place = ahead ? query + 1 : query; // the position whose choice is shown
     if (place === 0) {
       const given = "Nothing chooses the first token: every text begins with it.";
       element.replaceChildren(...choiceHeading(run, place), make("p", {}, given));
@@ -247,13 +232,13 @@ function stageTitle(run, name) {
 
 // What each step does, in the order in which they act; those that are off last.
 function stageBoxes(run, stages) {
-  const box = (className, title, words) => make("li", { className },
-    make("strong", {}, title), make("span", {}, words));
+  const box = (className, title, ...lines) => make("li", { className },
+    make("strong", {}, title), lines.map((line) => make("span", {}, line)));
   const boxes = stages.map((stage, index) => {
     const { left, name } = stage;
     const verb = left === 1 ? "stays" : "stay";
-    const words = [stageWords(run, stages[index - 1], name), `${count(left, "token")} ${verb}.`];
-    return box("", `${index + 1}. ${stageTitle(run, name)}`, words.join(" "));
+    const words = stageWords(run, stages[index - 1], name);
+    return box("", `${index + 1}. ${stageTitle(run, name)}`, words, `${count(left, "token")} ${verb}.`);
   });
   const isOn = (name) => stages.some((stage) => stage.name === name);
   const words = run.settings.temperature === 0 ? "Not used at temperature 0." : "Off.";
@@ -410,9 +395,16 @@ VIEWS.push({
     if (position > query) return null;
     return headMap(run, layer, head).probability(query, position);
   },
-  first(run) { // the head that looks most at the token before
-    const [{ layer, head }] = patternScores(run).sort((a, b) => b.means[0] - a.means[0]);
-    return { layer, head };
+  first(run) { // the head in which the last token looks most at one earlier token with letters or digits
+    const { query } = run.selected;
+    const words = [...run.tokens.keys()].filter((key) => key < query && /[\p{L}\p{N}]/u.test(run.tokens[key].text));
+    let best = { layer: 0, head: 0, share: 0 };
+    for (const { layer, head } of patternScores(run)) {
+      const map = headMap(run, layer, head);
+      const share = Math.max(...words.map((key) => map.probability(query, key)));
+      if (share > best.share) best = { layer, head, share };
+    }
+    return { layer: best.layer, head: best.head };
   },
   legend(run) {
     const { layer, head, query } = run.selected;

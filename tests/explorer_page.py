@@ -21,7 +21,9 @@ PATIENCE = 120  # seconds until a condition that does not come true is an error
 
 def percent(share):
     """A share as the page writes it; the blank before the sign does not break a line."""
-    if 0 < share < 0.0005:
+    if share == 0:
+        return "0\N{NO-BREAK SPACE}%"
+    if share < 0.0005:
         return "< 0.05\N{NO-BREAK SPACE}%"
     return f"{100 * share:.1f}\N{NO-BREAK SPACE}%"
 

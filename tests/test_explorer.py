@@ -184,27 +184,186 @@ def test_the_page_stays_responsive(page):
 @needs_browser
 def test_sampling_shows_what_filter_logits_does(page):
     page.open("ministral3", is_new=True)
-    settings = {"temperature": 0.6, "top_k": 20, "top_p": 0.8, "min_p": 0.05}
+    settings = {"temperature": 1.5, "top_k": 20, "top_p": 0.8, "min_p": 0.05}
     page.write(*page.prompt(), **settings)
     page.open_view("sampling")
-    page("select({query: 18})")
+    page("select({query: 19})")
     page.wait("document.querySelectorAll('#view tbody tr').length > 5")
     logits = logits_at(page, 18)
-    before, after = logits.softmax(-1), filter_logits(logits, Sampling(**settings)).softmax(-1)
-    tempered = (logits / 0.6).softmax(-1)
+    stages = [logits.softmax(-1)]
+    for names in (["temperature"], ["temperature", "top_k"], ["temperature", "top_k", "top_p"], settings):
+        filtered = filter_logits(logits, Sampling(**{name: settings[name] for name in names}))
+        stages.append(filtered.softmax(-1))
+    before, after = stages[0], stages[-1]
     tokenizer = Tokenizer.from_dir(MODELS["ministral3"])
     rows = page("""return [...document.querySelectorAll("#view tbody tr")]
         .map((row) => [...row.children].map((cell) => cell.innerText))""")
     for place, id in enumerate(before.argsort(descending=True)[:14].tolist()):
         _, token, *shares, fate = rows[place]
         assert token.replace("·", " ").replace("↵", "\n") == tokenizer.decode([id])
-        expected = [before[id], tempered[id], after[id]]
-        for text, share in zip(shares, expected):
-            assert text in (percent(share.item()), "0") and (text != "0" or share == 0)
-        assert fate.startswith("kept" if after[id] > 0 else "cut by top-")
+        assert shares == [percent(stage[id].item()) for stage in stages]
+        assert fate.startswith("kept" if after[id] > 0 else "cut by ")
     assert any(row[-1].startswith("cut") for row in rows)
-    kept = int((after > 0).sum())
-    assert f"{kept} tokens stay" in page.text("view").partition("min-p")[2]
+    most = stages[3].max().item()
+    words = ["The softmax of the logits.", "Divides the logits by 1.5. Likely tokens lose to the others.",
+             "Keeps the 20 most likely.", f"Keeps the most likely, until they reach {percent(0.8)} together.",
+             f"Cuts what is below 0.05 × {percent(most)} (the first) = {percent(0.05 * most)}."]  # fmt: skip
+    left = [f"{int((stage > 0).sum()):,} tokens stay." for stage in stages]
+    assert page.contents(".funnel span") == [line for pair in zip(words, left) for line in pair]
+    assert page("return [...document.querySelectorAll('.track')].filter((track) => track.firstChild).length") \
+        == sum(text != percent(0) for row in rows for text in row[2:-1])  # no bar at 0 %  # fmt: skip
+
+
+@needs_browser
+def test_sampling_shows_the_choice_of_the_token_that_has_just_appeared(page):
+    page.open("ministral3", is_new=True)
+    page.open_view("sampling")
+    drawn = "return [...document.querySelectorAll('#view tr.chosen th')].map((token) => token.textContent)"
+    last = "return explorer.run.help.tokenLabel(explorer.run.tokens.length - 1)"
+    assert page.content("#view h3") == "The next token (position 20), not drawn yet"
+    for position in (20, 21):
+        page.press("next")
+        token = page(last)
+        assert page.content("#view h3") == f"How {token} (position {position}) was drawn"
+        assert page(drawn) == [token] and f"{token}” was drawn" in page.content()
+    page.press_in_view("Choice after →")
+    page.wait()
+    assert page.content("#view h3") == "The next token (position 22), not drawn yet" and page(drawn) == []
+    for heading in ("How ", "How ", "How likely ·not (position 19) was in the prompt"):
+        page.press_in_view("← Choice before")
+        page.wait()
+        assert page.content("#view h3").startswith(heading)
+    page("select({ query: 0 })")
+    assert "every text begins with it" in page.content()
+
+
+@needs_browser
+def test_numbers_that_are_not_supported(page):
+    page.open("ministral3", is_new=True)
+    page.open_view("sampling")
+    enter = """const input = document.getElementById(arguments[0]);
+        input.value = arguments[1];
+        input.dispatchEvent(new Event("input", { bubbles: true }))"""
+    cases = {
+        "temperature": ("-1", "temperature: −1; supported: from 0 to 5. Until you change it, 0.8 counts."),
+        "top_k": ("2.5", "top-k: 2.5; supported: whole numbers from 0 on. Until you change it, 50 counts."),
+        "top_p": ("", "top-p: no number; supported: from 0 to 1. Until you change it, 0.9 counts."),
+        "seed": ("-3", "seed: −3; supported: whole numbers from 0 to 4,294,967,295. Until you change it, 1 counts."),
+    }
+    for field, (value, words) in cases.items():
+        before = page(f"return document.getElementById('{field}').value")
+        page(enter, field, value)
+        assert page.text("complaint") == words
+        page.click("next")
+        page("return new Promise(requestAnimationFrame)")
+        assert page.text("status") == "Nothing was written: a setting is not supported."
+        assert page(f"return document.getElementById('{field}').ariaInvalid") == "true"
+        page(enter, field, before)
+        assert page.text("complaint") == ""
+    page(enter, "temperature", "0.85")  # between the steps of the arrows
+    assert page.text("complaint") == ""
+    page.click("next")
+    page.wait()
+    assert len(page.ids()) == 21 and page("return explorer.run.steps[0].settings.temperature") == 0.85
+
+
+@needs_browser
+def test_the_list_of_examples_and_the_legend_follow_the_text(page):
+    page.open("ministral3", is_new=True)
+    shown = "return document.getElementById('example').selectedOptions[0].textContent"
+    assert page(shown) == "Verse" and "Underlined" not in page.text("legend")
+    text, _ = page.prompt()
+    enter = """const prompt = document.getElementById("prompt");
+        prompt.value = arguments[0];
+        prompt.dispatchEvent(new Event("input"))"""
+    page(enter, "What is 2 + 2?")
+    assert page(shown) == "Your own text"
+    page(enter, text)
+    assert page(shown) == "Verse"
+    page("document.querySelector('input[name=mode][value=chat]').click()")
+    assert page(shown) == "Your own text"
+    page.write("What is 247 + 385?", "chat", temperature=0)
+    page.press("write")
+    written = page("return explorer.run.steps.length")
+    assert page.text("status").startswith(f"Wrote {written} tokens, </s> included; ")
+    assert page.text("legend").endswith("Underlined: written by the model.")
+    page.open_view("mistakes")
+    page("document.querySelector('input[value=no_cache]').click()")
+    page.wait("document.querySelector('.state-text') !== null")
+    assert f"Both write the same {written} tokens, </s> included." in page.content()
+
+
+@needs_browser
+def test_the_way_to_the_python_lines_and_back(page):
+    page.open("ministral")
+    page.open_view("attention")
+    focused = "return document.activeElement.id"
+    page("[...document.querySelectorAll('#view button')].find((one) => one.textContent.startsWith('Show the')).click()")
+    assert page("return explorer.view") == "sizes" and page(focused) == "back"
+    assert page.text("back") == "← Back to “Attention”"
+    page.click("back")
+    assert page("return explorer.view") == "attention" and page(focused) == "tab-attention"
+    page("explorer.run.help.showCode('logits')")
+    page("const tab = document.getElementById('tab-tokens'); tab.focus(); tab.click()")
+    assert page("return document.getElementById('back').hidden") and page(focused) == "tab-tokens"
+
+
+@needs_browser
+@pytest.mark.parametrize("name", MODELS)
+def test_attention_opens_on_a_cell_that_shows_something(page, name):
+    page.open(name, is_new=True)
+    page.open_view("attention")
+    share = """const { layer, head, query, key } = explorer.run.selected;
+        const { shape: [, , S], data } = explorer.run.trace[`layers.${layer}.attention.probabilities`];
+        return data[(head * S + query) * S + key]"""
+    assert page(share) > 0.7
+    page("select({ query: 9 })")  # with the key that it looks at most
+    assert "the highest score of this query" in page.text("readout")
+    page.press("next")
+    assert "the highest score of this query" in page.text("readout")
+    isolated = "W: a window of 64 tokens. full: all earlier tokens."
+    assert (isolated in page.content(".heads")) == (name == "ministral")
+
+
+@needs_browser
+def test_one_style_of_numbers(page):
+    page.open("ministral")
+    found = page("const { number } = explorer.run.help; return arguments[0].map((x) => number(x))",
+                 [0, 10873, 0.5, -7.1114, 0.00012345, -1234567, 999.99])  # fmt: skip
+    found = [text.replace("\N{NO-BREAK SPACE}", " ") for text in found]
+    assert found == ["0", "10,870", "0.5000", "−7.111", "1.234 · 10⁻⁴", "−1.235 · 10⁶", "1,000"]
+    shares = page("const { percent } = explorer.run.help; return arguments[0].map(percent)", [0, 0.0004, 0.25, 1])
+    assert shares == [percent(0), percent(0.0004), percent(0.25), percent(1)]
+
+
+@needs_browser
+def test_nothing_is_cut_off_or_hidden(page):
+    """Tokens in the cards of Layers; the tabs and the settings of the tour's second stop on a phone; cells in the dark."""
+    page.open("ministral3", is_first_visit=True)
+    page.open_view("layers")
+    assert page("return [...document.querySelectorAll('.guesses .label')].every((one) => "
+                "one.scrollWidth <= one.clientWidth)")  # fmt: skip
+    screenshots.resize(page.driver, 360, 640)
+    page.wait("innerWidth === 360")
+    page.click("tour-next")
+    box = """const { top, bottom, left, right } = document.getElementById(arguments[0]).getBoundingClientRect();
+        return [top, bottom, left, right]"""
+    page.wait("document.querySelector('#view h3') !== null")
+    for setting in ("temperature", "seed"):
+        assert page(box, setting)[0] > 0 and page(box, setting)[1] < page(box, "tour")[0]
+    for view in VIEWS:
+        assert 0 <= page(box, f"tab-{view}")[2] and page(box, f"tab-{view}")[3] <= 360
+    page.resize(1280)
+    page.click("tour-skip")
+    page.open_view("attention")
+    page("document.documentElement.dataset.theme = 'dark'; select({})")
+    pixels = """const { data } = document.querySelector("#large-map").getContext("2d").getImageData(arguments[0], arguments[1], 1, 1);
+        return [...data]"""
+    future = page("return getComputedStyle(document.querySelector('.swatch.future')).backgroundColor")
+    nothing = page("return getComputedStyle(document.querySelector('.swatch')).backgroundColor")
+    distance = [abs(a - b) for a, b in zip(*(map(int, re.findall(r"\d+", colour)) for colour in (future, nothing)))]
+    assert sum(distance) >= 60, (future, nothing, pixels)
+    page("delete document.documentElement.dataset.theme; select({})")
 
 
 @needs_browser

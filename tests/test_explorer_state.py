@@ -279,6 +279,18 @@ def test_cache_view_with_the_prompt_in_one_step(page):
 
 
 @needs_browser
+def test_a_demonstration_is_of_one_layer(page):
+    page.open("ministral")
+    page.open_view("cache")
+    page.set("Layer", 1)
+    page.set("Window", 8)
+    assert "Demonstration" in page.content()
+    page.set("Layer", 0)
+    assert "Demonstration" not in page.content() and "Its cache only grows" in page.content()
+    assert page.contents("#view select option:checked")[1] == "none: every position is kept"
+
+
+@needs_browser
 def test_slots_are_reached_by_arrow_keys(page):
     page.open("ministral")
     page.open_view("cache")
@@ -294,7 +306,8 @@ def test_slots_are_reached_by_arrow_keys(page):
 
 def numbers(text):
     """A number as the page writes it."""
-    return float(text.replace(MINUS, "-").replace(",", ""))
+    text = text.replace(MINUS, "-").replace(",", "").translate(str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789"))
+    return float(text.replace("\N{NO-BREAK SPACE}·\N{NO-BREAK SPACE}10", "e"))
 
 
 @needs_browser
@@ -317,6 +330,18 @@ def test_positions_view(page):
     assert "pair 2: 1.1576 radians, 1.5811 without YaRN, blended" in page(
         "return [...document.querySelectorAll('.state-dial svg')].map((dial) => dial.getAttribute('aria-label'))"
     )
+
+
+@needs_browser
+def test_a_position_that_is_not_supported(page):
+    page.open("ministral3")
+    page.open_view("positions")
+    page.set("Position (", 7)
+    page.set("Position (", 5000)
+    words = "Position: 5000; supported: whole numbers from 0 to 4,095. Position 7 stays."
+    assert page.content(".state-refusal") == words and page.content(".state-lead").startswith("Position 7 ")
+    page.set("Position (", 8)
+    assert page.content(".state-refusal") == ""
 
 
 def largest_differences(name, mistake, ids):
@@ -359,7 +384,10 @@ def test_mistakes_that_need_a_longer_text(page):
     disabled = page("return [...document.querySelectorAll('#view input:disabled')].map((input) => input.value)")
     assert disabled == ["yarn_missing", "yarn_magnitude_1_277", "query_scale_missing"]
     choose_mistake(page, "no_cache")
-    assert page.content(".state-lead").startswith("The text is the same. 11 tokens after the first take ")
+    read = len(page.ids())
+    with_cache, without = read + 11, sum(range(read, read + 12))
+    assert page.content(".state-lead") == "The text is the same. To write 12 tokens, the model reads " \
+        f"{with_cache} positions with a cache and {without:,} without."  # fmt: skip
 
 
 @needs_browser
@@ -370,6 +398,10 @@ def test_image_view(page):
     page.wait("explorer.run.steps.length > 0 && !explorer.busy && document.querySelector('.state-tokens')")
     answer = "A red circle at the top left and a blue square at the bottom right."
     assert page.content(".state-answer .state-big") == answer
+    corners = page("return [...document.querySelectorAll('.state-places fieldset')].map((one) => "
+                   "[one.offsetLeft, one.offsetTop])")  # fmt: skip
+    (left, top), (right, bottom) = corners[0], corners[3]
+    assert corners[1:3] == [[right, top], [left, bottom]]  # two rows of two
     ids, layer, query = page.ids(), *page("const { layer, query } = explorer.run.selected; return [layer, query]")
     pixels = paint((0, "circle", "red"), (3, "square", "blue")).astype(np.float32) / np.float32(255)
     pixels = torch.from_numpy((pixels - np.array(MEAN, np.float32)) / np.array(STD, np.float32)).permute(2, 0, 1)[None]
