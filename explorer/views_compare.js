@@ -280,7 +280,8 @@ function twoTexts(texts, ...titles) {
   const column = (tokens, title) => make("section", { className: "state-text" }, make("h4", {}, title),
     make("p", {}, tokens.slice(0, same).map(({ text }) => text).join(""),
       make("mark", {}, tokens.slice(same).map((token) => token.special ?? token.text).join(""))));
-  let said = `Both write the same ${countWritten(right)}.`;
+  const end = right.at(-1)?.special === "</s>" ? "." : "; the page stops there.";
+  let said = `Both write the same ${countWritten(right)}${end}`;
   if (same < Math.max(right.length, wrong.length)) said = `The texts differ from token ${same + 1} on (marked).`;
   return make("div", {},
     make("h3", {}, "What both write after the prompt"),

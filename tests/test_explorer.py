@@ -255,7 +255,6 @@ def test_numbers_that_are_not_supported(page):
         page(enter, field, value)
         assert page.text("complaint") == words
         page.click("next")
-        page("return new Promise(requestAnimationFrame)")
         assert page.text("status") == "Nothing was written: a setting is not supported."
         assert page(f"return document.getElementById('{field}').ariaInvalid") == "true"
         page(enter, field, before)
@@ -269,28 +268,28 @@ def test_numbers_that_are_not_supported(page):
 
 @needs_browser
 def test_the_list_of_examples_and_the_legend_follow_the_text(page):
-    page.open("ministral3", is_new=True)
+    page.open("ministral", is_new=True)
     shown = "return document.getElementById('example').selectedOptions[0].textContent"
-    assert page(shown) == "Verse" and "Underlined" not in page.text("legend")
+    assert page(shown) == "A hidden key" and "Underlined" not in page.text("legend")
     text, _ = page.prompt()
     enter = """const prompt = document.getElementById("prompt");
         prompt.value = arguments[0];
         prompt.dispatchEvent(new Event("input"))"""
-    page(enter, "What is 2 + 2?")
+    page(enter, "What is the key?")
     assert page(shown) == "Your own text"
     page(enter, text)
-    assert page(shown) == "Verse"
-    page("document.querySelector('input[name=mode][value=chat]').click()")
+    assert page(shown) == "A hidden key"
+    page("document.querySelector('input[name=mode][value=text]').click()")
     assert page(shown) == "Your own text"
-    page.write("What is 247 + 385?", "chat", temperature=0)
+    page.write("What is the key?", "chat", temperature=0)
     page.press("write")
-    written = page("return explorer.run.steps.length")
-    assert page.text("status").startswith(f"Wrote {written} tokens, </s> included; ")
+    assert page.text("status").startswith("Wrote 11 tokens, </s> included; ")
     assert page.text("legend").endswith("Underlined: written by the model.")
     page.open_view("mistakes")
     page("document.querySelector('input[value=no_cache]').click()")
     page.wait("document.querySelector('.state-text') !== null")
-    assert f"Both write the same {written} tokens, </s> included." in page.content()
+    assert page.content(".state-lead").startswith("The text is the same. To write 11 tokens, </s> included, the model ")
+    assert "Both write the same 11 tokens, </s> included. " in page.content()
 
 
 @needs_browser
@@ -319,10 +318,8 @@ def test_attention_opens_on_a_cell_that_shows_something(page, name):
     assert page(share) > 0.7
     page("select({ query: 9 })")  # with the key that it looks at most
     assert "the highest score of this query" in page.text("readout")
-    page.press("next")
-    assert "the highest score of this query" in page.text("readout")
-    isolated = "W: a window of 64 tokens. full: all earlier tokens."
-    assert (isolated in page.content(".heads")) == (name == "ministral")
+    legend = "W: a window of 64 tokens. full: all earlier tokens."
+    assert (legend in page.content(".heads")) == (name == "ministral")
 
 
 @needs_browser
@@ -357,12 +354,9 @@ def test_nothing_is_cut_off_or_hidden(page):
     page.click("tour-skip")
     page.open_view("attention")
     page("document.documentElement.dataset.theme = 'dark'; select({})")
-    pixels = """const { data } = document.querySelector("#large-map").getContext("2d").getImageData(arguments[0], arguments[1], 1, 1);
-        return [...data]"""
-    future = page("return getComputedStyle(document.querySelector('.swatch.future')).backgroundColor")
-    nothing = page("return getComputedStyle(document.querySelector('.swatch')).backgroundColor")
-    distance = [abs(a - b) for a, b in zip(*(map(int, re.findall(r"\d+", colour)) for colour in (future, nothing)))]
-    assert sum(distance) >= 60, (future, nothing, pixels)
+    colour = "return getComputedStyle(document.querySelector(arguments[0])).backgroundColor.match(/\\d+/g).map(Number)"
+    future, nothing = page(colour, ".swatch.future"), page(colour, ".swatch")
+    assert sum(abs(a - b) for a, b in zip(future, nothing)) >= 60
     page("delete document.documentElement.dataset.theme; select({})")
 
 
