@@ -1,7 +1,11 @@
-"""A page of the explorer in Chromium, for test_explorer.py and test_explorer_state.py."""
+"""A page of the explorer in a browser, for test_explorer.py and test_explorer_state.py."""
 
 import importlib.util
+import json
 import shutil
+import socket
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +20,7 @@ HAS_SELENIUM = importlib.util.find_spec("selenium") is not None
 needs_browser = pytest.mark.skipif(
     not (HAS_BROWSER and HAS_SELENIUM), reason="needs chromium, chromedriver and selenium"
 )
+FIREFOX = shutil.which("firefox-esr") or shutil.which("firefox")
 PATIENCE = 120  # seconds until a condition that does not come true is an error
 
 
@@ -28,17 +33,58 @@ def percent(share):
     return f"{100 * share:.1f}\N{NO-BREAK SPACE}%"
 
 
+class Firefox:
+    """Firefox without a window: what `Page` needs of selenium's driver. It speaks Firefox's own protocol, Marionette, so
+    that geckodriver is not needed. A message is `length:[type, number, command or error, content]` in JSON."""
+
+    def __init__(self, profile):
+        (profile / "user.js").write_text('user_pref("marionette.port", 0);')  # any free port
+        command = [FIREFOX, "--headless", "--marionette", "--no-remote", "--profile", str(profile)]
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        written = profile / "MarionetteActivePort"
+        end = time.monotonic() + PATIENCE
+        while not (written.exists() and written.read_text()) and time.monotonic() < end:
+            time.sleep(0.1)
+        self.socket = socket.create_connection(("127.0.0.1", int(written.read_text())), timeout=PATIENCE)
+        self.answers = self.socket.makefile("rb")
+        self.receive()  # a greeting
+        self.call("NewSession", capabilities={})
+
+    def receive(self):
+        length = b""
+        while not length.endswith(b":"):
+            length += self.answers.read(1)
+        return json.loads(self.answers.read(int(length[:-1])))
+
+    def call(self, command, **parameters):
+        message = json.dumps([0, 1, f"WebDriver:{command}", parameters])
+        self.socket.sendall(f"{len(message)}:{message}".encode())
+        _, _, error, result = self.receive()
+        assert error is None, error
+        return result
+
+    def get(self, address):
+        self.call("Navigate", url=address)
+
+    def execute_script(self, script, *arguments):
+        return self.call("ExecuteScript", script=script, args=arguments, sandbox=None)["value"]
+
+    def quit(self):
+        self.socket.close()
+        self.process.terminate()
+        self.process.wait(PATIENCE)
+
+
 class Page:
     """A browser with a page of the explorer in it.
 
     Attributes:
-        driver: selenium's.
+        driver: selenium's, or a `Firefox`.
         pages: name of a model -> address of its page.
     """
 
-    def __init__(self, pages):
-        self.driver = screenshots.start_browser(1280, 900)
-        self.driver.set_script_timeout(PATIENCE)
+    def __init__(self, pages, driver):
+        self.driver = driver
         self.pages = pages
 
     def open(self, name, is_new=False, is_first_visit=False):
@@ -165,6 +211,7 @@ def open_browser(directory, *arguments):
         output = directory / f"{name}.html"
         assert main(["--model", str(model), "-o", str(output), *arguments]) == 0
         pages[name] = output.as_uri()
-    page = Page(pages)
+    page = Page(pages, screenshots.start_browser(1280, 900))
+    page.driver.set_script_timeout(PATIENCE)
     yield page
     page.driver.quit()

@@ -14,7 +14,7 @@ import torch
 from explorer import screenshots
 from explorer.__main__ import LIMIT, assemble, main
 from generate import Sampling, filter_logits, generate, load_model
-from tests.explorer_page import MODELS, needs_browser, open_browser, percent
+from tests.explorer_page import FIREFOX, HAS_SELENIUM, MODELS, Firefox, Page, needs_browser, open_browser, percent
 from tokenizer import Tokenizer
 
 VIEWS = ["tokens", "sampling", "attention", "layers", "cache", "positions", "mistakes", "image", "sizes"]  # the tabs
@@ -127,6 +127,39 @@ def test_first_token_and_views(page, name):
         page.wait()
         assert len(page.text("view")) > 100, view
     assert page.errors() == []
+
+
+@pytest.mark.skipif(not (FIREFOX and HAS_SELENIUM), reason="needs firefox, and selenium, which waits")
+def test_the_page_in_firefox(tmp_path):
+    """The first text, and every view, with an answer about an image."""
+    (tmp_path / "page.html").write_text(assemble(MODELS["ministral3"]), encoding="utf-8")
+    (tmp_path / "profile").mkdir()
+    page = Page({}, Firefox(tmp_path / "profile"))
+    try:
+        page.driver.get((tmp_path / "page.html").as_uri())
+        page.wait("globalThis.explorer?.run && !explorer.busy && explorer.pending === 0")
+        prompt = page.ids()
+        page("""window.failures = [];
+            addEventListener("error", (event) => failures.push(event.message));
+            addEventListener("securitypolicyviolation", (event) => failures.push(event.effectiveDirective));""")
+        page.write(*page.prompt(), temperature=0)
+        page.press("write")
+        ids = page.ids()
+        model = load_model(MODELS["ministral3"], torch.float32)
+        expected = generate(model, torch.tensor([prompt]), max_new_tokens=len(ids) - len(prompt), do_sample=False)
+        assert len(ids) == len(prompt) + 40 and ids == expected[0].tolist()
+        for view in page.views():
+            page.open_view(view)
+            page.wait()
+            assert len(page.text("view")) > 100, view
+        page.open_view("image")
+        page.press_in_view("Ask")
+        page.wait("explorer.run.images.length > 0 && !explorer.busy && document.querySelector('.state-tokens')")
+        answer = "A red circle at the top left and a blue square at the bottom right."
+        assert page.content(".state-answer .state-big") == answer
+        assert page("return window.failures") == []
+    finally:
+        page.driver.quit()
 
 
 @needs_browser
