@@ -46,8 +46,11 @@ async function start({ config, tekken, weights }) {
   const binary = atob(weights);
   const packed = new Uint8Array(binary.length);
   for (let i = 0; i < binary.length; i++) packed[i] = binary.charCodeAt(i);
-  const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("deflate"));
-  const planes = new Uint8Array(await new Response(stream).arrayBuffer());
+  const { readable, writable } = new DecompressionStream("deflate");
+  const writer = writable.getWriter(); // and not a Blob's stream: WebKit cannot read one in a page that is a file
+  writer.write(packed);
+  writer.close();
+  const planes = new Uint8Array(await new Response(readable).arrayBuffer());
   const file = new Uint8Array(planes.length); // bytes at even places first, then those at odd places
   const half = Math.ceil(planes.length / 2);
   for (let i = 0; i < half; i++) file[2 * i] = planes[i];
