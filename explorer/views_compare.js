@@ -338,7 +338,7 @@ function showTimes({ lead, rest }, run, { times, texts }) {
   const [few, many] = [kept, whole].map((positions) => positions.reduce((sum, read) => sum + read, 0));
   lead.textContent = `${found} To write ${countWritten(texts[0])}, the model reads ${count(few)} positions with a cache `
     + `and ${count(many)} without.`;
-  const milliseconds = times.map((time) => `${Math.round(time)} ms`);
+  const milliseconds = times.map((time) => `${count(Math.round(time))} ms`);
   const steps = (positions) => positions.map((read, step) => [step + 1, read]);
   const x = { from: 1, to: Math.max(written, 2), label: "written token", text: String, ticks: [1, written] };
   const y = { from: 0, to: 1.1 * whole.at(-1), ticks: [1, whole.at(-1)], text: count };
