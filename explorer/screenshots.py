@@ -34,7 +34,7 @@ OPEN = "document.getElementById('tab-{}').click();"
 SHOTS = (
     ("page", "ministral3", "body", (WRITE,)),
     ("tokens", "ministral3", "#views", (OPEN.format("tokens"),)),
-    ("sampling", "ministral3", "#views", (OPEN.format("sampling"), "select({ query: 18 });")),
+    ("sampling", "ministral3", "#views", (OPEN.format("sampling"), "select({ query: 21 });")),
     ("layers", "ministral3", "#views", (OPEN.format("layers"), "select({ query: 18 });")),
     ("positions", "ministral3", "#views", (OPEN.format("positions"),)),
     ("mistakes", "ministral3", "#views", (OPEN.format("mistakes"), CHOOSE)),

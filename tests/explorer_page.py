@@ -21,6 +21,7 @@ needs_browser = pytest.mark.skipif(
     not (HAS_BROWSER and HAS_SELENIUM), reason="needs chromium, chromedriver and selenium"
 )
 FIREFOX = shutil.which("firefox-esr") or shutil.which("firefox")
+MINUS, TIMES = "\N{MINUS SIGN}", " \N{MULTIPLICATION SIGN} "
 PATIENCE = 120  # seconds until a condition that does not come true is an error
 
 
@@ -34,8 +35,8 @@ def percent(share):
 
 
 class Firefox:
-    """Firefox without a window: what `Page` needs of selenium's driver. It speaks Firefox's own protocol, Marionette, so
-    that geckodriver is not needed. A message is `length:[type, number, command or error, content]` in JSON."""
+    """Firefox without a window: what `Page` needs of selenium's driver. It speaks Firefox's own protocol, Marionette,
+    so that geckodriver is not needed. A message is `length:[type, number, command or error, content]` in JSON."""
 
     def __init__(self, profile):
         (profile / "user.js").write_text('user_pref("marionette.port", 0);')  # any free port

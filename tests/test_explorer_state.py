@@ -25,7 +25,7 @@ from model_types import load_model
 from reference.__main__ import main as reference_main
 from reference.mutants import MUTANTS
 from reference.trace import MODULES, POINTS, record
-from tests.explorer_page import MODELS, ROOT, needs_browser, open_browser, percent
+from tests.explorer_page import MINUS, MODELS, ROOT, TIMES, needs_browser, open_browser, percent
 from tokenizer import Tokenizer
 from training import shapes
 
@@ -33,7 +33,7 @@ NODE = shutil.which("node")
 STATE_VIEWS = ("cache", "positions", "mistakes", "image", "sizes")
 TEXT = "To be, or not to be: that is the question.\nTo be, or not"
 
-EMPTY, MINUS, TIMES = "\N{EN DASH}", "\N{MINUS SIGN}", " \N{MULTIPLICATION SIGN} "
+EMPTY = "\N{EN DASH}"
 
 needs_node = pytest.mark.skipif(NODE is None, reason="needs node")
 
