@@ -388,8 +388,8 @@ function meanOf(run, map, keysOf) {
 VIEWS.push({
   id: "attention",
   title: "Attention",
-  about: "A layer has several attention heads. In each, a token (row, the query) looks at earlier ones "
-    + "(columns, the keys). A row sums to 100 %.",
+  about: "A layer has several attention heads. In each, a token (row, query) looks at earlier ones (columns, keys). "
+    + "A row sums to 100 %.",
   glow(run, position) {
     const { layer, head, query } = run.selected;
     if (position > query) return null;
