@@ -300,11 +300,13 @@ function plot(description, x, y, series, zones = [], mark = null) {
 
 function layerChoice(run) {
   const layers = run.text.layer_types.map((kind, index) => [index, `${index}: ${kind.replace("_", " ")}`]);
-  return choice("Layer (in all views)", layers, run.selected.layer, (layer) => select({ layer: Number(layer) }));
+  const changed = (layer) => select({ layer: Number(layer) });
+  return choice("Layer (in all views)", layers, run.selected.layer, changed);
 }
 
 // ------------------------------------------------------------------------------------------- run and selection
-// The numbers of the fields. A field whose number is not supported says so and counts as before; nothing is written then.
+// The numbers of the fields. A field whose number is not supported says so, and its last number counts in the views;
+// nothing is written then.
 function settingsOfPage() {
   const complaints = [];
   for (const input of byId("settings").querySelectorAll("input")) {
@@ -429,7 +431,8 @@ async function write(howMany) {
     const started = performance.now();
     const steps = isNew ? [] : [...state.run.steps];
     const { seed, ...settings } = settingsOfPage();
-    if (byId("complaint").textContent !== "") throw new Error("Nothing was written: a setting is not supported.");
+    const isUsable = byId("complaint").textContent === "";
+    if (!isUsable) throw new Error("Nothing was written: a setting is not supported.");
     const message = { kind: "run", ...source, generate: howMany, settings, seed };
     if (!isNew) message.ids = state.run.tokens.map(({ id }) => id);
     let first = null;

@@ -53,7 +53,8 @@ function showStop(stop) {
   byId("tour-back").hidden = stop === 0;
   byId("tour-next").textContent = stop === STOPS.length - 1 ? "Finish" : "Next";
   byId("tour-skip").hidden = stop === STOPS.length - 1;
-  document.documentElement.style.scrollPaddingBottom = `${byId("tour").offsetHeight + 24}px`; // what the box covers
+  const covered = byId("tour").offsetHeight + 24; // pixels at the end of the window
+  document.documentElement.style.scrollPaddingBottom = `${covered}px`;
   markStop(mark);
 }
 
@@ -61,7 +62,7 @@ function markStop(mark) {
   for (const element of document.querySelectorAll(".toured")) element.classList.remove("toured");
   if (mark === null) return;
   byId(mark).classList.add("toured");
-  const blocks = { views: "start", input: "end", text: "nearest" }; // the settings are at the end of the input
+  const blocks = { views: "start", input: "end", text: "nearest" }; // the input ends with the settings
   if (current > 0) byId(mark).scrollIntoView({ block: blocks[mark] });
 }
 

@@ -336,19 +336,22 @@ function showTimes({ lead, rest }, run, { times, texts }) {
   const kept = Array.from({ length: written }, (_, step) => (step === 0 ? run.prompt : 1));
   const whole = Array.from({ length: written }, (_, step) => run.prompt + step);
   const [few, many] = [kept, whole].map((positions) => positions.reduce((sum, read) => sum + read, 0));
-  lead.textContent = `${found} To write ${countWritten(texts[0])}, the model reads ${count(few)} positions with a cache `
-    + `and ${count(many)} without.`;
+  lead.textContent = `${found} To write ${countWritten(texts[0])}, the model reads `
+    + `${count(few)} positions with a cache and ${count(many)} without.`;
   const milliseconds = times.map((time) => `${count(Math.round(time))} ms`);
   const steps = (positions) => positions.map((read, step) => [step + 1, read]);
+  const lines = [
+    { className: "state-line", points: steps(whole) },
+    { className: "state-line-plain", points: steps(kept) },
+  ];
   const x = { from: 1, to: Math.max(written, 2), label: "written token", text: String, ticks: [1, written] };
   const y = { from: 0, to: 1.1 * whole.at(-1), ticks: [1, whole.at(-1)], text: count };
   rest.replaceChildren(
-    plot("Positions that the model reads for each written token", x, y, [
-      { className: "state-line", points: steps(whole) }, { className: "state-line-plain", points: steps(kept) }]),
+    plot("Positions that the model reads for each written token", x, y, lines),
     paragraph("Positions that the model reads for each written token. "
       + "Solid: without a cache, all again. Dashed: with a cache, the prompt once, then one at a time."),
-    paragraph(`In this browser, the tokens after the first took ${milliseconds[0]} with a cache and ${milliseconds[1]} without. `
-      + "This is one measurement: another one gives other times."),
+    paragraph(`In this browser, the tokens after the first took ${milliseconds[0]} with a cache `
+      + `and ${milliseconds[1]} without. This is one measurement: another one gives other times.`),
     twoTexts(texts, "With a cache", "Without a cache"));
 }
 

@@ -451,8 +451,8 @@ VIEWS.push({
 function positionResult(run, position) {
   const pairs = rotaryPairs(run.text);
   return [
-    paragraph(`The ${run.text.head_dim} numbers of a query or a key form ${pairs.length} pairs. A pair is a point in a `
-      + "plane, and the position turns each pair around the origin by an angle of its own."),
+    paragraph(`The ${run.text.head_dim} numbers of a query or a key form ${pairs.length} pairs. `
+      + "A pair is a point in a plane, and the position turns each pair around the origin by an angle of its own."),
     make("p", { className: "state-lead", role: "status" }, positionSentence(run, pairs, position)),
     make("div", { className: "state-dials", role: "list" }, pairs.map((pair) => dial(pair, position))),
     dialLegend(run.text),

@@ -174,8 +174,8 @@ function nameIds(run, ids) {
 VIEWS.push({
   id: "sampling",
   title: "Sampling",
-  about: "The model gives each token of the vocabulary a number, its logit. The softmax makes probabilities of the logits. "
-    + "The settings decide which tokens can be drawn.",
+  about: "The model gives each token of the vocabulary a number, its logit. "
+    + "The softmax makes probabilities of the logits. The settings decide which tokens can be drawn.",
   glow(run, position) { // how likely the model held each token before it
     if (position === 0) return null;
     return probabilitiesOf(logitsAfter(run, position - 1))[run.tokens[position].id];
@@ -388,8 +388,8 @@ function meanOf(run, map, keysOf) {
 VIEWS.push({
   id: "attention",
   title: "Attention",
-  about: "A layer has several attention heads. In each, a token (row, query) looks at earlier ones (columns, keys). "
-    + "A row sums to 100 %.",
+  about: "A layer has several attention heads. "
+    + "In each, a token (row, query) looks at earlier ones (columns, keys). A row sums to 100 %.",
   glow(run, position) {
     const { layer, head, query } = run.selected;
     if (position > query) return null;
@@ -397,7 +397,8 @@ VIEWS.push({
   },
   first(run) { // the head in which the last token looks most at one earlier token with letters or digits
     const { query } = run.selected;
-    const words = [...run.tokens.keys()].filter((key) => key < query && /[\p{L}\p{N}]/u.test(run.tokens[key].text));
+    const isWord = ({ text }) => /[\p{L}\p{N}]/u.test(text);
+    const words = [...run.tokens.keys()].filter((key) => key < query && isWord(run.tokens[key]));
     let best = { layer: 0, head: 0, share: 0 };
     for (const { layer, head } of patternScores(run)) {
       const map = headMap(run, layer, head);
@@ -503,7 +504,8 @@ function patternTable(run) {
     scrolling("Which head looks where", "",
       headRow(["attention to", "most, as layer.head", `head ${layer}.${head}`]),
       make("tbody", {}, rows)),
-    muted("Means over the queries of this text. ", mark(`${layer}.${head}`), ` is layer ${layer}, head ${head}.`));
+    muted("Means over the queries of this text. ",
+      mark(`${layer}.${head}`), ` is layer ${layer}, head ${head}.`));
 }
 
 const LABELLED = 13; // pixels of a cell from which tokens are written beside the map
@@ -722,7 +724,8 @@ VIEWS.push({
       muted("Each layer adds its result to one vector for each token, the residual stream. ",
         "The lens takes this vector early through the last norm and the output matrix. ",
         "The norm scales it to a root mean square of 1, times learned weights. ",
-        "The output matrix has a row for each token of the vocabulary; the product with the row is the token's logit."),
+        "The output matrix has a row for each token of the vocabulary. ",
+        "The product with this row is the token's logit."),
       make("div", { className: "stages" }, rows.map((row, index) => stageOf(run, row, index))),
       make("h3", {}, "The first guess at several positions"),
       lensTable(run, rows, positions),

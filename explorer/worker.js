@@ -47,7 +47,7 @@ async function start({ config, tekken, weights }) {
   const packed = new Uint8Array(binary.length);
   for (let i = 0; i < binary.length; i++) packed[i] = binary.charCodeAt(i);
   const { readable, writable } = new DecompressionStream("deflate");
-  const writer = writable.getWriter(); // and not a Blob's stream: WebKit cannot read one in a page that is a file
+  const writer = writable.getWriter(); // WebKit cannot read a Blob's stream in a page that is a file
   writer.write(packed);
   writer.close();
   const planes = new Uint8Array(await new Response(readable).arrayBuffer());
