@@ -128,7 +128,7 @@ def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
         # Subtracting the maximum changes no probability and keeps the division from overflowing.
         logits = logits - logits.amax(-1, keepdim=True)
     # A temperature that float32 could round to 0 is raised to 1e-30, which is greedy in effect.
-    logits = logits / max(sampling.temperature, 1e-30)
+    logits = logits / max(float(sampling.temperature), 1e-30)  # PyTorch refuses whole numbers from 2**63 on
     if sampling.top_k:
         kth = logits.topk(min(sampling.top_k, logits.shape[-1])).values[..., -1:]
         logits = logits.masked_fill(logits < kth, -math.inf)

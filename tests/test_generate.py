@@ -475,6 +475,13 @@ def test_a_tiny_temperature_is_greedy_and_never_nan(temperature, dtype):
     assert sample(logits, Sampling(temperature=temperature, top_p=0.9, min_p=0.1)).item() == 1
 
 
+@pytest.mark.parametrize("temperature", [2**63, 10**300, 1e300])
+def test_a_huge_temperature_makes_all_tokens_equally_likely(temperature):
+    logits = torch.tensor([1.0, 30.0, 29.0, -60000.0]).expand(4000, 4)
+    drawn = sample(logits, Sampling(temperature=temperature), torch.Generator().manual_seed(0)).bincount(minlength=4)
+    assert (drawn - 1000).abs().max() < 150
+
+
 SMALL = dict(vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
              num_key_value_heads=1, head_dim=16)  # fmt: skip
 
