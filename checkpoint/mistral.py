@@ -6,7 +6,7 @@ import math
 import warnings
 from typing import Any
 
-from checks import brief, is_number, is_size
+from checks import MOST_LAYERS, brief, is_number, is_size
 
 from .files import PARAMS
 from .hf import ARCHITECTURES, VISION_SIZES, expect_complete, text_config
@@ -106,6 +106,9 @@ def _text_fields(params: Fields) -> dict[str, Any]:
         if value is not None:
             text[theirs] = value
     text["hidden_act"] = "silu"
+    if not is_number(text["num_hidden_layers"], int, 1, MOST_LAYERS):
+        found = brief(text["num_hidden_layers"])
+        raise ValueError(f"{PARAMS} has n_layers={found}; allowed: a whole number from 1 to {MOST_LAYERS}")
     window, layer_types = _windows(params, text["num_hidden_layers"])
     text["sliding_window"] = window
     rope = _rope_parameters(params)

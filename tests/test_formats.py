@@ -330,6 +330,7 @@ def changed(path, value):
         ("sliding_window", [[1]], "sliding_window=.*; allowed"),
         ("sliding_window", [None, 4096], "windows for some layers only: Transformers has no such model"),
         ("n_layers", 34.0, r"n_layers=34\.0; allowed: a whole number above 0"),
+        ("n_layers", 2**31 - 1, "n_layers=2147483647; allowed: a whole number from 1 to 1000"),
         ("dim", True, "dim=True; allowed: a whole number above 0"),
         ("norm_eps", "small", "norm_eps='small'; allowed: a number"),
         ("sliding_window", [], "sliding_window=.*; allowed"),
