@@ -451,6 +451,9 @@ def test_a_device_that_computes_wrong_numbers_is_found(capsys, monkeypatch, tmp_
         checked_once(torch.device("cpu"), torch.float32)
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    passed = tmp_path / "ministral" / "checked-devices.json"
+    passed.parent.mkdir(exist_ok=True)
+    passed.write_text("5")  # damaged
     assert checked_once(torch.device("cpu"), torch.float32)
     assert not checked_once(torch.device("cpu"), torch.float32)  # it has passed before
     assert checked_once(torch.device("cpu"), torch.bfloat16)
