@@ -96,7 +96,7 @@ def test_logits_alone_are_enough(capsys, mutated):
         assert code == 1 and f"your logits match mutant {mistake!r}" in out and "not given: " in out
 
 
-def test_other_shapes_names_types_and_files(capsys, mutated, tmp_path):
+def test_other_shapes_names_types_and_files(capsys, tmp_path):
     """Transposed, flattened, without the batch of one, float16, .npz, renamed: none of that is a mistake."""
     trace, _, _ = golden_inputs("mistral3")
     mine = {
@@ -260,7 +260,7 @@ def test_a_right_port_agrees_without_the_model(capsys, tmp_path, name, kind):
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_the_fp8_copies_are_references(capsys, tmp_path, name):
+def test_the_fp8_copies_are_references(capsys, name):
     here = HERE / name / "fp8"
     code, out, err = diff(capsys, here / "bfloat16.safetensors", here / "float64.safetensors")
     count = 7 * {"ministral": 3}.get(name, 2) + 2  # matrices of all layers, final_norm, logits

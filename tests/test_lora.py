@@ -487,7 +487,7 @@ def test_an_adapter_is_recognised_everywhere(directories, capsys):
     ]  # fmt: skip
 
 
-def test_the_command_merges_and_names_another_base(directories, capsys):
+def test_the_command_merges_and_names_another_base(directories):
     (directories / "base").rename(directories / "other")
     (directories / "other" / "tekken.json").write_text("{}")
     paths = [str(directories / name) for name in ("adapter", "other", "out")]

@@ -44,7 +44,7 @@ def blocks(page, language):
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
-def test_python_blocks_run_in_order(monkeypatch, capsys, working_copy, page):
+def test_python_blocks_run_in_order(monkeypatch, working_copy, page):
     monkeypatch.chdir(working_copy)
     names = {}
     for number, block in enumerate(blocks(page, "python"), 1):
