@@ -49,11 +49,13 @@ def ngram_bits_per_byte(train: str, test: str, n: int = 5) -> float:
 
     p(c | h) = (count(hc) + kinds(h) * p(c | shorter h)) / (count(h) + kinds(h)), kinds(h) = different c after h,
     down to 1/256 for every byte. Where `train` does not have h, p(c | h) is p(c | shorter h)."""
-    train_bytes, test_bytes = train.encode(), test.encode()
+    train_bytes = train.encode()
+    test_bytes = test.encode()
     p = [1 / 256] * len(test_bytes)
     for order in range(1, n + 1):
         grams = Counter(train_bytes[end - order : end] for end in range(order, len(train_bytes) + 1))
-        totals, kinds = Counter[bytes](), Counter[bytes]()
+        totals = Counter[bytes]()
+        kinds = Counter[bytes]()
         for gram, count in grams.items():
             history = gram[:-1]
             totals[history] += count

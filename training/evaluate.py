@@ -82,9 +82,8 @@ def answers(model: Any, tokenizer: Tokenizer, asked: list[Item]) -> list[dict[st
         images = torch.from_numpy(stack([image for place in group for image in encoded[place][1]]))
         pixels = pixel_values(images.to(model.device))
         new = min(LONGEST_ANSWER, model.config.get_text_config().max_position_embeddings - ids.shape[1])
-        tokens = generate(
-            model, ids.to(model.device), mask.to(model.device), max_new_tokens=new, pixel_values=pixels, temperature=0
-        )
+        inputs: dict[str, Any] = {"attention_mask": mask.to(model.device), "pixel_values": pixels}
+        tokens = generate(model, ids.to(model.device), max_new_tokens=new, temperature=0, **inputs)
         for place, row in zip(group, tokens[:, ids.shape[1] :].tolist()):
             found[place] = tokenizer.decode_chat(row)
     return [found[place] for place in range(len(asked))]
@@ -233,7 +232,8 @@ def report(directory: Path, device: torch.device, count: int, path: Path) -> Non
         path: the file that is written, after each part.
     """
     started = time.monotonic()
-    model, tokenizer = load_model(directory, torch.float32, device), Tokenizer.from_dir(directory)
+    model = load_model(directory, torch.float32, device)
+    tokenizer = Tokenizer.from_dir(directory)
     texts = corpus.load()
     plays = Plays.of(texts["test"], texts["train"])
     text = model.config.get_text_config()

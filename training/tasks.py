@@ -398,7 +398,10 @@ def conversation(draw: Draw, shares: dict[str, float], size: int) -> Conversatio
             new = TASKS[name](draw)
         messages += new
         remaining -= sum(60 + length(message) for message in new)
-    return Conversation(messages, [schema(name) for name in present] or None)
+    tools = None
+    if present:
+        tools = [schema(name) for name in present]
+    return Conversation(messages, tools)
 
 
 def length(message: dict[str, Any]) -> int:
