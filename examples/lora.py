@@ -21,6 +21,7 @@ DIR is a directory that PEFT reads. `python -m checkpoint merge DIR models/minis
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -40,6 +41,13 @@ from training.bits import bits_per_byte
 # All matrices of a layer.
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ROW = 512  # tokens of a text in training
+
+
+def spelling_of_1623(text: str) -> str:
+    """A text in the letters of the first printers: v for u at the beginning of a word and u for v inside, V for U, and
+    i for j ("vpon", "haue", "ioy")."""
+    text = re.sub(r"\Bv", "u", re.sub(r"\bu", "v", text))
+    return text.translate(str.maketrans("jJU", "iIV"))
 
 
 class LoraLinear(nn.Module):
@@ -120,7 +128,7 @@ def main(steps: int = 100) -> int:
     options.save.mkdir(parents=True, exist_ok=True)
 
     # Data
-    texts = {part: list(map(corpus.spelling_of_1623, works)) for part, works in corpus.load().items()}
+    texts = {part: list(map(spelling_of_1623, works)) for part, works in corpus.load().items()}
     held_out = [play[20_000:50_000] for play in texts["test"]]  # 30,000 characters of each, to save time
     tokenizer = Tokenizer.from_dir(BUNDLED)
     model = Ministral3ForCausalLM.from_pretrained(BUNDLED, torch.float32)

@@ -10,9 +10,9 @@ that the language model was trained on. It is tested on two plays that neither o
 
 from __future__ import annotations
 
-import argparse
 import random
 import re
+import sys
 import time
 import warnings
 from collections import Counter
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from cli import Parser, exit_code
 from heads import Ministral3ForSequenceClassification
 from model_types import BUNDLED
 from tokenizer import Tokenizer
@@ -131,9 +132,11 @@ def load_data() -> tuple[list[Speech], list[Speech]]:
     return train, test
 
 
-def main() -> None:
-    """Fine-tune; print the accuracy on the held-out plays, and that of always choosing the more frequent class."""
-    parser = argparse.ArgumentParser(description="Fine-tune the bundled model to tell verse from prose.")
+def main() -> int:
+    """Fine-tune; print the accuracy on the held-out plays, and that of always choosing the more frequent class. Returns
+    the exit code."""
+    description = "Fine-tune the bundled model to tell verse from prose."
+    parser = Parser(prog="python -m examples.verse", description=description)
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
     seed = parser.parse_args().seed
     start = time.monotonic()
@@ -153,7 +156,8 @@ def main() -> None:
         print(f"{verse[i]:4.0%} verse, is {LABELS[test[i][1]]}: {test[i][0][:80]}")
     print(f"held-out accuracy {right:.1%}; always the more frequent class: {majority:.1%}; ", end="")
     print(f"{time.monotonic() - start:.0f} s")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

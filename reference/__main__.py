@@ -80,20 +80,20 @@ def parse_positions(text: str, count: int) -> Tensor:
     """ "0,1,5-7" -> (1, count) positions (raises ValueError)."""
     positions: list[int] = []
     for part in text.split(","):
-        ends = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        ends = re.fullmatch(r"\s*(\d{1,18})(?:-(\d{1,18}))?\s*", part)
         if ends is None:
-            wrong = f"{part!r} is neither a number nor a range"
-            raise ValueError(f"--positions {text}: {wrong}; allowed: 0,1,16380-16390")
+            wrong = f"{brief(part)} is neither a number nor a range"
+            raise ValueError(f"--positions {brief(text)}: {wrong}; allowed: 0,1,16380-16390")
         first = last = int(ends[1])
         if ends[2] is not None:
             last = int(ends[2])
         if last >= 2**31:
-            raise ValueError(f"--positions {text}: {last} is impossible; allowed: below 2**31")
+            raise ValueError(f"--positions {brief(text)}: {last} is impossible; allowed: below 2**31")
         last = min(last, first + count)  # more than enough to say that there are too many
         positions += range(first, last + 1)
     if len(positions) != count:
         allowed = f"{count}, one for each token"
-        raise ValueError(f"--positions {text} has {len(positions)} numbers; allowed: {allowed}")
+        raise ValueError(f"--positions {brief(text)} has {len(positions)} numbers; allowed: {allowed}")
     return torch.tensor([positions])
 
 
@@ -128,7 +128,8 @@ def write_trace(options: argparse.Namespace) -> int:
 
     trace = record(model, keep=keep, **golden.arguments(inputs, dtype))
     if not trace:
-        raise ValueError(f"--keep {options.keep!r} matches no name; allowed: what reference/trace.py lists")
+        names = "those that `python -m reference stages` lists"
+        raise ValueError(f"--keep {options.keep!r} matches no name; allowed: {names}")
     about = {"model": str(directory.resolve()), "prompt": options.prompt, "dtype": options.dtype}
     save(options.output, trace, inputs, about)
     print(f"{len(trace)} tensors in {options.output}", file=sys.stderr)
@@ -137,8 +138,9 @@ def write_trace(options: argparse.Namespace) -> int:
 
 def parse_numbers(option: str, text: str) -> list[int]:
     """ "1,2,3" -> the numbers (raises ValueError)."""
-    if not re.fullmatch(r"\d+(,\d+)*", text):
-        raise ValueError(f"{option} {text!r} is impossible; allowed: whole numbers with commas between them")
+    if not re.fullmatch(r"\d{1,9}(,\d{1,9})*", text):
+        allowed = "whole numbers of up to 9 digits, with commas between them"
+        raise ValueError(f"{option} {brief(text)} is impossible; allowed: {allowed}")
     return [int(number) for number in text.split(",")]
 
 

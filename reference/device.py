@@ -118,9 +118,11 @@ def checked_once(device: torch.device, dtype: torch.dtype) -> bool:
     """
     path = Path(cache_folder()).expanduser() / "ministral" / "checked-devices.json"
     key = f"{description(device)}, torch {torch.__version__}, {dtype}"
-    passed = []
-    with suppress(FileNotFoundError, ValueError):
-        passed = read_json(path)
+    passed: list[Any] = []
+    with suppress(OSError, ValueError):  # a list that cannot be read is written again
+        content = read_json(path)
+        if isinstance(content, list):
+            passed = content
     if key in passed:
         return False
     wrong = first_difference(device, dtype)

@@ -15,7 +15,7 @@ from reference.compare import counts, least
 from reference.mutants import MUTANTS, ROUNDING, Mutant
 from reference.trace import record
 
-ENOUGH = 16  # numbers in which a mistake must show, so that equal bits are no accident of rounding
+ENOUGH = 16  # numbers in which a mistake must show, so that equal bits are not due to rounding
 # The largest norm of the difference to a mistake's numbers, over the noise; and how far the part of the port's error
 # in the direction of the mistake may be from the mistake's effect. Measured with 370 ports that make one mistake and
 # round their sums in another way: where the effect is 3 times the noise or more, none was above 2.1 in the first, or

@@ -198,7 +198,7 @@ def test_cases_that_do_not_fit_into_the_budget(capsys):
     assert float(lines[0][4]) > 0 and lines[1][4].startswith("skipped: takes about 130 s, ")
 
 
-def test_results_of_a_gpu_are_not_overwritten_by_others(monkeypatch, tmp_path, capsys):
+def test_results_of_a_gpu_are_not_overwritten_by_others(monkeypatch, tmp_path):
     path = tmp_path / "cuda.json"
     monkeypatch.setattr(cuda, "JSON", path)
     cases = {"first token": cuda.Case(1, cuda.first_token)}

@@ -102,7 +102,7 @@ def test_a_stop_text_is_held_back_until_it_is_decided(capsys):
     assert capsys.readouterr().out == "zabc" == writer.text
 
 
-def test_prompt_files(capsys, tmp_path, monkeypatch):
+def test_prompt_files(capsys, tmp_path):
     file = tmp_path / "prompt.txt"
     file.write_text("Wherefore art thou é", encoding="utf-8")
     settings = ["--max-new-tokens", 5, "--temperature", 0, "--json"]
@@ -297,7 +297,7 @@ def test_a_malformed_generation_config_is_one_line(capsys, copy, content, messag
     assert code == 2 and out == "" and message in err and err.splitlines()[-1].startswith("error: ")
 
 
-def test_settings_that_are_not_supported_are_named_once(capsys, copy):
+def test_settings_that_are_not_supported_are_named_once(copy):
     content = {"num_beams": 4, "penalty_alpha": 0.6, "typical_p": 1.0, "no_repeat_ngram_size": 0, "use_cache": True}
     (copy / "generation_config.json").write_text(json.dumps(content))
     arguments = [*COMMAND, "To be", "--model", str(copy), "--max-new-tokens", "1"]
@@ -325,7 +325,7 @@ def test_memory_figures():
     assert free is None or free > 10_000_000
 
 
-def test_ctrl_c_keeps_what_was_written(tmp_path):
+def test_ctrl_c_keeps_what_was_written():
     process = subprocess.Popen(
         [*COMMAND, "O Romeo", "--max-new-tokens", "4000", "--seed", "1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
@@ -468,6 +468,9 @@ def test_a_device_that_computes_wrong_numbers_is_found(capsys, monkeypatch, tmp_
         checked_once(torch.device("cpu"), torch.float32)
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    passed = tmp_path / "ministral" / "checked-devices.json"
+    passed.parent.mkdir(exist_ok=True)
+    passed.write_text("5")  # damaged
     assert checked_once(torch.device("cpu"), torch.float32)
     assert not checked_once(torch.device("cpu"), torch.float32)  # it has passed before
     assert checked_once(torch.device("cpu"), torch.bfloat16)

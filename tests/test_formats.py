@@ -942,7 +942,7 @@ def test_one_set_of_weights_is_fetched_and_no_pickle(tmp_path, monkeypatch, layo
         (LocalEntryNotFoundError, "give a directory, or check name, revision and network"),
     ],
 )
-def test_what_the_hub_refuses_is_one_line_with_a_cure(monkeypatch, capsys, error, message):
+def test_what_the_hub_refuses_is_one_line_with_a_cure(monkeypatch, error, message):
     def refuse(*_, **__):
         raised = error.__new__(error)  # its arguments differ from version to version
         raised.args = ("cannot\nbe had",)

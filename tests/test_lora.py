@@ -253,14 +253,14 @@ def test_the_example_learns_and_its_adapter_merges(short, tmp_path, monkeypatch,
     before, after = (float(words[words.index(word) + 1]) for word in ("before:", "after:"))
     assert after < before - 0.05
     merge(tmp_path / "adapter", BUNDLED, tmp_path / "out", torch.float32)
-    held_out = [corpus.spelling_of_1623(short["test"][0][20_000:])]
+    held_out = [lora.spelling_of_1623(short["test"][0][20_000:])]
     merged = load_model(tmp_path / "out")
     score = bits_per_byte(merged, Tokenizer.from_dir(tmp_path / "out"), held_out, 1024)
     assert score == pytest.approx(after, abs=6e-4)
 
 
 def test_the_spelling():
-    assert corpus.spelling_of_1623("Up, up! I have judged, Julia: give every VOTE; a virtue, love us.") == (
+    assert lora.spelling_of_1623("Up, up! I have judged, Julia: give every VOTE; a virtue, love us.") == (
         "Vp, vp! I haue iudged, Iulia: giue euery VOTE; a virtue, loue vs."
     )
 
@@ -487,7 +487,7 @@ def test_an_adapter_is_recognised_everywhere(directories, capsys):
     ]  # fmt: skip
 
 
-def test_the_command_merges_and_names_another_base(directories, capsys):
+def test_the_command_merges_and_names_another_base(directories):
     (directories / "base").rename(directories / "other")
     (directories / "other" / "tekken.json").write_text("{}")
     paths = [str(directories / name) for name in ("adapter", "other", "out")]

@@ -152,7 +152,7 @@ def texts():
 
 @pytest.mark.parametrize("accumulation, checkpointing", [(1, False), (2, False), (2, True)])
 @pytest.mark.parametrize("family, tied", [("ministral", False), ("ministral3", True)])
-def test_the_trainer_ends_in_the_same_weights(family, tied, accumulation, checkpointing, tmp_path, capsys):
+def test_the_trainer_ends_in_the_same_weights(family, tied, accumulation, checkpointing, tmp_path):
     """With several batches a step, the Trainer divides their losses by the number of all their tokens."""
     ours, theirs = draw_pair(family, "CausalLM", tie_word_embeddings=tied)
     losses = [train(model, tmp_path, texts(), accumulation, checkpointing)[1] for model in (ours, theirs)]
@@ -162,7 +162,7 @@ def test_the_trainer_ends_in_the_same_weights(family, tied, accumulation, checkp
     assert all(torch.equal(tensor, expected[name]) for name, tensor in ours.state_dict().items())
 
 
-def test_the_trainer_classifies(tmp_path, capsys):
+def test_the_trainer_classifies(tmp_path):
     """With several batches a step, Transformers' classifiers add up the losses; here they are averaged."""
     rows = [{"input_ids": ids, "labels": ids[0] % 2} for ids in IDS]
     ours, theirs = draw_pair("ministral3", "SequenceClassification")
@@ -174,7 +174,7 @@ def test_the_trainer_classifies(tmp_path, capsys):
     assert trainer.predict(rows).predictions.shape == (8, 2)
 
 
-def test_the_trainer_saves(tmp_path, capsys):
+def test_the_trainer_saves(tmp_path):
     """It calls `save_pretrained` of Transformers' and peft's classes only; docs/transformers.md has a way for ours."""
     page = (Path(__file__).parent.parent / "docs" / "transformers.md").read_text(encoding="utf-8")
     names = {}

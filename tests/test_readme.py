@@ -21,7 +21,7 @@ NOT_RUN = {
     "pip install": "changes the environment; .ci/run does it",
     "pytest": "these tests",
     "python -m notebooks": "minutes; .ci/run does it",
-    "python -m examples.verse": "minutes; test_training.py runs it in short",
+    "python -m examples.verse": "minutes; test_heads.py runs it in short",
     "python -m examples.lora": "minutes; test_lora.py runs it in short",
     "python -m checkpoint merge": "needs an adapter; test_lora.py runs it",
     "python -m training": "minutes to hours",
@@ -44,7 +44,7 @@ def blocks(page, language):
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
-def test_python_blocks_run_in_order(monkeypatch, capsys, working_copy, page):
+def test_python_blocks_run_in_order(monkeypatch, working_copy, page):
     monkeypatch.chdir(working_copy)
     names = {}
     for number, block in enumerate(blocks(page, "python"), 1):

@@ -1,1 +1,1 @@
-"""Training of the bundled model: corpus, vocabulary, optimizer, loop, evaluation."""
+"""Training of the bundled models: corpus, vocabulary, optimizer, loop, evaluation."""

@@ -38,8 +38,16 @@ def main() -> int:
 
 
 def run(options: argparse.Namespace) -> int:
-    """The command that was chosen; without one, train."""
+    """The command that was chosen; without one, train.
+
+    Raises:
+        ValueError: a number of steps, questions or processes that is too small.
+    """
     device = as_device(options.device)
+    for name, least in (("scale", 1), ("workers", 0), ("count", 1)):
+        value = getattr(options, name, least)  # only `evaluate` has a count
+        if value < least:
+            raise ValueError(f"--{name} {value} is not supported; supported: {least} and above")
     if options.command == "corpus":
         corpus.build(options.package)
     elif options.command == "evaluate":

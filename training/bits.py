@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch.nn.utils.rnn import pad_sequence
 
 from tokenizer import Tokenizer
-
-Integers = NDArray[np.int64]
 
 
 @torch.no_grad()
@@ -51,48 +48,21 @@ def ngram_bits_per_byte(train: str, test: str, n: int = 5) -> float:
     """An n-gram model over bytes with Witten-Bell smoothing (Witten and Bell 1991), counts from `train`:
 
     p(c | h) = (count(hc) + kinds(h) * p(c | shorter h)) / (count(h) + kinds(h)), kinds(h) = different c after h,
-    down to 1/256 for every byte. n is at most 7, so that an n-gram fits in 64 bits."""
-    train_bytes, test_bytes = _bytes(train), _bytes(test)
-    p = np.full(len(test_bytes), 1 / 256)
+    down to 1/256 for every byte. Where `train` does not have h, p(c | h) is p(c | shorter h)."""
+    train_bytes = train.encode()
+    test_bytes = test.encode()
+    p = [1 / 256] * len(test_bytes)
     for order in range(1, n + 1):
-        # Counts in the training text: each n-gram, each history, and the different bytes after a history.
-        grams, counts = np.unique(_grams(train_bytes, order), return_counts=True)
-        histories, first = np.unique(grams >> 8, return_index=True)
-        totals = np.add.reduceat(counts, first)
-        kinds = np.diff(np.append(first, len(grams)))
-
-        # The same counts for every place of the test text.
-        places = _grams(test_bytes, order)
-        count = _look_up(grams, places, counts)
-        total = _look_up(histories, places >> 8, totals)
-        kind = _look_up(histories, places >> 8, kinds)
-
-        # p(c | h) replaces p(c | shorter h) where the training text has the history h.
-        known = total > 0
-        p_shorter = p[order - 1 :]
-        numerator = count + kind * p_shorter
-        denominator = total + kind
-        p_shorter[known] = numerator[known] / denominator[known]
-    return float(-np.log2(p).mean())
-
-
-def _bytes(text: str) -> Integers:
-    """The bytes of a text."""
-    return np.frombuffer(text.encode(), np.uint8).astype(np.int64)
-
-
-def _grams(x: Integers, n: int) -> Integers:
-    """Every n consecutive bytes as one number, the last byte in the lowest bits."""
-    length = len(x) - n + 1
-    out = np.zeros(length, np.int64)
-    for i in range(n):
-        out <<= 8
-        out |= x[i : i + length]
-    return out
-
-
-def _look_up(keys: Integers, wanted: Integers, values: Integers) -> Integers:
-    """The values at those of the sorted `keys` that equal `wanted`, and 0 where no key does."""
-    index = np.searchsorted(keys, wanted)
-    index = np.minimum(index, len(keys) - 1)
-    return np.where(keys[index] == wanted, values[index], 0)
+        grams = Counter(train_bytes[end - order : end] for end in range(order, len(train_bytes) + 1))
+        totals = Counter[bytes]()
+        kinds = Counter[bytes]()
+        for gram, count in grams.items():
+            history = gram[:-1]
+            totals[history] += count
+            kinds[history] += 1
+        for place in range(order - 1, len(test_bytes)):
+            gram = test_bytes[place - order + 1 : place + 1]
+            history = gram[:-1]
+            if history in totals:
+                p[place] = (grams[gram] + kinds[history] * p[place]) / (totals[history] + kinds[history])
+    return -sum(map(math.log2, p)) / len(p)

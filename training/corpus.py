@@ -60,10 +60,3 @@ def load() -> dict[str, list[str]]:
     train = tuple(works.keys() - {*VALIDATION, *TEST})
     parts = {"validation": VALIDATION, "test": TEST, "train": train}
     return {part: [works[name] for name in sorted(names)] for part, names in parts.items()}
-
-
-def spelling_of_1623(text: str) -> str:
-    """A text in the letters of the first printers: v for u at the beginning of a word and u for v inside, V for U, and
-    i for j ("vpon", "haue", "ioy")."""
-    text = re.sub(r"\Bv", "u", re.sub(r"\bu", "v", text))
-    return text.translate(str.maketrans("jJU", "iIV"))

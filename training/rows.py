@@ -85,9 +85,6 @@ class Rows(Dataset[Batch]):
         self.begins = [special["[/INST]"], special["[/TOOL_RESULTS]"]]
         self.bos, self.end, self.padding = special["<s>"], special["</s>"], special["<pad>"]
 
-    def __len__(self) -> int:
-        return self.stage.steps
-
     def __getitem__(self, step: int) -> Batch:
         stage = self.stage
         if stage.images:

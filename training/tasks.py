@@ -1,8 +1,9 @@
 """Tasks that a program makes and checks: questions, each with its one right answer.
 
 A task is a function of a `Draw`. It returns messages as `Tokenizer.encode_chat` takes them. `conversation` joins
-several tasks. Training and test share no question: a tenth of all keys, names, words, numbers and images is the test's,
-see `Draw.fresh`, and the scenes come from other plays.
+several tasks. A tenth of all keys, names, words, images, and pairs of numbers or cities is the test's (`Draw.fresh`),
+and the scenes of the test come from other plays. Both parts have the same greetings, and the same questions for the
+tools weather and timer.
 """
 
 from __future__ import annotations
@@ -397,7 +398,10 @@ def conversation(draw: Draw, shares: dict[str, float], size: int) -> Conversatio
             new = TASKS[name](draw)
         messages += new
         remaining -= sum(60 + length(message) for message in new)
-    return Conversation(messages, [schema(name) for name in present] or None)
+    tools = None
+    if present:
+        tools = [schema(name) for name in present]
+    return Conversation(messages, tools)
 
 
 def length(message: dict[str, Any]) -> int:

@@ -3,8 +3,8 @@
     with MUTANTS["window_plus_1"].applied():
         model(input_ids)                            # computes what the port with that mistake computes
 
-A switch replaces a function or a method of `ministral.py`, `ministral3.py` or `vision.py` for a while; the models have
-no code for it. `python -m reference mutants` lists them. `python -m reference diff` looks for the one that reproduces a
+A switch replaces a function or a method of the models (or `checks.as_positions`) for a while; the models have no code
+for it. `python -m reference mutants` lists them. `python -m reference diff` looks for the one that reproduces a
 port's numbers, and the tests are checked with them: each must turn one red.
 
     catalogue.py    what a mistake is, and how a switch enters the catalogue

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import ministral
-import outputs
 from ministral import MinistralAttention, MinistralForCausalLM, MinistralMLP, MinistralModel, RMSNorm
+from outputs import at_least_float32
 from reference.mutants.catalogue import Namespace, mutant, replace
 from vision import Mistral3ForConditionalGeneration, Mistral3PatchMerger, PixtralRotaryEmbedding
 
@@ -74,7 +74,7 @@ def norm_weight_before_rounding(stack: ExitStack) -> None:
 
     def make(_: Any) -> Any:
         def changed(self: RMSNorm, x: Tensor) -> Tensor:
-            h = x.to(outputs.at_least_float32(x.dtype))
+            h = x.to(at_least_float32(x.dtype))
             h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)
             return (self.weight * h).to(x.dtype)
 
@@ -106,7 +106,7 @@ def norm_epsilon_outside_root(stack: ExitStack) -> None:
 
     def make(_: Any) -> Any:
         def changed(self: RMSNorm, x: Tensor) -> Tensor:
-            h = x.to(outputs.at_least_float32(x.dtype))
+            h = x.to(at_least_float32(x.dtype))
             h = h / (h.pow(2).mean(-1, keepdim=True).sqrt() + self.eps)
             return self.weight * h.to(x.dtype)
 
