@@ -7,6 +7,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+import webbrowser
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ import generate
 
 ROOT = Path(generate.__file__).parent
 FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-OTHER_FILES = [ROOT / "benchmarks" / "RESULTS.md", *sorted((ROOT / "models").glob("*/README.md"))]
+FOLDERS = [ROOT / "explorer", ROOT / "notebooks", *sorted((ROOT / "models").iterdir())]
+OTHER_FILES = [ROOT / "benchmarks" / "RESULTS.md", *(path / "README.md" for path in FOLDERS if path.is_dir())]
 PAGES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in FILES + OTHER_FILES}
 
 # Beginnings of command lines that are not run here, and why.
@@ -91,6 +93,7 @@ def run_line(line, monkeypatch):
 def test_command_lines_run_in_order(working_copy, monkeypatch, capsys, page):
     """Each in this process, where PyTorch is imported. Other tests run the commands as processes of their own."""
     monkeypatch.chdir(working_copy)
+    monkeypatch.setattr(webbrowser, "open", lambda address: True)
     for line in commands(page):
         assert run_line(line, monkeypatch) in (None, 0), f"{line}\n{capsys.readouterr().err}"
 
