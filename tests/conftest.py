@@ -13,9 +13,9 @@ import torch
 if not any(argument.startswith("--weights") for argument in sys.argv):
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing else in the tests may reach the network
 
-# 20 examples by default, 60 with `pytest --all`. Few where the same tests run many times (tests/processors.py). More
+# 10 examples by default, 60 with `pytest --all`. Few where the same tests run many times (tests/processors.py). More
 # with `pytest --hypothesis-profile=thorough`.
-for name, examples in (("default", 20), ("all", 60), ("quick", 5), ("thorough", 200)):
+for name, examples in (("default", 10), ("all", 60), ("quick", 5), ("thorough", 200)):
     hypothesis.settings.register_profile(
         name,
         max_examples=examples,
@@ -32,7 +32,6 @@ hypothesis.settings.load_profile("default")
 def at_most(examples: int) -> hypothesis.settings:
     """Fewer examples for a test that is slow: that many, or those of the profile if these are fewer."""
     return hypothesis.settings(max_examples=min(examples, hypothesis.settings().max_examples))
-
 
 # `pytest -n auto` starts a process for each core. Each takes one thread, also in the commands that tests start: two
 # processes with two threads each on two cores take four times as long.
@@ -57,7 +56,7 @@ logging.getLogger("transformers").addHandler(DeprecationHandler(logging.WARNING)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """The options of this project's tests: published weights are too large to be part of the repository."""
-    parser.addoption("--all", action="store_true", help="slow tests, too, and three times the examples")
+    parser.addoption("--all", action="store_true", help="slow tests, too, and six times the examples")
     parser.addoption("--weights-8b-2410", metavar="DIR_OR_HUB_ID", help="Ministral-8B-Instruct-2410")
     parser.addoption("--weights", metavar="DIR_OR_HUB_ID", help="any published Ministral, compared with Transformers")
 

@@ -27,7 +27,7 @@ LARGEST_RATIO = 12.0
 
 
 def number_of_cases(full: int) -> int:
-    """`full` with `pytest --all`, or a third of it with the fewer examples of the other profiles."""
+    """`full` with `pytest --all`, or a third of it."""
     return full if hypothesis.settings().max_examples >= 40 else full // 3
 
 

@@ -230,7 +230,7 @@ def test_a_planted_loss_of_precision_is_detected(planted, dtype, attn_implementa
             planted(stack)
             yield
 
-    cases = 280 if dtype == torch.bfloat16 else 70
+    cases = number_of_cases(280 if dtype == torch.bfloat16 else 70)
     errors = draw_errors("cpu", dtype, attn_implementation, cases, planted=applied)
     print(f"{planted.__name__}, {attn_implementation} {dtype}: {errors}")
     assert not errors.no_larger

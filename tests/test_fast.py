@@ -12,7 +12,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 from safetensors.torch import save_model
 from torch._subclasses import FakeTensorMode
 
@@ -27,6 +27,7 @@ from ministral import KVCache, MinistralConfig, MinistralForCausalLM, eager_atte
 from ministral3 import Ministral3ForCausalLM
 from pretrained import Linear
 from tests.cases import VOCAB, draw_case
+from tests.conftest import at_most
 from tests.errors import Errors, number_of_cases
 
 rngs = st.randoms(use_true_random=False)
@@ -131,7 +132,7 @@ def test_heads_are_grouped_by_a_kernel_that_can(choice, grouped):
 
 
 @given(rngs)
-@settings(max_examples=40)
+@at_most(40)
 def test_devices_without_kernels_use_masks(rng):
     """As on Apple's MPS."""
     case, positions, _ = left_padded(rng, dtype=torch.float32)
@@ -150,7 +151,7 @@ def test_devices_without_kernels_use_masks(rng):
 
 
 @given(rngs)
-@settings(max_examples=40)
+@at_most(40)
 def test_generation_gives_the_same_tokens(rng):
     """Greedy and drawn, in float64."""
     case, _, _ = left_padded(rng, dtype=torch.float32)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 
 import generate as generation
 from generate import Sampling, filter_logits, generate, generate_naive, penalize_repetition, sample
@@ -250,7 +250,7 @@ def draw_settings(rng, model, ids):
     return {name: value for name, value in everything.items() if rng.random() < 0.6}
 
 
-@settings(max_examples=30)
+@at_most(30)
 @newer_transformers
 @given(rngs)
 def test_the_settings_of_the_model_are_used_as_in_transformers(rng):
@@ -341,7 +341,7 @@ def test_several_continuations_of_one_row(rng):
         assert torch.equal(tokens[n::copies], generate(model, case.ids, case.mask, seed=seed + n, **settings))
 
 
-@settings(max_examples=20)
+@at_most(20)
 @given(rngs)
 def test_stop_texts_equal_transformers(tokenizer, rng):
     """A stop text ends a row with the token that completes it. It may begin and end within tokens and within the

@@ -1,10 +1,13 @@
 """The examples of README.md, CONTRIBUTING.md and docs/ run as they are written: Python blocks and command lines."""
 
-import functools
-import os
+import importlib
+import io
 import re
+import runpy
+import shlex
 import subprocess
 import sys
+import webbrowser
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,8 @@ import generate
 
 ROOT = Path(generate.__file__).parent
 FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-OTHER_FILES = [ROOT / "benchmarks" / "RESULTS.md", *sorted((ROOT / "models").glob("*/README.md"))]
+FOLDERS = [ROOT / "explorer", ROOT / "notebooks", *sorted((ROOT / "models").iterdir())]
+OTHER_FILES = [ROOT / "benchmarks" / "RESULTS.md", *(path / "README.md" for path in FOLDERS if path.is_dir())]
 PAGES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in FILES + OTHER_FILES}
 
 # Beginnings of command lines that are not run here, and why.
@@ -53,14 +57,10 @@ def test_python_blocks_run_in_order(monkeypatch, working_copy, page):
 
 @pytest.fixture
 def working_copy(tmp_path):
-    """A copy of this folder, in which commands may write, and a `python` that is this interpreter."""
+    """A copy of this folder, in which commands may write."""
     for path in ROOT.iterdir():
         if not path.name.startswith("."):
             (tmp_path / path.name).symlink_to(path)
-    python = tmp_path / "bin" / "python"
-    python.parent.mkdir()
-    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
-    python.chmod(0o755)
     return tmp_path
 
 
@@ -70,13 +70,32 @@ def commands(page):
     return [line for line in lines if not line.startswith(tuple(NOT_RUN))]
 
 
+def run_line(line, monkeypatch):
+    """Run a command line in this process: `python` with a file or a module, and what `printf` writes into it."""
+    given, _, python = line.rpartition(" | ")
+    _, *words = shlex.split(python, comments=True)
+    text = ""
+    if given:
+        text = subprocess.run(["bash", "-c", given], capture_output=True, text=True, check=True).stdout
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode()), encoding="utf-8"))
+    with pytest.raises(SystemExit) as ended:
+        if words[0] == "-m":
+            monkeypatch.setattr(sys, "argv", words[1:])
+            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        else:
+            monkeypatch.setattr(sys, "argv", words)
+            runpy.run_path(words[0], run_name="__main__")
+        sys.exit(0)
+    return ended.value.code
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)])
-def test_command_lines_run_in_order(working_copy, page):
-    environment = os.environ | {"PATH": f"{working_copy / 'bin'}{os.pathsep}{os.environ['PATH']}"}
+def test_command_lines_run_in_order(working_copy, monkeypatch, capsys, page):
+    """Each in this process, where PyTorch is imported. Other tests run the commands as processes of their own."""
+    monkeypatch.chdir(working_copy)
+    monkeypatch.setattr(webbrowser, "open", lambda address: True)
     for line in commands(page):
-        done = subprocess.run(["bash", "-o", "pipefail", "-c", line], cwd=working_copy, env=environment,
-                              stdin=subprocess.DEVNULL, capture_output=True, text=True)  # fmt: skip
-        assert done.returncode == 0, f"{line}\n{done.stderr}"
+        assert run_line(line, monkeypatch) in (None, 0), f"{line}\n{capsys.readouterr().err}"
 
 
 def test_the_examples_are_found():
@@ -84,21 +103,17 @@ def test_the_examples_are_found():
     assert sum(len(commands(page)) for page in PAGES) >= 10 and len(commands("README.md")) >= 3
 
 
-@functools.cache
-def usage(module):
+def usage(module, monkeypatch, capsys):
     """The usage of a module's command line, without its name."""
-    done = subprocess.run([sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, f"{module}\n{done.stderr}"
-    return done.stdout.partition("\n\n")[0].partition(module)[2]
+    monkeypatch.setattr(sys, "argv", [module, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(module).main()
+    assert not ended.value.code, module
+    return capsys.readouterr().out.partition("\n\n")[0].partition(module)[2]
 
 
-SLOW_PAGES = {"docs/performance.md"}  # a command of it takes 2 seconds to import Transformers
-
-
-@pytest.mark.parametrize(
-    "page", [pytest.param(page, marks=[pytest.mark.slow] if page in SLOW_PAGES else []) for page in PAGES]
-)
-def test_commands_in_the_text_are_there(page):
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_in_the_text_are_there(monkeypatch, capsys, page):
     """`python -m module` takes no argument that the page does not name; `pytest file` is a file."""
     in_blocks = [line.partition("#")[0].strip() for block in blocks(page, "sh") for line in block.splitlines()]
     in_text = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", PAGES[page], flags=re.DOTALL))
@@ -109,7 +124,7 @@ def test_commands_in_the_text_are_there(page):
             assert files and all((ROOT / file).is_file() for file in files), code
         module = re.fullmatch(r"(?:python -m )?(benchmarks\.\w+)", code)
         if module:
-            needed = re.sub(r"\[[^]]*\]|\[.*?\.\.\.\]", "", usage(module[1])).strip(" ]\n")
+            needed = re.sub(r"\[[^]]*\]|\[.*?\.\.\.\]", "", usage(module[1], monkeypatch, capsys)).strip(" ]\n")
             assert not needed, f"{code} needs {needed}"
 
 

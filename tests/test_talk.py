@@ -2,6 +2,7 @@
 
 import copy
 import datetime
+import io
 import json
 import os
 import random
@@ -486,18 +487,22 @@ def test_fewer_tokens_where_memory_is_short(capsys, instruct, monkeypatch):
 # ------------------------------------------------------------------------------------------------ the terminal
 
 
-def talk_to(instruct, lines, *arguments):
-    """Standard output and standard error of `--chat` after these lines of input, and its exit code."""
-    process = subprocess.run(
-        [*COMMAND, "--model", str(instruct), "--chat", "--max-new-tokens", "12", "--seed", "1", *map(str, arguments)],
-        input="\n".join(lines), capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
-    return process.stdout, process.stderr, process.returncode
+@pytest.fixture
+def talk_to(instruct, monkeypatch, capsys):
+    """A function of lines of input and options: standard output and error of `--chat`, and its exit code."""
+
+    def talk(lines, *arguments):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
+        options = ["--model", instruct, "--chat", "--max-new-tokens", 12, "--seed", 1, *arguments]
+        code, out, err = run(capsys, *options)
+        return out, err, code
+
+    return talk
 
 
-def test_a_conversation_in_the_terminal(instruct, tmp_path):
+def test_a_conversation_in_the_terminal(talk_to, tmp_path):
     saved = [tmp_path / f"{i}.json" for i in range(3)]
-    out, err, code = talk_to(instruct, [
+    out, err, code = talk_to([
         "Speak!", "And now?", f"/save {saved[0]}", "/image nothing.png", "/wrong", "", "/system Be brief.", "Again.",
         f"/save {saved[1]}", "/reset", f"/save {saved[2]}", "/save", "/exit", "not read",
     ])  # fmt: skip
@@ -513,15 +518,15 @@ def test_a_conversation_in_the_terminal(instruct, tmp_path):
     assert "4 messages in" in err and "1 messages in" in err
     # The conversation goes on from the file, and an open question in it is answered first.
     saved[0].write_text(json.dumps(first[:3]))
-    out, err, code = talk_to(instruct, [f"/save {saved[2]}"], "--messages", saved[0])
+    out, err, code = talk_to([f"/save {saved[2]}"], "--messages", saved[0])
     assert code == 0 and len(json.loads(saved[2].read_text())) == 4 and len(out) > 5
-    assert talk_to(instruct, [], "Hello")[0]  # a prompt is the first message
+    assert talk_to([], "Hello")[0]  # a prompt is the first message
 
 
-def test_errors_in_a_turn_undo_it(instruct, tmp_path):
+def test_errors_in_a_turn_undo_it(talk_to, tmp_path):
     saved = tmp_path / "a.json"
     lines = ["to be " * 5000, "/save /no/such/place.json", " /etc is what?", f"/save {saved}"]
-    _, err, code = talk_to(instruct, lines)
+    _, err, code = talk_to(lines)
     assert code == 0 and err.count("error: ") == 2
     assert "max_position_embeddings=4096; shorten it (/reset begins anew)" in err
     user, answer = json.loads(saved.read_text())
@@ -656,9 +661,9 @@ def test_the_system_prompt_is_replaced(instruct, monkeypatch, capsys, tmp_path):
     assert system["content"][0]["text"] == "I am Tiny-Instruct."
 
 
-def test_each_turn_draws_anew_and_the_seed_repeats_them_all(instruct):
+def test_each_turn_draws_anew_and_the_seed_repeats_them_all(talk_to):
     lines = ["Speak!", "/reset", "Speak!"]
-    (first, _, _), (again, _, _) = (talk_to(instruct, lines, "--temperature", "9") for _ in range(2))
+    (first, _, _), (again, _, _) = (talk_to(lines, "--temperature", "9") for _ in range(2))
     one, other = first[: len(first) // 2], first[len(first) // 2 :]
     assert first == again and one != other
 

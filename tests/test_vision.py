@@ -38,6 +38,7 @@ from tests.cases import draw_chunks, draw_config
 from tests.errors import Errors, number_of_cases
 from tests.published import hub_names
 from tests.test_checkpoint import assert_same_weights
+from tests.test_cli import run
 from tests.test_generate import assert_same_tokens
 from tests.test_parity import assert_same
 from tokenizer import Tokenizer
@@ -760,23 +761,17 @@ def vision_directory(tmp_path_factory):
     return path
 
 
-def command(*arguments):
-    return subprocess.run(
-        [sys.executable, "generate.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=600
-    )
-
-
-def test_the_command_reads_images(vision_directory):
+def test_the_command_reads_images(capsys, vision_directory):
     options = ["--model", str(vision_directory), "--max-new-tokens", "4", "--temperature", "0", "--json"]
     image = str(vision_directory / "a.png")
-    done = command("What is this?", "--image", image, "--image", image, *options)
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
+    code, out, err = run(capsys, "What is this?", "--image", image, "--image", image, *options)
+    assert code == 0, err
+    result = json.loads(out)
     config = Mistral3Config.from_dict(json.loads((vision_directory / "config.json").read_text()))
     size = tuple(preprocess(Image.open(vision_directory / "a.png"), config).shape[1:])
     tokens = image_tokens(size, config, BREAK, END)
     assert result["prompt_ids"][: 1 + 2 * len(tokens)] == [1, *tokens, *tokens]
-    plain = json.loads(command("What is this?", *options).stdout)
+    plain = json.loads(run(capsys, "What is this?", *options)[1])
     assert plain["prompt_ids"][1:] == result["prompt_ids"][1 + 2 * len(tokens) :] and len(result["ids"]) <= 4
     model = load_model(vision_directory)
     pixels, sizes = batch_images([preprocess(Image.open(vision_directory / "a.png"), config)] * 2)
@@ -806,11 +801,11 @@ def test_messages_with_images(vision_directory):
 
 
 @pytest.mark.parametrize("data, message", BAD_FILES, ids=BAD_NAMES)
-def test_the_command_refuses_bad_images(vision_directory, tmp_path, data, message):
+def test_the_command_refuses_bad_images(capsys, vision_directory, tmp_path, data, message):
     (tmp_path / "bad.png").write_bytes(data)
-    done = command("x", "--model", str(vision_directory), "--image", str(tmp_path / "bad.png"))
-    assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
-    assert re.fullmatch(rf"error: .*({message}).*\n", done.stderr)
+    code, out, err = run(capsys, "x", "--model", vision_directory, "--image", tmp_path / "bad.png")
+    assert code == 2 and out == "" and "Traceback" not in err
+    assert re.fullmatch(rf"error: .*({message}).*\n", err)
 
 
 def test_the_command_without_pillow(vision_directory, tmp_path):
@@ -824,10 +819,10 @@ def test_the_command_without_pillow(vision_directory, tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: images need Pillow: pip install pillow\n")
 
 
-def test_the_command_with_a_text_model(vision_directory):
-    done = command("x", "--model", str(BUNDLED_2410), "--image", str(vision_directory / "a.png"))
-    assert done.returncode == 2 and done.stdout == ""
+def test_the_command_with_a_text_model(capsys, vision_directory):
+    code, out, err = run(capsys, "x", "--model", BUNDLED_2410, "--image", vision_directory / "a.png")
+    assert code == 2 and out == ""
     message = f"{BUNDLED_2410} is a text model (model_type 'ministral'); give a --model that is a vision model"
-    assert done.stderr == f"error: --image {vision_directory / 'a.png'}: {message} (model_type 'mistral3')\n"
-    done = command("x", "--model", str(vision_directory), "--image", str(vision_directory / "none.png"))
-    assert done.returncode == 2 and "none.png cannot be read" in done.stderr and done.stderr.count("\n") == 1
+    assert err == f"error: --image {vision_directory / 'a.png'}: {message} (model_type 'mistral3')\n"
+    code, _, err = run(capsys, "x", "--model", vision_directory, "--image", vision_directory / "none.png")
+    assert code == 2 and "none.png cannot be read" in err and err.count("\n") == 1
