@@ -212,10 +212,10 @@ def expect_size(name: str, value: object) -> None:
         raise ValueError(f"{name}={found} is impossible; allowed: a whole number above 0, or None")
 
 
-def expect_kind(name: str, value: object, kind: type | tuple[type, ...], said: str) -> None:
-    """Raise ValueError unless the value is None or of the kind; `said` is that kind in words."""
+def expect_kind(name: str, value: object, kind: type | tuple[type, ...], wanted: str) -> None:
+    """Raise ValueError unless the value is None or of the kind; `wanted` is that kind in words."""
     if value is not None and not isinstance(value, kind):
-        raise ValueError(f"{name} must be {said}; found {type(value).__name__} {str(value)[:40]!r}")
+        raise ValueError(f"{name} must be {wanted}; found {type(value).__name__} {str(value)[:40]!r}")
 
 
 def expect_tensor(name: str, value: object) -> None:
@@ -528,7 +528,7 @@ def warn_of_padding(
     if (input_ids[:, list(edges)] == pad).any():
         cure = "give attention_mask, 1 at text and 0 at padding"
         found = f"a row is padded with pad_token_id {pad}, which is read as text"
-        # One text from one line, so that Python shows it once.
+        # Always the same text from the same line, so that Python shows the warning once.
         warnings.warn(f"{found}; {cure}", stacklevel=1)
 
 
