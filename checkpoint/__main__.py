@@ -61,7 +61,7 @@ def describe(directory: Path) -> list[str]:
         nbytes = files.nbytes()
         source = "of tensors"
     else:
-        dtype = named_dtype(content) or torch.bfloat16
+        dtype = named_dtype(content, torch.bfloat16)
         quantised = 0
         if content.get("quantization_config"):
             quantised = expected["fp8"]

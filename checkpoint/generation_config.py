@@ -21,7 +21,7 @@ def _is_one_or_list(value: Any, valid: Callable[[Any], bool]) -> bool:
     return valid(value)
 
 
-# NumPy's numbers are numbers, too.
+# The values that a setting may have. With `Integral` and `Real`, NumPy's numbers are accepted, too.
 
 
 def _is_bool(value: Any) -> bool:
@@ -237,7 +237,7 @@ class GenerationConfig:
             setattr(self, name, value)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("others", "of_file") or name in {each.name for each in fields(self)}:
+        if name in {each.name for each in fields(self)}:
             if name in SETTINGS:
                 check_setting(name, value)
             super().__setattr__(name, value)
