@@ -7,6 +7,7 @@ import random
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -231,6 +232,15 @@ def test_models_of_another_kind_are_refused():
 
 
 # ------------------------------------------------------------------------------------------ settings of the model
+
+
+def test_numbers_of_numpy_are_numbers():
+    case = draw_prompts(random.Random(0))
+    model, ids = case.ours, case.ids[:1]
+    settings = dict(max_new_tokens=9, eos_token_id=2, pad_token_id=1, top_k=7, seed=5, num_return_sequences=2)
+    in_numpy = {name: np.int64(value) for name, value in settings.items()}
+    expected = generate(model, ids, temperature=1.5, **settings)
+    assert torch.equal(generate(model, ids, temperature=np.float64(1.5), **in_numpy), expected)
 
 
 def draw_settings(rng, model, ids):
