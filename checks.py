@@ -9,6 +9,7 @@ import reprlib
 import sys
 import warnings
 from collections.abc import Collection, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -229,7 +230,7 @@ def expect(name: str, tensor: Tensor, *shapes: tuple[int, ...]) -> None:
     """Raise ValueError unless the value is a tensor of one of the shapes."""
     expect_tensor(name, tensor)
     if tensor.shape not in shapes:
-        allowed = " or ".join(str(tuple(shape)) for shape in shapes)
+        allowed = " or ".join(dict.fromkeys(str(tuple(shape)) for shape in shapes))  # each once
         raise ValueError(f"{name} must be {allowed}; found {tuple(tensor.shape)}")
 
 
@@ -562,9 +563,9 @@ def check_image_sizes(sizes: Any, count: int) -> None:
     valid = isinstance(sizes, Sequence) and len(sizes) == count
     for pair in sizes if valid else ():
         valid = valid and isinstance(pair, Sequence) and len(pair) == 2
-        valid = valid and all(int(edge) == edge for edge in pair)
+        valid = valid and all(is_number(edge, Real, 0) and edge % 1 == 0 for edge in pair)
     if not valid:
-        raise ValueError(f"image_sizes must be a (height, width) for each of {count} images; found {sizes}")
+        raise ValueError(f"image_sizes must be a (height, width) for each of {count} images; found {brief(sizes)}")
 
 
 # ----------------------------------------------------------------------------------------------------- cache

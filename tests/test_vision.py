@@ -6,6 +6,7 @@ import functools
 import http.server
 import io
 import json
+import math
 import random
 import re
 import shutil
@@ -591,6 +592,9 @@ def test_counts_of_images_that_differ():
         ({"image_sizes": [(0, 8)]}, "an image size of 0 x 8; allowed:"),
         ({"image_sizes": [(8.5, 8)]}, "image_sizes must be a (height, width)"),
         ({"image_sizes": [8]}, "image_sizes must be a (height, width)"),
+        ({"image_sizes": [("a", 8)]}, "image_sizes must be a (height, width)"),
+        ({"image_sizes": [(None, 8)]}, "image_sizes must be a (height, width)"),
+        ({"image_sizes": [(math.inf, 8)]}, "image_sizes must be a (height, width)"),
         ({"pixel_values": case.pixels[:0]}, "pixel_values hold no image"),
         ({"vision_feature_layer": 99}, "vision_feature_layer=99 is impossible; allowed: one number from -"),
         ({"vision_feature_layer": [-1, -2]}, "vision_feature_layer=[-1, -2] is impossible"),
