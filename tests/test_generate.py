@@ -14,6 +14,7 @@ import transformers
 from hypothesis import given, settings, strategies as st
 
 import generate as generation
+from checkpoint import GenerationConfig
 from generate import Sampling, filter_logits, generate, generate_naive, penalize_repetition, sample
 from ministral import KVCache, MinistralConfig, MinistralForCausalLM
 from model_types import BUNDLED
@@ -288,6 +289,12 @@ def test_the_settings_of_the_model_are_used_as_in_transformers(rng):
     ones = torch.ones_like(case.ids)  # Transformers would penalise padding
     theirs = case.theirs.generate(case.ids, attention_mask=ones, **there | given)
     assert torch.equal(generate(model, case.ids, **given), theirs)
+
+
+def test_the_settings_of_a_directory_that_does_not_exist_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no model directory .*nothing_here"):
+        GenerationConfig.from_pretrained(tmp_path / "nothing_here")
+    assert GenerationConfig.from_pretrained(tmp_path) == GenerationConfig()
 
 
 def test_sampling_is_on_where_call_or_file_says_so():
