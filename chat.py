@@ -89,11 +89,12 @@ class Conversation:
         with "prefix" becomes the beginning of it; an empty answer is not appended.
 
         Args:
-            settings: those of `generate`.
+            settings: those of `generate`. `return_dict_in_generate` has no effect: the result is the message.
         """
         ids, images = self.encode()
         cache, cached = self._reuse_cache(ids, images)
         pixel_values, image_sizes = batch_or_none(images[cached:])
+        settings["return_dict_in_generate"] = False
         rows = generate(model, torch.tensor([ids]), pixel_values=pixel_values, image_sizes=image_sizes,
                         past_key_values=cache, **settings)  # fmt: skip
         tokens = rows[0].tolist()

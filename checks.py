@@ -9,6 +9,7 @@ import reprlib
 import sys
 import warnings
 from collections.abc import Collection, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -90,11 +91,11 @@ def is_fraction(value: Any) -> bool:
 
 def check_common_fields(config: Any, activations: Collection[str], implementations: Collection[str]) -> None:
     """Check the fields that text and vision have in common."""
-    require(config, "hidden_act", config.hidden_act in activations, ", ".join(activations))
+    require(config, "hidden_act", str(config.hidden_act) in activations, ", ".join(activations))
     valid = is_number(config.initializer_range, float, 0)
     require(config, "initializer_range", valid, "a number not below 0")
     require(config, "attention_dropout", is_fraction(config.attention_dropout), "a number from 0 to below 1")
-    if config.attn_implementation not in implementations:
+    if str(config.attn_implementation) not in implementations:
         found = f"attn_implementation={brief(config.attn_implementation)}"
         raise ValueError(f"{found} is not supported; supported: {', '.join(implementations)}")
     check_output_fields(config)
@@ -150,9 +151,10 @@ def check_layers(config: Any) -> None:
     window, layers = config.sliding_window, config.num_hidden_layers
     valid = window is None or is_number(window, int, 1)
     require(config, "sliding_window", valid, "None or a whole number not below 1")
+    names = ", ".join(LAYER_TYPES)
+    valid = isinstance(config.layer_types, list) and set(map(str, config.layer_types)) <= set(LAYER_TYPES)
+    require(config, "layer_types", valid, f"a list of the names {names}")
     require(config, "layer_types", len(config.layer_types) == layers, f"num_hidden_layers={layers} names")
-    known = set(config.layer_types) <= set(LAYER_TYPES)
-    require(config, "layer_types", known, f"a list of the names {', '.join(LAYER_TYPES)}")
     valid = window is not None or "sliding_attention" not in config.layer_types
     require(config, "sliding_window", valid, "a number for sliding layers")
 
@@ -212,10 +214,10 @@ def expect_size(name: str, value: object) -> None:
         raise ValueError(f"{name}={found} is impossible; allowed: a whole number above 0, or None")
 
 
-def expect_kind(name: str, value: object, kind: type | tuple[type, ...], said: str) -> None:
-    """Raise ValueError unless the value is None or of the kind; `said` is that kind in words."""
+def expect_kind(name: str, value: object, kind: type | tuple[type, ...], wanted: str) -> None:
+    """Raise ValueError unless the value is None or of the kind; `wanted` is that kind in words."""
     if value is not None and not isinstance(value, kind):
-        raise ValueError(f"{name} must be {said}; found {type(value).__name__} {str(value)[:40]!r}")
+        raise ValueError(f"{name} must be {wanted}; found {type(value).__name__} {str(value)[:40]!r}")
 
 
 def expect_tensor(name: str, value: object) -> None:
@@ -229,7 +231,7 @@ def expect(name: str, tensor: Tensor, *shapes: tuple[int, ...]) -> None:
     """Raise ValueError unless the value is a tensor of one of the shapes."""
     expect_tensor(name, tensor)
     if tensor.shape not in shapes:
-        allowed = " or ".join(str(tuple(shape)) for shape in shapes)
+        allowed = " or ".join(dict.fromkeys(str(tuple(shape)) for shape in shapes))  # each once
         raise ValueError(f"{name} must be {allowed}; found {tuple(tensor.shape)}")
 
 
@@ -528,7 +530,7 @@ def warn_of_padding(
     if (input_ids[:, list(edges)] == pad).any():
         cure = "give attention_mask, 1 at text and 0 at padding"
         found = f"a row is padded with pad_token_id {pad}, which is read as text"
-        # One text from one line, so that Python shows it once.
+        # Always the same text from the same line, so that Python shows the warning once.
         warnings.warn(f"{found}; {cure}", stacklevel=1)
 
 
@@ -562,9 +564,9 @@ def check_image_sizes(sizes: Any, count: int) -> None:
     valid = isinstance(sizes, Sequence) and len(sizes) == count
     for pair in sizes if valid else ():
         valid = valid and isinstance(pair, Sequence) and len(pair) == 2
-        valid = valid and all(int(edge) == edge for edge in pair)
+        valid = valid and all(is_number(edge, Real, 0) and edge % 1 == 0 for edge in pair)
     if not valid:
-        raise ValueError(f"image_sizes must be a (height, width) for each of {count} images; found {sizes}")
+        raise ValueError(f"image_sizes must be a (height, width) for each of {count} images; found {brief(sizes)}")
 
 
 # ----------------------------------------------------------------------------------------------------- cache

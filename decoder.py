@@ -1,7 +1,7 @@
 """A model with the cache of its text, for `generate`: `prefill` reads the prompt, `step` one more token of each row.
 
-`choose_forward` chooses once for a text who computes: `model(...)`, or the faster `fast.FlatModel`. With the latter, a
-single token can be computed by a recorded step (`recorded_step.py`).
+`choose_forward` chooses, once for a text, what computes the logits: `model(...)`, or the faster `fast.FlatModel`. With
+the latter, a single token can be computed by a recorded step (`recorded_step.py`).
 """
 
 from __future__ import annotations

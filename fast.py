@@ -139,7 +139,7 @@ class FlatModel:
             padding_mask: bool (B, past + S), False at padding; None: there is none.
         """
         S = x.shape[1]
-        masks = dict[int | None, Tensor]()  # for each window, the mask (B, 1, S, K) of its layers
+        masks: dict[int | None, Tensor] = {}  # for each window, the mask (B, 1, S, K) of its layers
         if padding_mask is not None or not has_kernels(x.device):
             # Positions in the cache: they count padding, unlike `position_ids`.
             past = cache.get_seq_length()

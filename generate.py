@@ -24,7 +24,7 @@ from torch import Tensor
 import checks
 import settings
 from checkpoint import GenerationConfig, check_setting
-from decoder import Decoder, choose_forward, embed_images, expect_finite
+from decoder import Decoder, Forward, choose_forward, embed_images, expect_finite
 from fast import FlatModel
 from ministral import KVCache
 from model_types import BUNDLED as BUNDLED, GenerativeModel, expect_model, load_model as load_model
@@ -324,6 +324,25 @@ class Rows:
         return result
 
 
+def choose_step(
+    forward: Forward, compile: bool | None, plan: Plan, device: torch.device
+) -> tuple[bool, bool]:
+    """Whether decode steps are recorded, and whether they are compiled, too (see `recorded_step.py`).
+
+    Raises:
+        ValueError: `compile=True` for another function than a `FlatModel`; another value of it.
+    """
+    if compile is not None and not isinstance(compile, bool):
+        raise ValueError(f"compile={compile!r} is impossible; allowed: True, False, None")
+    is_fast = isinstance(forward, FlatModel)
+    if compile and not is_fast:
+        raise ValueError("compile=True with fast=False; only the fast path can be compiled")
+    if compile is None:
+        compile = is_fast and compiling_pays(plan.reserved, device)
+    record = compile or (is_fast and recording_pays(plan.new_tokens, device))
+    return record, compile
+
+
 def generate(
     model: GenerativeModel,
     input_ids: Tensor,
@@ -413,17 +432,10 @@ def generate(
     )  # fmt: skip
     processors, criteria = checks.as_list(logits_processor), checks.as_list(stopping_criteria)
     callbacks = Callbacks(processors, criteria, streamer, on_token)
-    if compile is not None and not isinstance(compile, bool):
-        raise ValueError(f"compile={compile!r} is impossible; allowed: True, False, None")
     if compile and fast == "auto":
         fast = True  # only the fast path can be compiled
     forward = choose_forward(model, fast)
-    is_fast = isinstance(forward, FlatModel)
-    if compile and not is_fast:
-        raise ValueError("compile=True with fast=False; only the fast path can be compiled")
-    if compile is None:
-        compile = is_fast and compiling_pays(plan.reserved, device)
-    record = compile or (is_fast and recording_pays(plan.new_tokens, device))
+    record, compile = choose_step(forward, compile, plan, device)
 
     # A cache that the caller keeps must hold tensors that other code may use, so not those of inference mode.
     private = past_key_values is None and not resolved.return_dict_in_generate

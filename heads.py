@@ -17,9 +17,9 @@ a classifier, load it as one (a warning names the layer that is new) and train a
         optimizer.zero_grad()
     model.save_pretrained("verse")       # loads in Transformers too
 
-That directory holds a vision model, of which a head reads the text model.
-`python -m examples.verse` is this program in full, with data and the accuracy on test data. Names, parameters and
-losses are those of Transformers' classes of the same names. In the shapes, N is `config.num_labels`.
+`models/ministral3` is a vision model; a model with a head loads its text part. `python -m examples.verse` is this
+program in full, with data and the accuracy on test data. Names, parameters and losses are those of Transformers'
+classes of the same names. In the shapes, N is `config.num_labels`.
 """
 
 from __future__ import annotations

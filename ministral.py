@@ -535,10 +535,9 @@ class MinistralModel(PreTrainedModel):
                 attentions.append(probs[..., k_pos[kind].argsort()])  # by position: the ring has slot order
         x = self.norm(x)
         hidden_states[-1] = x
-        return BaseModelOutputWithPast(
-            x, cache, tuple(hidden_states) if output_hidden_states else None,
-            tuple(attentions) if output_attentions else None,
-        )  # fmt: skip
+        all_hidden_states = tuple(hidden_states) if output_hidden_states else None
+        all_attentions = tuple(attentions) if output_attentions else None
+        return BaseModelOutputWithPast(x, cache, all_hidden_states, all_attentions)
 
     def embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None = None) -> Tensor:
         """The embeddings (B, S, E) of ids (B, S), or those that are given instead."""

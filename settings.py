@@ -8,8 +8,9 @@ which has the defaults of Transformers.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -318,10 +319,8 @@ def reserved_tokens(resolved: GenerationConfig, new_tokens: int) -> int:
 def ending_ids(resolved: GenerationConfig, config: MinistralConfig) -> list[int]:
     """The ids that end a text: those of the settings, or else those of the configuration (raises ValueError for an id
     that is not in the vocabulary)."""
-    ids = first_given(resolved.eos_token_id, config.eos_token_id, ())
-    expect_kind("eos_token_id", ids, (int, Collection), "an id or a list of ids")
-    ends = as_list(ids)
-    if not all(is_number(end, int, 0) and end < config.vocab_size for end in ends):
+    ends = as_list(first_given(resolved.eos_token_id, config.eos_token_id))
+    if not all(is_number(end, Integral, 0) and end < config.vocab_size for end in ends):
         raise ValueError(f"eos_token_id={ends} is impossible; allowed: ids below {config.vocab_size}")
     return ends
 

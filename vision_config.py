@@ -37,9 +37,12 @@ class PixtralVisionConfig(PreTrainedConfig):
 
     model_type: ClassVar[str] = "pixtral"
     source: ClassVar[str] = "vision_config"
+    rope_types: ClassVar[tuple[str, ...]] = ("default", "axial")
+    rope_keys: ClassVar[dict[str, float | None]] = {"rope_type": None, "rope_theta": 1.0}
 
     def __post_init__(self) -> None:
-        self._complete_rope_parameters()
+        self.complete_rope_parameters()
+        self.rope_parameters["rope_type"] = "default"  # "axial" is another name of it
         require_sizes(self, "hidden_size", "intermediate_size", "num_attention_heads", "image_size")
         require_sizes(self, "num_channels", "patch_size", "num_hidden_layers", most=1000)
         check_common_fields(self, ACTIVATIONS, ATTENTION)
@@ -52,24 +55,6 @@ class PixtralVisionConfig(PreTrainedConfig):
         equal = self.head_dim in (None, size)
         require(self, "head_dim", equal, f"hidden_size / num_attention_heads = {size}")
         self.head_dim = size
-
-    def _complete_rope_parameters(self) -> None:
-        """Fill in `rope_theta` and `rope_parameters`, each from the other where it is not given, and check both."""
-        rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0}
-        if self.rope_theta is not None:
-            rope["rope_theta"] = self.rope_theta
-        given = dict(self.rope_parameters or {})
-        theta = given.get("rope_theta", rope["rope_theta"])
-        equal = self.rope_theta in (None, theta)
-        require(self, "rope_theta", equal, f"None, or rope_parameters' own, {theta}")
-        kind = given.get("rope_type") or given.get("type") or "default"
-        supported = kind in ("default", "axial")
-        require(self, "rope_parameters", supported, "rope_type default, or axial, which is the same")
-        known = given.keys() <= {"rope_type", "type", "rope_theta"}
-        require(self, "rope_parameters", known, "rope_type and rope_theta")
-        require(self, "rope_parameters", is_number(theta, float, 1.0), "a rope_theta not below 1")
-        self.rope_theta = theta
-        self.rope_parameters = rope | {"rope_theta": theta}
 
     @classmethod
     def from_dict(cls, d: dict[str, Any]) -> PixtralVisionConfig:
@@ -125,7 +110,9 @@ class Mistral3Config(PreTrainedConfig):
         elif isinstance(text, dict):
             if tied is None:
                 tied = text.get("tie_word_embeddings", True)
-            kind = text.get("model_type") or "ministral3"
+            kind = "ministral3"
+            if text.get("model_type") is not None:
+                kind = str(text["model_type"])
             require(self, "text_config", kind in TEXT_CONFIGS, f"model_type {', '.join(TEXT_CONFIGS)}")
             text = TEXT_CONFIGS[kind].from_dict(text)
         if tied is None:

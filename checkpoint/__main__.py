@@ -61,7 +61,7 @@ def describe(directory: Path) -> list[str]:
         nbytes = files.nbytes()
         source = "of tensors"
     else:
-        dtype = named_dtype(content) or torch.bfloat16
+        dtype = named_dtype(content, torch.bfloat16)
         quantised = 0
         if content.get("quantization_config"):
             quantised = expected["fp8"]
@@ -75,7 +75,7 @@ def describe(directory: Path) -> list[str]:
         counts = {part: expected[part] for part in ("text", "vision", "projector")}
         parts = ", ".join(f"{part} {count:,}" for part, count in counts.items() if count)
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in numbers.most_common() if count)
-    context = "not said"
+    context = "not given"
     if text_config(content).get("max_position_embeddings") is not None:
         context = f"{config.max_position_embeddings:,} tokens"
     lines = {

@@ -12,6 +12,7 @@ from typing import Any
 from checks import brief, has_effect, is_number
 
 from .files import GENERATION, read_json_object
+from .hub import find
 
 
 def _is_one_or_list(value: Any, valid: Callable[[Any], bool]) -> bool:
@@ -21,7 +22,7 @@ def _is_one_or_list(value: Any, valid: Callable[[Any], bool]) -> bool:
     return valid(value)
 
 
-# NumPy's numbers are numbers, too.
+# The values that a setting may have. With `Integral` and `Real`, NumPy's numbers are accepted, too.
 
 
 def _is_bool(value: Any) -> bool:
@@ -237,7 +238,7 @@ class GenerationConfig:
             setattr(self, name, value)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("others", "of_file") or name in {each.name for each in fields(self)}:
+        if name in {each.name for each in fields(self)}:
             if name in SETTINGS:
                 check_setting(name, value)
             super().__setattr__(name, value)
@@ -254,14 +255,15 @@ class GenerationConfig:
         raise AttributeError(f"GenerationConfig has no {name}")
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path) -> GenerationConfig:
-        """Read the generation_config.json of a model directory; without one, every setting is None. A warning names
-        the settings in it that `generate` does not support and that would change the text.
+    def from_pretrained(cls, pretrained_model_name: str | Path) -> GenerationConfig:
+        """Read the generation_config.json of a model directory or of a Hub repository; without one, every setting is
+        None. A warning names the settings in it that `generate` does not support and that would change the text.
 
         Raises:
+            FileNotFoundError: no such directory or repository.
             ValueError: the file is not a JSON object, or a value in it is impossible.
         """
-        path = Path(directory) / GENERATION
+        path = find(pretrained_model_name, parts="tokenizer") / GENERATION
         if not path.exists():
             return cls()
         content = read_json_object(path)

@@ -128,8 +128,12 @@ def label_maps(
         allowed = f"a whole number from 1 to {MOST_LABELS}"
         raise ValueError(f"num_labels={brief(num_labels)} is impossible; allowed: {allowed}")
 
-    names = {_label_number(key): str(name) for key, name in (id2label or {}).items()}
-    names_in_label2id = {_label_number(key): str(name) for name, key in (label2id or {}).items()}
+    names: dict[Any, str] = {}
+    names_in_label2id: dict[Any, str] = {}
+    if id2label is not None:
+        names = {_label_number(key): str(name) for key, name in id2label.items()}
+    if label2id is not None:
+        names_in_label2id = {_label_number(key): str(name) for name, key in label2id.items()}
     if unnamed(names) and not unnamed(names_in_label2id):
         names = names_in_label2id
     if unnamed(names):
@@ -172,7 +176,9 @@ def expect_model_type(d: Any, model_types: Iterable[str]) -> str:
             raise ValueError(f"{key}={brief(d[key])} is impossible; allowed: an object")
     if not isinstance(d.get("model_type"), (str, type(None))):
         raise ValueError(f"model_type={brief(d['model_type'])} is impossible; allowed: a name")
-    model_type = d.get("model_type") or next(iter(model_types))
+    model_type = d.get("model_type")
+    if not model_type:
+        model_type = next(iter(model_types))
     if model_type not in model_types:
         allowed = ", ".join(model_types)
         raise ValueError(f"model_type {brief(model_type)} computes another function; allowed: {allowed}")

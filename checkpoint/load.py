@@ -17,7 +17,7 @@ def load_weights(
     files: Checkpoint,
     own_name: Callable[[str], str | None],
     may_tie: Mapping[str, str],
-    said_tied: bool | None,
+    tied_by_config: bool | None,
     new: set[str],
     dtype: torch.dtype | None,
     device: str | torch.device,
@@ -27,8 +27,8 @@ def load_weights(
     Args:
         own_name: from a stored name to the parameter's, or None for a tensor that is to be left out.
         may_tie: parameters that share another's tensor if they are not stored: {name: the other's name}.
-        said_tied: whether config.json says they do, None if it does not say. The files decide; this counts only for
-            tensors stored twice with equal values. A warning says so where the two contradict each other.
+        tied_by_config: whether config.json says they do, None if it does not say. The files decide; this counts only
+            for tensors stored twice with equal values. A warning says so where the two contradict each other.
         new: parameters that are left as they are.
         dtype, device: what each tensor is cast and moved to; dtype None keeps the stored one.
 
@@ -43,13 +43,13 @@ def load_weights(
     expected = {name: tuple(parameter.shape) for name, parameter in parameters if name not in new}
     stored = _stored_names(files, own_name)
     missing_ties = {name: other for name, other in may_tie.items() if name not in stored}
-    equal_ties = _remove_equal(files, stored, may_tie, said_tied)
+    equal_ties = _remove_equal(files, stored, may_tie, tied_by_config)
     tied = missing_ties | equal_ties
 
     _expect_tensors(files, expected, stored, tied)
     names = [name for name in expected if name in stored]
     expect_types(files, [stored[name] for name in names], names, dtype)
-    if said_tied is False:
+    if tied_by_config is False:
         for name, other in missing_ties.items():
             problem = f"{files.directory} has no {name}, so it is tied to {other}"
             warnings.warn(f"{problem}, though {CONFIG} says no", stacklevel=4)
@@ -81,12 +81,12 @@ def _stored_names(files: Checkpoint, own_name: Callable[[str], str | None]) -> d
 
 
 def _remove_equal(
-    files: Checkpoint, stored: dict[str, str], may_tie: Mapping[str, str], said_tied: bool | None
+    files: Checkpoint, stored: dict[str, str], may_tie: Mapping[str, str], tied_by_config: bool | None
 ) -> dict[str, str]:
     """Of the pairs in `may_tie` that are both stored, those with equal values. They are removed from `stored`, so that
     the tensor is in memory once."""
     equal: dict[str, str] = {}
-    if said_tied is False:
+    if tied_by_config is False:
         return equal
     for name, other in may_tie.items():
         if name not in stored or other not in stored:
@@ -96,7 +96,7 @@ def _remove_equal(
         if files.kind(first) == files.kind(second) and torch.equal(files.read(first), files.read(second)):
             del stored[name]
             equal[name] = other
-        elif said_tied:
+        elif tied_by_config:
             problem = f"{name} is stored with values of its own, so it is not tied to {other}"
             warnings.warn(problem, stacklevel=5)
     return equal

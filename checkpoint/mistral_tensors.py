@@ -69,7 +69,10 @@ def from_mistral(name: str, vision: bool) -> str | None:
 
 def to_mistral(name: str) -> str | None:
     """A name in Transformers' files, of any version, -> Mistral's; None if it is no such name."""
-    name = text_name(name) or name.removeprefix("model.")
+    text = text_name(name)
+    name = name.removeprefix("model.")
+    if text is not None:
+        name = text
     if not name.startswith((*VISION_PREFIXES, "lm_head.")):
         name = "model." + name
     return _rename(name, NAMES_IN_MISTRAL, SUFFIXES_IN_MISTRAL)

@@ -56,10 +56,11 @@ def read_config(directory: Path) -> dict[str, Any]:
     return content
 
 
-def named_dtype(config: dict[str, Any]) -> torch.dtype | None:
-    """The type that a config.json names, if any."""
-    name = config.get("dtype") or config.get("torch_dtype") or text_config(config).get("dtype")
-    return DTYPES.get(str(name))
+def named_dtype(config: dict[str, Any], default: torch.dtype) -> torch.dtype:
+    """The type that a config.json names, at the top or in its text part; the default if it names none."""
+    names = [config.get("dtype"), config.get("torch_dtype"), text_config(config).get("dtype")]
+    given = [name for name in names if name]
+    return DTYPES.get(str(next(iter(given), None)), default)
 
 
 def as_dtype(dtype: Any, torch_dtype: Any = None) -> torch.dtype | None:
@@ -190,9 +191,8 @@ class Checkpoint:
         weight_map = None
         if isinstance(index, dict):
             weight_map = index.get("weight_map")
-        problem = f"{path} has no weight_map from tensor names to file names"
         if not isinstance(weight_map, dict):
-            raise ValueError(problem)
+            raise ValueError(f"{path} has no weight_map from tensor names to file names")
         for name, file in weight_map.items():
             if Path(str(file)).name != file:
                 problem = f"weight_map names {brief(file)} for {brief(name)}"
@@ -219,13 +219,11 @@ class Checkpoint:
 
     def _common_dtype(self) -> torch.dtype:
         """See the attribute `dtype`."""
-        named = named_dtype(self.config)
-        if self._scales and named is not None:
-            return named
-        for kind, _ in self.numbers.most_common():
-            if kind in KINDS:
-                return KINDS[kind]
-        return named or torch.bfloat16
+        stored = [KINDS[kind] for kind, _ in self.numbers.most_common() if kind in KINDS]
+        most = next(iter(stored), torch.bfloat16)
+        if self._scales or not stored:
+            return named_dtype(self.config, most)
+        return most
 
     def names(self) -> list[str]:
         """The names of all tensors."""

@@ -539,6 +539,7 @@ HI = user("Hi")
         ("v13", [HI, calling(arguments=[1]), RESULT], r"arguments are \[1\]; allowed: a JSON object, or its text"),
         ("v13", [HI, calling(arguments={"a": {1}}), RESULT], "cannot be written as JSON: Object of type set"),
         ("v13", [HI, calling(arguments="[" * 100000), RESULT], "JSON text is nested too deeply"),
+        ("v13", [HI, calling(arguments="1" * 5000), RESULT], "JSON text has a number of thousands of digits: '111"),
         ("v7", [HI, calling(None), RESULT], "a tool call's id is None; allowed in v7: 9 letters or digits"),
         ("v11", [HI, calling("1234"), RESULT], "a tool call's id is '1234'; allowed in v11: 9 letters or digits"),
         ("v13", [HI, calling("null"), RESULT], "a tool call's id is 'null'; allowed in v13"),

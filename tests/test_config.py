@@ -311,6 +311,7 @@ IDS = torch.ones(2, 3, dtype=torch.long)
         (dict(input_ids=IDS, attention_mask=torch.tensor([[1, 1, -1e4]] * 2)), "numbers from -10000 to 1 is not"),
         (dict(input_ids=IDS, attention_mask=torch.zeros(2, 3)), "numbers from 0 to 0 is not supported"),
         (dict(input_ids=IDS, position_ids=torch.ones(1, 3)), "position_ids of torch.float32 are not supported"),
+        (dict(input_ids=IDS[:1], position_ids=torch.ones(3)), r"position_ids must be \(1, 3\); found \(3,\)"),
         (dict(input_ids=IDS, position_ids=[[0, 1, 2]]), "position_ids must be a tensor"),
         (dict(input_ids=IDS, cache_position=[0, 1, 2]), "cache_position must be a tensor"),
         (dict(input_ids=IDS, labels=[[1, 1, 1]] * 2), "labels must be a tensor"),

@@ -7,12 +7,14 @@ import random
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from hypothesis import given, strategies as st
 
 import generate as generation
+from checkpoint import GenerationConfig
 from generate import Sampling, filter_logits, generate, generate_naive, penalize_repetition, sample
 from ministral import KVCache, MinistralConfig, MinistralForCausalLM
 from model_types import BUNDLED
@@ -233,6 +235,15 @@ def test_models_of_another_kind_are_refused():
 # ------------------------------------------------------------------------------------------ settings of the model
 
 
+def test_numbers_of_numpy_are_numbers():
+    case = draw_prompts(random.Random(0))
+    model, ids = case.ours, case.ids[:1]
+    settings = dict(max_new_tokens=9, eos_token_id=2, pad_token_id=1, top_k=7, seed=5, num_return_sequences=2)
+    in_numpy = {name: np.int64(value) for name, value in settings.items()}
+    expected = generate(model, ids, temperature=1.5, **settings)
+    assert torch.equal(generate(model, ids, temperature=np.float64(1.5), **in_numpy), expected)
+
+
 def draw_settings(rng, model, ids):
     """A generation_config.json as in published repositories, with an end token that the model does generate."""
     end = generate(model, ids, max_new_tokens=4, eos_token_id=())[0, -rng.randint(1, 4)].item()
@@ -278,6 +289,12 @@ def test_the_settings_of_the_model_are_used_as_in_transformers(rng):
     ones = torch.ones_like(case.ids)  # Transformers would penalise padding
     theirs = case.theirs.generate(case.ids, attention_mask=ones, **there | given)
     assert torch.equal(generate(model, case.ids, **given), theirs)
+
+
+def test_the_settings_of_a_directory_that_does_not_exist_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no model directory .*nothing_here"):
+        GenerationConfig.from_pretrained(tmp_path / "nothing_here")
+    assert GenerationConfig.from_pretrained(tmp_path) == GenerationConfig()
 
 
 def test_sampling_is_on_where_call_or_file_says_so():

@@ -217,6 +217,15 @@ def test_malformed_calls_are_words_in_the_history(tokenizer, monkeypatch):
     assert [call["text"] for call in conversation.answer(model)["malformed_calls"]] == ["[TOOL_CALLS]f{"] * 2
 
 
+def test_an_answer_is_a_message_whatever_generate_returns(tokenizer):
+    model, user = tiny("full", random.Random(0)), {"role": "user", "content": "Speak"}
+    answers = []
+    for as_dict in (False, True):
+        model.generation_config.return_dict_in_generate = as_dict
+        answers.append(Conversation(tokenizer, model.config, [user]).answer(model, max_new_tokens=5))
+    assert answers[0]["content"] and answers[0] == answers[1]
+
+
 def test_an_empty_answer_is_no_message(tokenizer, monkeypatch):
     model, user = tiny("full", random.Random(0)), {"role": "user", "content": "Speak"}
     scripted(monkeypatch, [2])

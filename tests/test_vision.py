@@ -6,6 +6,7 @@ import functools
 import http.server
 import io
 import json
+import math
 import random
 import re
 import shutil
@@ -592,6 +593,9 @@ def test_counts_of_images_that_differ():
         ({"image_sizes": [(0, 8)]}, "an image size of 0 x 8; allowed:"),
         ({"image_sizes": [(8.5, 8)]}, "image_sizes must be a (height, width)"),
         ({"image_sizes": [8]}, "image_sizes must be a (height, width)"),
+        ({"image_sizes": [("a", 8)]}, "image_sizes must be a (height, width)"),
+        ({"image_sizes": [(None, 8)]}, "image_sizes must be a (height, width)"),
+        ({"image_sizes": [(math.inf, 8)]}, "image_sizes must be a (height, width)"),
         ({"pixel_values": case.pixels[:0]}, "pixel_values hold no image"),
         ({"vision_feature_layer": 99}, "vision_feature_layer=99 is impossible; allowed: one number from -"),
         ({"vision_feature_layer": [-1, -2]}, "vision_feature_layer=[-1, -2] is impossible"),
@@ -632,15 +636,17 @@ def test_images_among_given_embeddings():
         ({"vision_config": {"hidden_size": 10, "num_attention_heads": 4}}, "hidden_size=10 is impossible"),
         ({"vision_config": {"patch_size": 0}}, "patch_size=0 is impossible; allowed: a whole number from 1 to"),
         ({"vision_config": {"head_dim": 3}}, "head_dim=3 is impossible; allowed: hidden_size / num_attention_heads"),
-        ({"vision_config": {"rope_parameters": {"rope_type": "yarn"}}}, "allowed: rope_type default, or axial"),
+        ({"vision_config": {"rope_parameters": {"rope_type": "yarn"}}}, "allowed: rope_type default or axial"),
         ({"vision_config": {"model_type": "clip"}}, "model_type 'clip' computes another function; allowed: pixtral"),
         ({"text_config": {"model_type": "gemma"}}, "allowed: model_type ministral3, ministral, mistral"),
+        ({"text_config": {"model_type": ["gemma"]}}, "allowed: model_type ministral3, ministral, mistral"),
         ({"vision_feature_layer": 25}, "vision_feature_layer=25 is impossible; allowed: one number from -25 to 24"),
         ({"vision_feature_layer": [-1, -2]}, "allowed: one number"),
         ({"vision_config": [1]}, "vision_config=[1] is impossible; allowed: an object"),
         ({"vision_config": {"hidden_act": ["silu"]}}, "vision_config holds a value of the wrong kind"),
         ({"vision_config": {"initializer_range": "x"}}, "initializer_range='x' is impossible"),
-        ({"vision_config": {"rope_parameters": {"factor": 2.0}}}, "allowed: rope_type and rope_theta"),
+        ({"vision_config": {"rope_parameters": {"factor": 2.0}}}, "allowed: keys rope_type, rope_theta"),
+        ({"vision_config": {"rope_parameters": {"rope_type": "default", "type": "linear"}}}, "that agree"),
         ({"text_config": "abc"}, "text_config='abc' is impossible; allowed: an object"),
         ({"projector_hidden_act": ["gelu"]}, "config.json holds a value of the wrong kind"),
         ({"spatial_merge_size": 0}, "spatial_merge_size=0 is impossible"),

@@ -306,6 +306,8 @@ def load_json(text: str) -> Any:
         return text
     except RecursionError as error:
         raise ValueError(f"JSON text is nested too deeply: {brief(text)}") from error
+    except ValueError as error:  # Python reads no numbers of more than 4300 digits
+        raise ValueError(f"JSON text has a number of thousands of digits: {brief(text)}") from error
 
 
 def dump_json(value: Any) -> str:
