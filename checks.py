@@ -152,7 +152,7 @@ def check_layers(config: Any) -> None:
     valid = window is None or is_number(window, int, 1)
     require(config, "sliding_window", valid, "None or a whole number not below 1")
     names = ", ".join(LAYER_TYPES)
-    valid = isinstance(config.layer_types, list) and set(map(str, config.layer_types)) <= set(LAYER_TYPES)
+    valid = isinstance(config.layer_types, (list, tuple)) and set(map(str, config.layer_types)) <= set(LAYER_TYPES)
     require(config, "layer_types", valid, f"a list of the names {names}")
     require(config, "layer_types", len(config.layer_types) == layers, f"num_hidden_layers={layers} names")
     valid = window is not None or "sliding_attention" not in config.layer_types

@@ -129,7 +129,7 @@ class Mistral3Config(PreTrainedConfig):
         image = self.image_token_index
         known = is_number(image, int, 0) and image < self.text_config.vocab_size
         require(self, "image_token_index", known, "an id of the vocabulary")
-        known = self.projector_hidden_act in ACTIVATIONS
+        known = str(self.projector_hidden_act) in ACTIVATIONS
         require(self, "projector_hidden_act", known, ", ".join(ACTIVATIONS))
         bias = self.multimodal_projector_bias
         require(self, "multimodal_projector_bias", isinstance(bias, bool), "true or false")

@@ -201,6 +201,8 @@ YARN = dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_
         (MinistralConfig, dict(hidden_act="tanhshrink"), "hidden_act='tanhshrink'.*silu"),
         (MinistralConfig, dict(layer_types=["full_attention"]), "layer_types.*num_hidden_layers=32"),
         (MinistralConfig, dict(num_hidden_layers=1, layer_types=["linear"]), "layer_types.*full_attention"),
+        (MinistralConfig, dict(hidden_act=["silu"]), "hidden_act.*allowed: silu"),
+        (MinistralConfig, dict(attn_implementation=["sdpa"]), "attn_implementation.*is not supported"),
         (MinistralConfig, dict(sliding_window=0), "sliding_window=0"),
         (MinistralConfig, dict(sliding_window=None, layer_types=["sliding_attention"] * 32), "sliding_window=None"),
         (MinistralConfig, dict(rope_parameters=dict(rope_type="llama3")), "llama3.*allowed: rope_type default"),
@@ -248,7 +250,7 @@ def test_impossible_values_are_refused(cls, values, message):
         (dict(rope_scaling="yarn"), "rope_scaling='yarn'.*an object"),
         (dict(quantization_config="fp8"), "quantization_config='fp8'"),
         (dict(model_type=["x"]), "model_type=.*a name"),
-        (dict(layer_types=3), "wrong kind"),
+        (dict(layer_types=3), "layer_types=3 is impossible; allowed: a list of the names"),
     ],
 )
 def test_other_functions_are_refused(change, message):
