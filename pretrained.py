@@ -60,7 +60,6 @@ class PreTrainedConfig:
     output_attentions: bool = field(default=False, kw_only=True)
 
     model_type: ClassVar[str]
-    source: ClassVar[str] = "config.json"
     # Whether a model of this configuration can load the text part of a vision model's files.
     reads_text_config: ClassVar[bool] = False
     # The rope_types, and the keys of rope_parameters, each with the lowest number allowed (None: not a number).
@@ -87,11 +86,7 @@ class PreTrainedConfig:
         """
         known = {field.name for field in fields(cls)} - {"attn_implementation"}
         model_types: dict[str, dict[str, Any]] = {cls.model_type: {}} | SAME_FUNCTION.get(cls.model_type, {})
-        values = checkpoint.config_fields(d, known, model_types)
-        try:
-            return cls(**values)
-        except TypeError as error:  # a list in the place of a number, for example
-            raise ValueError(f"{cls.source} holds a value of the wrong kind: {error}") from error
+        return cls(**checkpoint.config_fields(d, known, model_types))
 
     @classmethod
     def from_pretrained(

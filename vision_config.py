@@ -36,7 +36,6 @@ class PixtralVisionConfig(PreTrainedConfig):
     attn_implementation: str = "sdpa"
 
     model_type: ClassVar[str] = "pixtral"
-    source: ClassVar[str] = "vision_config"
     rope_types: ClassVar[tuple[str, ...]] = ("default", "axial")
     rope_keys: ClassVar[dict[str, float | None]] = {"rope_type": None, "rope_theta": 1.0}
 
