@@ -21,7 +21,7 @@ from .hub import find
 from .mistral import to_params
 from .mistral_tensors import interleave, reorder_rows, to_mistral
 from .reader import Checkpoint
-from .writer import write
+from .writer import temporary_path, write
 
 
 def convert(
@@ -179,7 +179,7 @@ def expect_new(destination: str | Path) -> Path:
 def new_directory(destination: Path) -> Iterator[Path]:
     """A path to write a directory to, which becomes `destination` if no error occurs. Otherwise nothing is left, nor
     of the folders that were made for it."""
-    temporary = destination.with_name(f".{destination.name}.{os.getpid()}.tmp")
+    temporary = temporary_path(destination)
     missing = [folder for folder in destination.parents if not folder.exists()]
     try:
         yield temporary

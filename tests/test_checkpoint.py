@@ -6,7 +6,6 @@ import os
 import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -25,6 +24,7 @@ from ministral import MinistralConfig, MinistralForCausalLM, MinistralModel
 from ministral3 import Ministral3ForCausalLM, Ministral3Model
 from model_types import load_model
 from tests.cases import draw_case, draw_config, pair
+from tests.kills import killed
 from tests.published import quantize
 from tests.test_parity import assert_same
 
@@ -502,36 +502,14 @@ def test_a_save_that_is_interrupted_while_renaming_is_no_mixture(saved, monkeypa
 
 
 def killed_saves(path, model, size):
-    """The directory as it is left by a save that is killed at each of its steps: before it opens a temporary file,
-    removes one or renames one."""
+    """The directory as it is left by a save that is killed before each of its steps."""
     for step in itertools.count(1):
         copy = path / f"killed_{step}"
         shutil.copytree(path, copy, ignore=shutil.ignore_patterns("killed_*"))
-        child = os.fork()
-        if child == 0:
-            save_and_be_killed(model, copy, size, step)
-        _, status = os.waitpid(child, 0)
-        if status == 0:
+        was_killed, _ = killed(lambda copy=copy: model.save_pretrained(copy, max_shard_size=size), step)
+        if not was_killed:
             return
-        assert status == signal.SIGKILL
         yield copy
-
-
-def save_and_be_killed(model, path, size, step):
-    """Save in a process of its own, which ends at a step."""
-    steps = itertools.count(1)
-
-    def count(event, arguments):
-        relevant = event in ("os.rename", "os.remove") or (event == "open" and ".tmp" in str(arguments[0]))
-        if relevant and next(steps) == step:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(count)
-    try:
-        model.save_pretrained(path, max_shard_size=size)
-        os._exit(0)
-    finally:
-        os._exit(1)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
@@ -596,6 +574,21 @@ def test_info_names_the_leftovers_of_a_save(saved, capsys):
     (path / ".model.safetensors.12-345.tmp").write_bytes(b"12345")
     assert checkpoint_main(["info", str(path)]) == 0
     assert "5 B of a save that was interrupted (.model.safetensors.12-345.tmp)" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(os.name == "nt", reason="processes are not looked for there")
+def test_only_temporary_files_of_ended_writers_are_removed(tmp_path):
+    here, thread = os.getpid(), threading.get_ident()
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    stay = [f".x.{here}-{thread}.tmp", ".x.1-1.tmp", f".y.{ended.pid}-1.tmp", ".x.mine.tmp", f".x.{10**30}-1.tmp"]
+    go = [f".x.{here}-1.tmp", f".x.{ended.pid}-1.tmp"]
+    for name in stay + go:
+        (tmp_path / name).write_bytes(b"")
+    other = threading.Thread(target=checkpoint.replace_file, args=(tmp_path / "x", Path.touch))
+    other.start()
+    other.join()
+    assert sorted(os.listdir(tmp_path)) == sorted([*stay, "x"])
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
