@@ -225,14 +225,11 @@ def replace_files(writers: Mapping[Path, Writer], before: Callable[[], object] =
     places, in the given order.
 
     Raises:
-        FileNotFoundError: the directory of a file does not exist, or a directory is in its place.
+        FileNotFoundError, PermissionError: see `expect_writable`.
         OSError: a file cannot be written; the message says which and why, for example a full disk.
     """
     for path in writers:
-        if path.is_dir():
-            raise FileNotFoundError(f"{path} cannot be written: it is a directory")
-        if not path.parent.is_dir():
-            raise FileNotFoundError(f"{path} cannot be written: {path.parent} is no directory")
+        expect_writable(path)
     temporary = {path: temporary_path(path) for path in writers}
     try:
         for path, write_to in writers.items():
@@ -243,6 +240,21 @@ def replace_files(writers: Mapping[Path, Writer], before: Callable[[], object] =
     finally:
         for written in temporary.values():
             written.unlink(missing_ok=True)
+
+
+def expect_writable(path: Path) -> None:
+    """Check, before the work whose result it holds, that a file can be written.
+
+    Raises:
+        FileNotFoundError: its directory does not exist, or a directory is in its place.
+        PermissionError: its directory is read-only.
+    """
+    if path.is_dir():
+        raise FileNotFoundError(f"{path} cannot be written: it is a directory")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path} cannot be written: {path.parent} is no directory")
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"{path} cannot be written: {path.parent} is read-only; give another directory")
 
 
 def temporary_path(path: Path) -> Path:

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from checkpoint import DTYPES, find
+from checkpoint import DTYPES, expect_writable, find
 from checks import brief
 from cli import Parser, exit_code
 from images import batch_images, read_image
@@ -103,6 +103,7 @@ def write_trace(options: argparse.Namespace) -> int:
         raise ValueError("give --prompt TEXT or --ids 1,2,3, one of the two")
     if options.ids is not None and options.image:
         raise ValueError("--image goes with --prompt: the tokens of an image are put before the text")
+    expect_writable(options.output)
     directory = find(options.model)
     dtype = DTYPES[options.dtype]
     model = load_model(directory, dtype)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoint import DTYPES
+from checkpoint import DTYPES, expect_writable
 from model_types import load_model
 from reference import golden
 from reference.compare import LEAST, MARGIN_OF_ONE_RUN, Report, compare, computed_in
@@ -261,6 +261,8 @@ def weaker_by(hidden: list[str]) -> str:
 def diff(options: argparse.Namespace) -> int:
     """Run `diff`: 0 if all stages agree, 1 if one diverges or a known mistake gives these numbers, and 2 if nothing can
     be compared."""
+    if options.plot is not None:
+        expect_writable(options.plot)
     reference, inputs, about = read_reference(options)
     port = read_port(options)
     ids = inputs.get("input_ids")
