@@ -229,8 +229,8 @@ def expect(name: str, tensor: Tensor, *shapes: tuple[int, ...]) -> None:
     """Raise ValueError unless the value is a tensor of one of the shapes."""
     expect_tensor(name, tensor)
     if tensor.shape not in shapes:
-        allowed = " or ".join(str(tuple(shape)) for shape in shapes)
-        raise ValueError(f"{name} must be {allowed}; found {tuple(tensor.shape)}")
+        allowed = dict.fromkeys(str(tuple(shape)) for shape in shapes)  # two are equal for one text
+        raise ValueError(f"{name} must be {' or '.join(allowed)}; found {tuple(tensor.shape)}")
 
 
 def expect_device(name: str, tensor: Tensor, weight: Tensor) -> None:

@@ -87,6 +87,8 @@ def parse_positions(text: str, count: int) -> Tensor:
         first = last = int(ends[1])
         if ends[2] is not None:
             last = int(ends[2])
+        if last < first:
+            raise ValueError(f"--positions {text}: {part} ends before it begins; allowed: 0,1,16380-16390")
         if last >= 2**31:
             raise ValueError(f"--positions {text}: {last} is impossible; allowed: below 2**31")
         last = min(last, first + count)  # more than enough to say that there are too many

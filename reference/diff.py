@@ -136,10 +136,10 @@ def check_shapes(path: Path, reference: Trace) -> None:
 
 def reference_model(options: argparse.Namespace, about: Mapping[str, Any]) -> tuple[Models | None, str]:
     """The model that made the reference, in any type, or None if it is not there; and its directory."""
-    if options.model is not None and not Path(options.model).is_dir():
-        raise FileNotFoundError(f"no model directory {options.model}")
+    if options.model is not None and not (options.model and Path(options.model).is_dir()):
+        raise FileNotFoundError(f"--model {options.model!r} is no directory; give that of the reference's model")
     place = about.get("model")
-    if options.model:
+    if options.model is not None:
         place = options.model
     if isinstance(place, str):
         for directory in (options.reference.parent / place, Path(place)):

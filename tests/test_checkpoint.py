@@ -1,5 +1,6 @@
 """Model directories: round trips with Transformers in both directions, shards, ties, and broken files."""
 
+import errno
 import itertools
 import json
 import os
@@ -20,13 +21,17 @@ from safetensors.torch import load_file, save_file
 
 import checkpoint
 from checkpoint.__main__ import main as checkpoint_main
+from explorer.__main__ import main as explorer_main
 from ministral import MinistralConfig, MinistralForCausalLM, MinistralModel
 from ministral3 import Ministral3ForCausalLM, Ministral3Model
-from model_types import load_model
+from model_types import BUNDLED, load_model
+from reference.__main__ import main as reference_main
+from reference.golden import HERE as GOLDEN
 from tests.cases import draw_case, draw_config, pair
 from tests.kills import killed
 from tests.published import quantize
 from tests.test_parity import assert_same
+from tokenizer import Tokenizer, bpe
 
 rngs = st.randoms(use_true_random=False)
 transformers.utils.logging.disable_progress_bar()
@@ -596,6 +601,34 @@ def test_a_full_disk_is_one_line(tmp_path):
     with pytest.raises(OSError, match=f"{tmp_path}/x cannot be written: No space left on device"):
         checkpoint.replace_file(tmp_path / "x", lambda _: Path("/dev/full").write_bytes(b"1"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_read_only_directory_is_one_line(saved, tmp_path, monkeypatch, capsys):
+    """The disk is one that the tests, run as root, cannot write to either."""
+    model, path = saved
+    golden = str(GOLDEN / "ministral" / "one_text.safetensors")
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+
+    def read_only(path, *_):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(os, "mkdir", read_only)
+    before = sorted(os.listdir(path))
+    with pytest.raises(PermissionError, match=r"model\.safetensors cannot be written: .* is read-only"):
+        model.save_pretrained(path)
+    for main, arguments, named in (
+        (checkpoint_main, ["convert", str(path), str(path / "new")], "new"),
+        (reference_main, ["record", "--prompt", "a", "-o", str(path / "x")], "x"),
+        (reference_main, ["diff", golden, golden, "--plot", str(path / "x.png")], "x.png"),
+        (explorer_main, ["-o", str(path / "x.html")], "x.html"),
+    ):
+        assert main(arguments) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("error: ") and f"{path / named} cannot be written: " in error
+    monkeypatch.setenv("XDG_CACHE_HOME", str(path / "cache"))
+    monkeypatch.setattr(bpe, "CACHED_FROM", 0)
+    assert Tokenizer.from_dir(BUNDLED).decode(Tokenizer.from_dir(BUNDLED).encode("To be", bos=False)) == "To be"
+    assert sorted(os.listdir(path)) == before
 
 
 def test_info_check_names_tensors_that_are_not_finite(saved, capsys):
