@@ -71,6 +71,9 @@ def setting_type(name: str) -> Callable[[str], Any]:
 def exit_code(command: Callable[[], int], interrupted: str = "interrupted") -> int:
     """Run a command and return its exit code. An error is one line on standard error, and so is each warning. An error
     of this project's code is a traceback, and the exit code is 2, too: 1 is a verdict of `reference diff`."""
+    for name in ("stdout", "stderr"):  # None after `>&-`, and Python would print errors to the other one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     warnings.showwarning = lambda message, *_, **__: print(f"note: {one_line(message)}", file=sys.stderr)
     try:
         return command()
@@ -104,6 +107,8 @@ def read_file(path: str, option: str) -> bytes:
         OSError: it cannot be read.
         ValueError: it is longer than `MOST_BYTES`.
     """
+    if not path:
+        raise FileNotFoundError(f"{option} '' names no file; give a file that can be read")
     try:
         if path == "-":
             data = sys.stdin.buffer.read(MOST_BYTES + 1)
@@ -111,8 +116,6 @@ def read_file(path: str, option: str) -> bytes:
             with Path(path).expanduser().open("rb") as file:
                 data = file.read(MOST_BYTES + 1)
     except OSError as error:
-        if not path:
-            path = "''"
         raise OSError(f"{option} {path}: {error.strerror}; give a file that can be read") from error
     if len(data) > MOST_BYTES:
         raise ValueError(f"{option} {path} is too long; allowed: {format_bytes(MOST_BYTES)}")

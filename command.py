@@ -103,6 +103,11 @@ def check_options(options: argparse.Namespace) -> None:
         raise ValueError("--chat and --json: a conversation is no single object; give one of the two")
     if not options.model:
         raise ValueError("--model '' names no model; give a directory or a Hub id, or leave it out")
+    for name in ("messages", "tools"):
+        if getattr(options, name) == "":
+            raise ValueError(f"--{name} '' names no file; give a JSON file, or leave it out")
+    if "" in options.image:
+        raise ValueError("--image '' names no image; give a file, a web address or a data: URI, or leave it out")
     if options.revision is not None and os.path.isdir(os.path.expanduser(options.model)):
         reason = f"{options.model} is a directory; it goes with a Hub id only"
         raise ValueError(f"--revision {options.revision}: {reason}")
@@ -509,8 +514,8 @@ def run(options: argparse.Namespace) -> int:
     device = choose_device(options.device)
     if options.check:
         return check_device(device, DTYPES.get(options.dtype, torch.bfloat16))
-    text = read_prompt(options)
     check_options(options)
+    text = read_prompt(options)
     files = read_model_files(options)
     chat, reason = choose_format(options, files.directory)
     conversation = start_conversation(options, files, text, chat)

@@ -205,11 +205,13 @@ class GenericForQuestionAnswering(ModelWithHead):
         Args:
             start_positions, end_positions: (B,) or (B, 1), indices of the answer's first and last token. An index
                 beyond the text (the answer was cut off) is ignored, and one below 0 counts as 0. The loss is the mean
-                of both.
+                of both. It is NaN if all first or all last tokens are beyond the text, as in Transformers.
 
         Raises:
-            ValueError: one without the other, or no whole numbers; as `MinistralModel.forward`.
+            ValueError: one without the other, no whole numbers, or labels; as `MinistralModel.forward`.
         """
+        if kwargs.get("labels") is not None:
+            raise ValueError("labels is not supported; a span is given as start_positions and end_positions")
         if (start_positions is None) != (end_positions is None):
             raise ValueError("give both start_positions and end_positions, or neither")
         out = self.base_model(

@@ -13,11 +13,13 @@ import base64
 import io
 import math
 import os
+import re
 import threading
 import urllib.parse
 import urllib.request
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of red, green and blue
 STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_PIXELS = 10**8  # of an image
+STRIP = 256  # rows
 MAX_BYTES = 50 * 10**6  # of its file
 TIMEOUT = 20  # seconds for a download
 SHORTEST_BASE64 = 40  # characters: the smallest image files, GIFs, have 35 bytes
@@ -65,10 +68,9 @@ def load_image(source: str | Path | bytes | Image.Image) -> Image.Image:
         supported = "a path, an address, the bytes of a file, or an image of Pillow's"
         raise ValueError(f"an image is given as {type(source).__name__}; supported: {supported}")
     image = _decode(data, name)
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # EXIF data that cannot be read turn nothing
-        return image
+    with suppress(Exception):  # EXIF data that cannot be read turn nothing
+        ImageOps.exif_transpose(image, in_place=True)  # otherwise an upright image is copied
+    return image
 
 
 def _short(name: str) -> str:
@@ -123,6 +125,8 @@ def _read(source: str, name: str) -> bytes:
             reason = error
         if not name:
             name = "an empty name"
+        if re.match(r"(?!file:)[a-z][a-z0-9+.-]*://", source, re.IGNORECASE):
+            reason = "supported: a file, or an address with http:, https:, file: or data:"
         raise FileNotFoundError(f"{name} cannot be read ({reason})") from error
     return _limited(data, name)
 
@@ -265,16 +269,30 @@ def preprocess(
         allowed = "one of Pillow's, as load_image returns it"
         raise ValueError(f"an image is a {type(image).__name__}; allowed: {allowed}")
     if "A" in image.getbands() or image.info.get("transparency") is not None:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
+        image = on_white(image)
+    elif image.mode not in ("RGB", "L"):
+        image = image.convert("RGB")
     vision = config.vision_config
     merged_patch = vision.patch_size * config.spatial_merge_size
     height, width = rule(image.height, image.width, vision.image_size, merged_patch)
-    image = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+    # Grey becomes RGB afterwards: the same numbers, and a third of the memory.
+    image = image.resize((width, height), Image.Resampling.BICUBIC).convert("RGB")
     scaled = np.asarray(image, np.float32) / np.float32(255)
     x = (scaled - np.array(MEAN, np.float32)) / np.array(STD, np.float32)  # (height, width, 3)
     return torch.from_numpy(x).permute(2, 0, 1).contiguous()
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """An image with transparent pixels as RGB, on white. It is made in strips: a copy of a whole image takes 4 bytes a
+    pixel."""
+    from PIL import Image
+
+    flat = Image.new("RGB", image.size)
+    for top in range(0, image.height, STRIP):
+        strip = image.crop((0, top, image.width, min(top + STRIP, image.height))).convert("RGBA")
+        white = Image.new("RGBA", strip.size, "white")
+        flat.paste(Image.alpha_composite(white, strip), (0, top))
+    return flat
 
 
 def batch_images(images: Sequence[Tensor]) -> tuple[Tensor, list[tuple[int, int]]]:

@@ -271,7 +271,11 @@ class Terminal:
             calls = open_calls(self.messages)
             if calls:
                 prompt = f"result of {calls[0]['function'].get('name')}> "
-        line = input(prompt)
+        try:
+            line = input(prompt)
+        except OSError as error:  # every later line would fail, too
+            print(f"error: the terminal cannot be used: {error}", file=sys.stderr)
+            raise SystemExit(2) from error
         return line.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # bytes that are not UTF-8
 
     def _do_line(self, line: str) -> bool:
@@ -296,6 +300,8 @@ class Terminal:
             self._add_image(argument)
         elif command == "/help":
             print(HELP, file=sys.stderr)
+        elif command in ("/save", "/system", "/image"):
+            print(f"{command} needs a name after it; /help lists the commands", file=sys.stderr)
         elif command.startswith("/"):
             print(f"unknown command {line}; /help lists them", file=sys.stderr)
         elif line.strip():

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from cli import Parser, exit_code, format_bytes
 
 from .adapter import Adapter
-from .conversion import convert
+from .conversion import convert, expect_new
 from .expected import count_by_part, empty_model
 from .files import (
     ADAPTER,
@@ -153,7 +153,8 @@ def run(options: argparse.Namespace) -> int:
     if options.command == "merge":
         merge(options.adapter, options.base, options.destination, dtype)
     else:
-        convert(find(options.source, options.revision), options.destination, dtype, options.format)
+        destination = expect_new(options.destination)  # before a download
+        convert(find(options.source, options.revision), destination, dtype, options.format)
     return 0
 
 

@@ -21,7 +21,7 @@ from .hub import find
 from .mistral import to_params
 from .mistral_tensors import interleave, reorder_rows, to_mistral
 from .reader import Checkpoint
-from .writer import write
+from .writer import temporary_path, write
 
 
 def convert(
@@ -168,7 +168,9 @@ def _complete_config(content: dict[str, Any], config: Any) -> dict[str, Any]:
 
 
 def expect_new(destination: str | Path) -> Path:
-    """The absolute path of a new or empty directory; raises FileExistsError for another."""
+    """The absolute path of a new or empty directory; raises FileExistsError for another, ValueError for no name."""
+    if not str(destination):
+        raise ValueError("an empty name of a directory; give a new or empty directory")
     path = Path(destination).resolve()
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise FileExistsError(f"{path} holds something already; give a new or empty directory")
@@ -179,9 +181,10 @@ def expect_new(destination: str | Path) -> Path:
 def new_directory(destination: Path) -> Iterator[Path]:
     """A path to write a directory to, which becomes `destination` if no error occurs. Otherwise nothing is left, nor
     of the folders that were made for it."""
-    temporary = destination.with_name(f".{destination.name}.{os.getpid()}.tmp")
+    temporary = temporary_path(destination)
     missing = [folder for folder in destination.parents if not folder.exists()]
     try:
+        _make_directory(temporary, destination)
         yield temporary
         os.replace(temporary, destination)
     finally:
@@ -189,6 +192,14 @@ def new_directory(destination: Path) -> Iterator[Path]:
         for folder in missing:
             with suppress(OSError):  # it is not empty, and stays
                 folder.rmdir()
+
+
+def _make_directory(temporary: Path, destination: Path) -> None:
+    """Make the temporary directory of a destination, which an OSError names."""
+    try:
+        temporary.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise type(error)(error.errno, f"{destination} cannot be written: {error.strerror}") from error
 
 
 def copy_other_files(source: Path, destination: Path) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -224,16 +225,12 @@ def replace_files(writers: Mapping[Path, Writer], before: Callable[[], object] =
     places, in the given order.
 
     Raises:
-        FileNotFoundError: the directory of a file does not exist, or a directory is in its place.
+        FileNotFoundError, PermissionError: see `expect_writable`.
         OSError: a file cannot be written; the message says which and why, for example a full disk.
     """
     for path in writers:
-        if path.is_dir():
-            raise FileNotFoundError(f"{path} cannot be written: it is a directory")
-        if not path.parent.is_dir():
-            raise FileNotFoundError(f"{path} cannot be written: {path.parent} is no directory")
-    number = f"{os.getpid()}-{threading.get_ident()}"  # no other thread has it
-    temporary = {path: path.with_name(f".{path.name}.{number}.tmp") for path in writers}
+        expect_writable(path)
+    temporary = {path: temporary_path(path) for path in writers}
     try:
         for path, write_to in writers.items():
             _write_temporary(path, temporary[path], write_to)
@@ -243,6 +240,52 @@ def replace_files(writers: Mapping[Path, Writer], before: Callable[[], object] =
     finally:
         for written in temporary.values():
             written.unlink(missing_ok=True)
+
+
+def expect_writable(path: Path) -> None:
+    """Check, before the work whose result it holds, that a file can be written.
+
+    Raises:
+        FileNotFoundError: its directory does not exist, or a directory is in its place.
+        PermissionError: its directory is read-only.
+    """
+    if path.is_dir():
+        raise FileNotFoundError(f"{path} cannot be written: it is a directory")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path} cannot be written: {path.parent} is no directory")
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"{path} cannot be written: {path.parent} is read-only; give another directory")
+
+
+def temporary_path(path: Path) -> Path:
+    """A path beside `path` to write to, which no other thread has. What a process that was killed has left under such
+    a name is removed."""
+    temporary = re.compile(rf"\.{re.escape(path.name)}\.(\d+)-(\d+)\.tmp")
+    for found in path.parent.glob(".*.tmp"):
+        numbers = temporary.fullmatch(found.name)
+        if numbers is None or _is_running(int(numbers[1]), int(numbers[2])):
+            continue
+        if found.is_dir():
+            shutil.rmtree(found, ignore_errors=True)
+        else:
+            found.unlink(missing_ok=True)
+    return path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+
+
+def _is_running(process: int, thread: int) -> bool:
+    """Whether a process of this machine runs; True where that is not known. Of this process, whether the thread does: a
+    container gives its process the same number each time."""
+    if process == os.getpid():
+        return thread in [running.ident for running in threading.enumerate()]
+    if os.name == "nt":  # where os.kill ends a process
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # it belongs to another user, or no process has such a number
+        return True
+    return True
 
 
 def _write_temporary(path: Path, temporary: Path, write_to: Writer) -> None:

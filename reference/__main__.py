@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from checkpoint import DTYPES, find
+from checkpoint import DTYPES, expect_writable, find
 from checks import brief
 from cli import Parser, exit_code
 from images import batch_images, read_image
@@ -87,6 +87,8 @@ def parse_positions(text: str, count: int) -> Tensor:
         first = last = int(ends[1])
         if ends[2] is not None:
             last = int(ends[2])
+        if last < first:
+            raise ValueError(f"--positions {text}: {part} ends before it begins; allowed: 0,1,16380-16390")
         if last >= 2**31:
             raise ValueError(f"--positions {brief(text)}: {last} is impossible; allowed: below 2**31")
         last = min(last, first + count)  # more than enough to say that there are too many
@@ -103,6 +105,7 @@ def write_trace(options: argparse.Namespace) -> int:
         raise ValueError("give --prompt TEXT or --ids 1,2,3, one of the two")
     if options.ids is not None and options.image:
         raise ValueError("--image goes with --prompt: the tokens of an image are put before the text")
+    expect_writable(options.output)
     directory = find(options.model)
     dtype = DTYPES[options.dtype]
     model = load_model(directory, dtype)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoint import DTYPES
+from checkpoint import DTYPES, expect_writable
 from model_types import load_model
 from reference import golden
 from reference.compare import LEAST, MARGIN_OF_ONE_RUN, Report, compare, computed_in
@@ -136,10 +136,10 @@ def check_shapes(path: Path, reference: Trace) -> None:
 
 def reference_model(options: argparse.Namespace, about: Mapping[str, Any]) -> tuple[Models | None, str]:
     """The model that made the reference, in any type, or None if it is not there; and its directory."""
-    if options.model is not None and not Path(options.model).is_dir():
-        raise FileNotFoundError(f"no model directory {options.model}")
+    if options.model is not None and not (options.model and Path(options.model).is_dir()):
+        raise FileNotFoundError(f"--model {options.model!r} is no directory; give that of the reference's model")
     place = about.get("model")
-    if options.model:
+    if options.model is not None:
         place = options.model
     if isinstance(place, str):
         for directory in (options.reference.parent / place, Path(place)):
@@ -261,6 +261,8 @@ def weaker_by(hidden: list[str]) -> str:
 def diff(options: argparse.Namespace) -> int:
     """Run `diff`: 0 if all stages agree, 1 if one diverges or a known mistake gives these numbers, and 2 if nothing can
     be compared."""
+    if options.plot is not None:
+        expect_writable(options.plot)
     reference, inputs, about = read_reference(options)
     port = read_port(options)
     ids = inputs.get("input_ids")

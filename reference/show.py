@@ -6,6 +6,7 @@ import math
 import sys
 from pathlib import Path
 
+from checkpoint import replace_file
 from reference.compare import Report, Stage
 from reference.names import advice
 
@@ -65,7 +66,10 @@ def plot(report: Report, path: Path) -> None:
     axes.set_xticks(places, [stage.name for stage in stages], rotation=90, fontsize=5)
     axes.set_ylabel("largest error against float64")
     axes.legend()
-    figure.savefig(path, dpi=150)
+    kind = "png"
+    if path.suffix:
+        kind = path.suffix.removeprefix(".")
+    replace_file(path, lambda temporary: figure.savefig(temporary, dpi=150, format=kind))
     pyplot.close(figure)
 
 

@@ -435,6 +435,8 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         FileNotFoundError: no such file.
         ValueError: none of these formats.
     """
+    if path.is_dir():
+        raise FileNotFoundError(f"{path} is a directory; give a file")
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
     try:

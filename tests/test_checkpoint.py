@@ -1,12 +1,12 @@
 """Model directories: round trips with Transformers in both directions, shards, ties, and broken files."""
 
+import errno
 import itertools
 import json
 import os
 import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -21,12 +21,17 @@ from safetensors.torch import load_file, save_file
 
 import checkpoint
 from checkpoint.__main__ import main as checkpoint_main
+from explorer.__main__ import main as explorer_main
 from ministral import MinistralConfig, MinistralForCausalLM, MinistralModel
 from ministral3 import Ministral3ForCausalLM, Ministral3Model
-from model_types import load_model
+from model_types import BUNDLED, load_model
+from reference.__main__ import main as reference_main
+from reference.golden import HERE as GOLDEN
 from tests.cases import draw_case, draw_config, pair
+from tests.kills import killed
 from tests.published import quantize
 from tests.test_parity import assert_same
+from tokenizer import Tokenizer, bpe
 
 rngs = st.randoms(use_true_random=False)
 transformers.utils.logging.disable_progress_bar()
@@ -502,36 +507,14 @@ def test_a_save_that_is_interrupted_while_renaming_is_no_mixture(saved, monkeypa
 
 
 def killed_saves(path, model, size):
-    """The directory as it is left by a save that is killed at each of its steps: before it opens a temporary file,
-    removes one or renames one."""
+    """The directory as it is left by a save that is killed before each of its steps."""
     for step in itertools.count(1):
         copy = path / f"killed_{step}"
         shutil.copytree(path, copy, ignore=shutil.ignore_patterns("killed_*"))
-        child = os.fork()
-        if child == 0:
-            save_and_be_killed(model, copy, size, step)
-        _, status = os.waitpid(child, 0)
-        if status == 0:
+        was_killed, _ = killed(lambda copy=copy: model.save_pretrained(copy, max_shard_size=size), step)
+        if not was_killed:
             return
-        assert status == signal.SIGKILL
         yield copy
-
-
-def save_and_be_killed(model, path, size, step):
-    """Save in a process of its own, which ends at a step."""
-    steps = itertools.count(1)
-
-    def count(event, arguments):
-        relevant = event in ("os.rename", "os.remove") or (event == "open" and ".tmp" in str(arguments[0]))
-        if relevant and next(steps) == step:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(count)
-    try:
-        model.save_pretrained(path, max_shard_size=size)
-        os._exit(0)
-    finally:
-        os._exit(1)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
@@ -598,11 +581,54 @@ def test_info_names_the_leftovers_of_a_save(saved, capsys):
     assert "5 B of a save that was interrupted (.model.safetensors.12-345.tmp)" in capsys.readouterr().out
 
 
+@pytest.mark.skipif(os.name == "nt", reason="processes are not looked for there")
+def test_only_temporary_files_of_ended_writers_are_removed(tmp_path):
+    here, thread = os.getpid(), threading.get_ident()
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    stay = [f".x.{here}-{thread}.tmp", ".x.1-1.tmp", f".y.{ended.pid}-1.tmp", ".x.mine.tmp", f".x.{10**30}-1.tmp"]
+    go = [f".x.{here}-1.tmp", f".x.{ended.pid}-1.tmp"]
+    for name in stay + go:
+        (tmp_path / name).write_bytes(b"")
+    other = threading.Thread(target=checkpoint.replace_file, args=(tmp_path / "x", Path.touch))
+    other.start()
+    other.join()
+    assert sorted(os.listdir(tmp_path)) == sorted([*stay, "x"])
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_is_one_line(tmp_path):
     with pytest.raises(OSError, match=f"{tmp_path}/x cannot be written: No space left on device"):
         checkpoint.replace_file(tmp_path / "x", lambda _: Path("/dev/full").write_bytes(b"1"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_read_only_directory_is_one_line(saved, tmp_path, monkeypatch, capsys):
+    """The disk is one that the tests, run as root, cannot write to either."""
+    model, path = saved
+    golden = str(GOLDEN / "ministral" / "one_text.safetensors")
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+
+    def read_only(path, *_):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(os, "mkdir", read_only)
+    before = sorted(os.listdir(path))
+    with pytest.raises(PermissionError, match=r"model\.safetensors cannot be written: .* is read-only"):
+        model.save_pretrained(path)
+    for main, arguments, named in (
+        (checkpoint_main, ["convert", str(path), str(path / "new")], "new"),
+        (reference_main, ["record", "--prompt", "a", "-o", str(path / "x")], "x"),
+        (reference_main, ["diff", golden, golden, "--plot", str(path / "x.png")], "x.png"),
+        (explorer_main, ["-o", str(path / "x.html")], "x.html"),
+    ):
+        assert main(arguments) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("error: ") and f"{path / named} cannot be written: " in error
+    monkeypatch.setenv("XDG_CACHE_HOME", str(path / "cache"))
+    monkeypatch.setattr(bpe, "CACHED_FROM", 0)
+    assert Tokenizer.from_dir(BUNDLED).decode(Tokenizer.from_dir(BUNDLED).encode("To be", bos=False)) == "To be"
+    assert sorted(os.listdir(path)) == before
 
 
 def test_info_check_names_tensors_that_are_not_finite(saved, capsys):

@@ -144,7 +144,6 @@ def edit_config(path, **change):
         (["a", "--prompt-file", "-"], "a PROMPT and --prompt-file -; give one of the two"),
         (["--prompt-file", "/no/such/file"], "--prompt-file /no/such/file: No such file or directory; give a file"),
         (["--prompt-file", "/"], "--prompt-file /: Is a directory"),
-        (["--prompt-file", ""], "--prompt-file '': "),
         (["a", "--model", ""], "--model '' names no model"),
         (["a", "--model", "/"], "/config.json does not exist; a model is a directory with"),
         (["a", "--stop", ""], "--stop '' is impossible; give a text that is not empty"),
@@ -396,6 +395,36 @@ def test_files_without_an_end_and_without_text_are_refused(capsys, tmp_path):
     ):
         code, _, err = run(capsys, *arguments)
         assert code == 2 and message in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["a", "--image", ""], "--image '' names no image"),
+        (["a", "--tools", ""], "--tools '' names no file"),
+        (["--messages", ""], "--messages '' names no file"),
+        (["--prompt-file", ""], "--prompt-file '' names no file"),
+    ],
+)
+def test_an_empty_name_is_refused(capsys, arguments, message):
+    code, _, err = run(capsys, *arguments)
+    assert code == 2 and message in err
+
+
+def test_closed_streams(monkeypatch):
+    """`>&-` makes them None. What is for one does not go to the other."""
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    assert exit_code(lambda: print(1, sys.stdout.isatty(), file=sys.stderr) or 0) == 0
+
+
+def test_a_terminal_that_is_gone_ends_a_conversation(capsys, monkeypatch):
+    def fail(prompt):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("builtins.input", fail)
+    code, _, err = run(capsys, "--chat")
+    assert code == 2 and "error: the terminal cannot be used: [Errno 28]" in err
 
 
 def test_an_error_of_the_code_has_another_exit_code_than_a_verdict(capsys):

@@ -292,6 +292,7 @@ IDS = torch.ones(2, 3, dtype=torch.long)
         (dict(input_ids=-IDS), "input_ids from -1 to -1"),
         (dict(inputs_embeds=torch.zeros(2, 3, 7)), r"inputs_embeds must be \(batch, tokens, 8\).*\(2, 3, 7\)"),
         (dict(input_ids=IDS, attention_mask=torch.ones(2, 2)), r"attention_mask must be \(2, 3\); found \(2, 2\)"),
+        (dict(input_ids=IDS[:1], position_ids=torch.ones(2, 3)), r"position_ids must be \(1, 3\); found \(2, 3\)"),
         (dict(input_ids=IDS, position_ids=torch.ones(3)), r"position_ids must be \(2, 3\) or \(1, 3\)"),
         (dict(input_ids=IDS, cache_position=torch.arange(1, 4)), r"cache_position must be 0\.\.2"),
         (dict(input_ids=IDS, output_attentions=True), "needs attn_implementation='eager'"),

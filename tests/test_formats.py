@@ -782,6 +782,8 @@ def test_where_a_conversion_may_go(tmp_path, capsys):
     assert run(capsys, "info", "~no-such-user/x")[0] == 2
     code, _, err = run(capsys, "convert", source, source)
     assert code == 2 and "holds something already" in err
+    code, _, err = run(capsys, "convert", source, "")
+    assert code == 2 and "an empty name of a directory" in err
 
 
 def test_info_does_not_hide_damage(tmp_path, capsys):

@@ -419,6 +419,7 @@ def test_wrong_labels_of_tokens(labels, message):
 @pytest.mark.parametrize(
     "positions, message",
     [
+        ({"labels": torch.zeros(2).long()}, "a span is given as start_positions and end_positions"),
         ({"start_positions": torch.zeros(2).long()}, "give both start_positions and end_positions, or neither"),
         ({"start_positions": torch.zeros(2).long(), "end_positions": torch.zeros(2)}, "end_positions of torch.float32"),
         ({"start_positions": torch.zeros(3).long(), "end_positions": torch.zeros(2).long()},

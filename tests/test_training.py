@@ -7,7 +7,9 @@ import math
 import os
 import re
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import replace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -41,15 +43,22 @@ TINY = Recipe("ministral3", STAGES, vocab_size=400, hidden_size=128, intermediat
 SEEDS = st.integers(0, 10**6)
 
 
-@pytest.fixture
-def trainer(monkeypatch, tmp_path):
-    """A function that makes a trainer of a recipe, with a small corpus and a vocabulary that is learned once."""
+@contextmanager
+def small_corpus():
+    """A small corpus, and a vocabulary that is learned from it alone."""
     texts = corpus.load()
     small = {"train": [text[:30000] for text in texts["train"][:3]], "test": [texts["test"][0][:9000]]}
     small["validation"] = [texts["validation"][0][:600]]
-    monkeypatch.setattr(corpus, "load", lambda: small)
-    monkeypatch.setattr(train, "vocabulary", lambda texts, recipe: learn(texts, recipe.vocab_size))
-    return lambda recipe, name="run": train.Trainer(recipe, tmp_path / name, CPU)
+    vocabulary = patch.object(train, "vocabulary", lambda texts, recipe: learn(texts, recipe.vocab_size))
+    with patch.object(corpus, "load", lambda: small), vocabulary:
+        yield
+
+
+@pytest.fixture
+def trainer(tmp_path):
+    """A function that makes a trainer of a recipe with a small corpus."""
+    with small_corpus():
+        yield lambda recipe, name="run": train.Trainer(recipe, tmp_path / name, CPU)
 
 
 @pytest.fixture(scope="module")

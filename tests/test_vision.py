@@ -556,12 +556,43 @@ def test_bad_images(tmp_path, data, message):
             load_image(source)
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "LA", "P", "PA", "1", "CMYK", "I;16", "transparent P"])
+def test_copies_that_are_saved_change_no_pixel(monkeypatch, mode):
+    """Grey is resized as grey, and transparent images are laid on white in strips."""
+    monkeypatch.setattr(images, "STRIP", 7)
+    config = Mistral3Config(vision_config={"patch_size": 4, "image_size": 32})
+    pixels = np.random.default_rng(0).integers(0, 256, (45, 60, 4), np.uint8)
+    image = Image.fromarray(pixels, "RGBA")
+    if mode == "I;16":
+        image = Image.fromarray(pixels[..., 0].astype(np.uint16) * 3)
+    elif mode == "transparent P":
+        image = image.convert("P")
+        image.info["transparency"] = 3
+    else:
+        image = image.convert("RGB").convert(mode) if mode not in ("RGBA", "LA", "PA") else image.convert(mode)
+    whole = image
+    if "A" in image.getbands() or "transparency" in image.info:
+        whole = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    whole = whole.convert("RGB")
+    assert preprocess(image, config).equal(preprocess(whole, config))
+
+
+def test_an_upright_image_is_not_copied(monkeypatch):
+    """An image of 100 million pixels takes 400 MB."""
+    file = io.BytesIO()
+    Image.new("RGB", (9, 9)).save(file, "PNG")
+    monkeypatch.setattr(Image.Image, "copy", None)
+    assert load_image(file.getvalue()).size == (9, 9)
+
+
 def test_bad_sources(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.png cannot be read \(No such file"):
         load_image(tmp_path / "none.png")
     for wrong in (tmp_path, "/dev/null", "", "~nobody-of-this-name/a.png", "a\0b"):
         with pytest.raises(FileNotFoundError, match="cannot be read"):
             load_image(wrong)
+    with pytest.raises(FileNotFoundError, match=r"ftp://a/b\.png cannot be read \(supported: a file, or an address"):
+        load_image("ftp://a/b.png")
     names = ["file:///no/such.png", "file://other/a.png", "file://", "file:///a\0b", f"file://{tmp_path}"]
     for wrong in (*names, "A" * 36):
         with pytest.raises(FileNotFoundError, match="cannot be read"):

@@ -201,11 +201,12 @@ class Trainer:
         state: dict[str, Any] = {"model": model.state_dict(), "module": module.state_dict()}
         state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
         state |= {"progress": asdict(self.progress), "recipe": repr(self.recipe)}
+        record = {"recipe": asdict(self.recipe), "torch": torch.__version__, "device": self.device.type}
+        # Before the state: a run that ends in between goes on from the state before, and writes the log again.
+        write_json(self.output / "training_log.json", record | {"log": self.progress.log})
         buffer = io.BytesIO()  # torch.save into a file does not say that the disk is full
         torch.save(state, buffer)
         replace_file(self.output / "state.pt", lambda temporary: temporary.write_bytes(buffer.getbuffer()))
-        record = {"recipe": asdict(self.recipe), "torch": torch.__version__, "device": self.device.type}
-        write_json(self.output / "training_log.json", record | {"log": self.progress.log})
 
     def load_state(self) -> dict[str, Any]:
         """Read the saved state, and set `progress`; {} if there is none."""
