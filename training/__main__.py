@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from checkpoint import expect_writable
 from checks import as_device
 from cli import Parser, exit_code
 from training import corpus, evaluate, recipes
@@ -19,7 +21,7 @@ def main() -> int:
     """The command line; returns the exit code."""
     parser = Parser(prog="python -m training", description=__doc__)
     parser.add_argument("--kind", choices=("ministral3", "ministral", "twin"), default="ministral3")
-    parser.add_argument("--output", type=Path, help="directory of the model and of the state (default: runs/KIND)")
+    parser.add_argument("--output", help="directory of the model and of the state (default: runs/KIND)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--scale", type=int, default=1, metavar="N", help="N times the tokens in a step, for a GPU")
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that make the rows")
@@ -54,6 +56,7 @@ def run(options: argparse.Namespace) -> int:
         path = options.json
         if path is None:
             path = options.model / "evaluation.json"
+        expect_writable(path)
         evaluate.report(options.model, device, options.count, path)
     else:
         train(options, device)
@@ -61,7 +64,11 @@ def run(options: argparse.Namespace) -> int:
 
 
 def train(options: argparse.Namespace, device: torch.device) -> None:
-    """Train the kind of model that was chosen."""
+    """Train the kind of model that was chosen.
+
+    Raises:
+        ValueError: the output is a file or has no name.
+    """
     name = options.kind
     if options.quick:
         name = "quick"
@@ -72,8 +79,10 @@ def train(options: argparse.Namespace, device: torch.device) -> None:
         recipe = recipes.ministral(options.kind, options.scale)
     output = options.output
     if output is None:
-        output = Path("runs") / name
-    Trainer(replace(recipe, seed=options.seed), output, device, options.workers, options.compile).run()
+        output = f"runs/{name}"
+    if not output or os.path.isfile(output):
+        raise ValueError(f"--output {output!r} is no directory; give one that exists or is to be made")
+    Trainer(replace(recipe, seed=options.seed), Path(output), device, options.workers, options.compile).run()
 
 
 if __name__ == "__main__":

@@ -319,4 +319,4 @@ def draw_curves(log: list[dict[str, Any]], path: Path) -> None:
             axes.text(place, 0.02, f" {entry['stage']}", transform=axes.get_xaxis_transform())
     axes.set(xlabel=f"steps / {LOG_EVERY}", ylabel="loss", yscale="log")
     axes.legend()
-    figure.savefig(path)
+    replace_file(path, lambda temporary: figure.savefig(temporary, format="png"))
