@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from .files import CONFIG
 from .reader import KINDS, Checkpoint, describe_origin
@@ -60,7 +61,7 @@ def load_weights(
             " this is weight-only, not the arithmetic of an FP8 GPU kernel, which rounds activations, too",
             stacklevel=4,
         )
-    for name in names:
+    for name in tqdm(names, "loading", unit=" tensors", leave=False, delay=2):
         owner, _, attribute = name.rpartition(".")
         tensor = files.read(stored[name], dtype).to(device)
         setattr(module.get_submodule(owner), attribute, nn.Parameter(tensor))

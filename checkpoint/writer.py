@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+from tqdm import tqdm
 
 from checks import is_number
 
@@ -151,7 +152,8 @@ def _shards(sizes: Mapping[str, int], shard_bytes: int) -> dict[str, list[str]]:
 
 
 def _write_shard(names: list[str], read: Callable[[str], Tensor], path: Path) -> None:
-    save_file({name: read(name).contiguous() for name in names}, path, metadata={"format": "pt"})
+    names_with_bar = tqdm(names, "reading", unit=" tensors", leave=False, delay=2)
+    save_file({name: read(name).contiguous() for name in names_with_bar}, path, metadata={"format": "pt"})
 
 
 def _remove_old(directory: Path, config_path: Path, config: Any, new: Iterable[Path]) -> None:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 
 from checkpoint import write_json
 from generate import generate
@@ -72,6 +73,7 @@ def answers(model: Any, tokenizer: Tokenizer, asked: list[Item]) -> list[dict[st
     encoded = [encode_prompt(item.messages, item.tools, tokenizer, model.config) for item in asked]
     order = sorted(range(len(asked)), key=lambda place: len(encoded[place][0]))
     found: dict[int, dict[str, Any]] = {}
+    bar = tqdm(total=len(asked), unit=" answers", leave=False, delay=2)
     while order:
         longest = len(encoded[order[min(BATCH, len(order)) - 1]][0])
         group = order[: max(min(BATCH, BATCH_TOKENS // longest), 1)]
@@ -86,6 +88,8 @@ def answers(model: Any, tokenizer: Tokenizer, asked: list[Item]) -> list[dict[st
         tokens = generate(model, ids.to(model.device), max_new_tokens=new, temperature=0, **inputs)
         for place, row in zip(group, tokens[:, ids.shape[1] :].tolist()):
             found[place] = tokenizer.decode_chat(row)
+        bar.update(len(group))
+    bar.close()
     return [found[place] for place in range(len(asked))]
 
 

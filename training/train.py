@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from checkpoint import GenerationConfig, read_json, replace_file, write_json
 from fast import text_model
@@ -142,7 +143,8 @@ class Trainer:
         )
         losses: list[Tensor] = []
         started = saved = time.monotonic()
-        for arrays in loader:
+        bar = tqdm(loader, stage.name, stage.steps, leave=False, unit=" steps", delay=2, initial=self.progress.step)
+        for arrays in bar:
             losses.append(self.step(stage, module, optimizers, Batch(*arrays).to(self.device)))
             self.progress.step += 1
             step = self.progress.step
@@ -184,7 +186,7 @@ class Trainer:
         entry = {"stage": stage.name, "step": step, "text": text, "answers": answers, "seconds": seconds}
         self.progress.log.append(entry)
         line = f"{self.recipe.kind} {stage.name} {step}/{stage.steps}: text {text:.3f}, answers {answers:.4f}"
-        print(f"{line}, {steps_per_second:.2f} steps/s, {seconds} s", flush=True)
+        tqdm.write(f"{line}, {steps_per_second:.2f} steps/s, {seconds} s")
 
     @torch.no_grad()
     def validate(self, model: Any) -> None:
@@ -194,7 +196,7 @@ class Trainer:
             score = bits_per_byte(model, self.tokenizer, [self.texts["validation"][0][:40000]], 1024)
         stage = self.recipe.stages[self.progress.stage].name
         self.progress.log.append({"stage": stage, "step": self.progress.step, "bits_per_byte": score})
-        print(f"{self.recipe.kind} {stage}: {score:.4f} bits per byte of the validation play", flush=True)
+        tqdm.write(f"{self.recipe.kind} {stage}: {score:.4f} bits per byte of the validation play")
 
     def save_state(self, model: Any, module: nn.Module, optimizers: list[Any]) -> None:
         """Write all that a run needs to go on, and the log."""

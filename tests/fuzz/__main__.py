@@ -10,6 +10,7 @@ import time
 from collections import Counter
 
 import torch
+from tqdm import tqdm
 
 from tests.fuzz.surfaces import SURFACES, run
 
@@ -26,7 +27,7 @@ def main(cases: int) -> int:
     for name, (_, share) in SURFACES.items():
         found: Counter[str] = Counter()
         count = cases * share // total
-        for number in range(count):
+        for number in tqdm(range(count), name, leave=False, delay=2):
             start = time.perf_counter()
             try:
                 found[run(name, number)] += 1
