@@ -18,9 +18,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from checkpoint import read_json, replace_file
+from checkpoint import GENERATION, GenerationConfig, read_config, read_json, replace_file
+from checks import brief
 from cli import Parser, exit_code, format_bytes
-from model_types import BUNDLED, MODEL_DIRECTORY
+from model_types import BUNDLED, MODEL_DIRECTORY, model_class
+from tokenizer import from_tekken
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -37,14 +39,16 @@ def read_model(directory: Path) -> tuple[dict[str, Any], bytes]:
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: the model is too large, or of another type.
+        ValueError: the model is too large, of another type, or one that `generate.py` refuses, too.
     """
     weights = directory / "model.safetensors"
-    config = read_json(directory / "config.json")
-    tekken = read_json(directory / "tekken.json")
+    config = read_config(directory)
     found = config.get("model_type")
     if found not in MODEL_TYPES:
-        raise ValueError(f"{directory}: model_type is {found!r}; supported: {', '.join(MODEL_TYPES)}")
+        raise ValueError(f"{directory}: model_type is {brief(found)}; supported: {', '.join(MODEL_TYPES)}")
+    model_class(config).config_class.from_dict(config)
+    tekken = read_json(directory / "tekken.json")
+    from_tekken(tekken, str(directory / "tekken.json"))
     if not weights.is_file():
         raise FileNotFoundError(f"{weights} does not exist; the explorer needs all weights in one file")
     size = weights.stat().st_size
@@ -54,8 +58,9 @@ def read_model(directory: Path) -> tuple[dict[str, Any], bytes]:
             f"{weights} has {format_bytes(size)}; the explorer takes up to {format_bytes(LIMIT)}, because {reason}"
         )
     generation = {}
-    if (directory / "generation_config.json").is_file():
-        generation = read_json(directory / "generation_config.json")
+    if (directory / GENERATION).is_file():
+        GenerationConfig.from_pretrained(directory)
+        generation = read_json(directory / GENERATION)
     parts = {
         "name": directory.resolve().name, "config": config, "tekken": tekken, "generation": generation,
         "examples": examples(directory),

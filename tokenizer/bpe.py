@@ -54,7 +54,7 @@ NEWER_TOKENS = ("[ARGS]", "[CALL_ID]", "[THINK]", "[/THINK]")
 CONTROL_TOKEN = re.compile("|".join([*map(re.escape, (*SPECIAL_TOKENS, *NEWER_TOKENS)), r"<SPECIAL_\d+>"]))
 
 CACHED_FROM = 2**20  # bytes; a smaller tekken.json is built quickly
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
 MOST_IDS = 2**22  # 32 times the published vocabularies
 
 
@@ -324,20 +324,20 @@ def cache_folder() -> str:
 
 
 def _read_cache(cache: Path) -> tuple[Backend, str]:
-    """The stored tokenizer and its version. The first line of the file holds the hash of the rest and the version."""
-    head, _, body = cache.read_bytes().partition(b"\n")
-    digest, version = json.loads(head)
-    if digest != hashlib.sha256(body).hexdigest():
+    """The stored tokenizer and its version: a line with the hash of the rest, a line with the version, and JSON."""
+    digest, _, rest = cache.read_bytes().partition(b"\n")
+    if digest.decode() != hashlib.sha256(rest).hexdigest():
         raise ValueError(f"{cache} is damaged")
-    return Backend.from_buffer(body), str(version)
+    version, _, body = rest.partition(b"\n")
+    return Backend.from_buffer(body), version.decode()
 
 
 def _write_cache(cache: Path, backend: Backend, version: str) -> None:
-    body = backend.to_str().encode()
-    head = json.dumps([hashlib.sha256(body).hexdigest(), version]).encode()
+    rest = f"{version}\n{backend.to_str()}".encode()
+    digest = hashlib.sha256(rest).hexdigest()
     with suppress(OSError):
         cache.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(cache, lambda temporary: temporary.write_bytes(head + b"\n" + body))
+        replace_file(cache, lambda temporary: temporary.write_bytes(digest.encode() + b"\n" + rest))
 
 
 def from_tekken(tekken: Any, source: str = TEKKEN) -> Backend:

@@ -16,12 +16,14 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 from PIL import Image
 
 import checkpoint
 from checkpoint import GenerationConfig
+from explorer.__main__ import assemble
 from generate import main as generate_main
 from images import load_image, preprocess
 from model_types import BUNDLED, load_model
@@ -31,6 +33,7 @@ from reference.golden import HERE
 from reference.trace import load
 from tests.fuzz.mutations import hostile, mutate_bytes, mutate_json
 from tokenizer import Tokenizer
+from tokenizer.bpe import read_tekken
 
 REFUSALS = (ValueError, FileNotFoundError, NotADirectoryError, FileExistsError)
 LONGEST = 520  # characters of a message; a path and a list of what is allowed are part of it
@@ -136,6 +139,35 @@ def tokenizer_json(rng: random.Random) -> None:
     with tempfile.TemporaryDirectory() as place:
         write(Path(place, "tokenizer.json"), dump(data | {part: mutate_json(data[part], rng)}))
         encode(Tokenizer.from_dir(place))
+
+
+def tokenizer_cache(rng: random.Random) -> None:
+    """A damaged file in the cache of tokenizers: it is not used."""
+    with tempfile.TemporaryDirectory() as place, patch.dict("os.environ", {"XDG_CACHE_HOME": place}):
+        path = Path(place, "tekken.json")
+        path.write_bytes(content(BUNDLED / "tekken.json"))
+        with patch("tokenizer.bpe.CACHED_FROM", 0):
+            read_tekken(path)
+            (cached,) = Path(place, "ministral").iterdir()
+            cached.write_bytes(mutate_bytes(cached.read_bytes(), rng))
+            backend, version = read_tekken(path)
+    expected = bundled_tokenizer()
+    assert version == expected.version and backend.to_str() == expected.backend.to_str()
+
+
+def explorer_page(rng: random.Random) -> None:
+    """The page of the explorer with a changed configuration or vocabulary, and a prompt: all text is data in it."""
+    with copy_of(BUNDLED) as directory:
+        name = rng.choice(("config.json", "tekken.json"))
+        write(directory / name, dump(mutate_json(json.loads(content(BUNDLED / name)), rng)))
+        page = assemble(directory, without_null(hostile(rng)) + rng.choice(("", "</script><script>", "<!--")))
+    assert page.count("</script") == assemble_bundled().count("</script") and page.count("<!--") == 0
+
+
+@cache
+def assemble_bundled() -> str:
+    """The page of the bundled model."""
+    return assemble(BUNDLED)
 
 
 def encode(tokenizer: Tokenizer) -> None:
@@ -279,6 +311,8 @@ SURFACES: dict[str, tuple[Callable[[random.Random], None], int]] = {
     "generation_config.json": (generation_config, 2500),
     "tekken.json": (tekken, 1500),
     "tokenizer.json": (tokenizer_json, 400),
+    "tokenizer cache": (tokenizer_cache, 40),
+    "explorer": (explorer_page, 30),
     "conversations": (conversation, 4000),
     "answers": (answer, 2500),
     "images": (image, 1200),
