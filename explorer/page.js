@@ -33,6 +33,7 @@ const state = {
   settings: {}, // the last usable numbers of the fields, by the ids of the fields
   back: null, // {view, scroll} from which the Python lines were opened
   busy: false,
+  isExampleWaiting: false, // an example was chosen while the page was busy
   pending: 0, // messages that the worker has not answered
   parameters: 0,
   tensors: {},
@@ -397,6 +398,7 @@ function textConfig() {
 // Read a text, {text, mode: "text" or "chat", images: [{rgb, height, width}]}; all views show it.
 async function read(source = sourceOfPage()) {
   await busyWith("Reading ...", async () => {
+    state.isExampleWaiting = false;
     const started = performance.now();
     const result = await ask({ kind: "run", ...source, trace: true });
     setRun(result, source, []);
@@ -450,7 +452,6 @@ async function write(howMany) {
     const written = countWritten(result.tokens.slice(result.prompt));
     showStatus(`Wrote ${written}; the first came after ${first ?? "0 s"}.${ENDS[result.ended] ?? ""}`);
   });
-  state.live = null;
 }
 
 function sourceOfPage() {
@@ -476,8 +477,14 @@ async function busyWith(words, work) {
   } catch (error) {
     showError(error.message);
   }
+  state.live = null;
   state.busy = false;
   setButtons();
+  if (state.isExampleWaiting) await read();
+}
+
+function stopWork() {
+  worker.postMessage({ message: { kind: "stop" } });
 }
 
 function setButtons() {
@@ -697,7 +704,9 @@ function chooseExample({ target: { value } }) {
     return;
   }
   useExample(Number(value));
-  read();
+  state.isExampleWaiting = state.busy; // it is read when the work in progress ends
+  if (state.busy) stopWork();
+  else read();
 }
 
 function useGenerationConfig() {
@@ -712,7 +721,7 @@ function listen() {
   click("read", () => read());
   click("next", () => write(1));
   click("write", () => write(40));
-  click("stop", () => worker.postMessage({ message: { kind: "stop" } }));
+  click("stop", stopWork);
   click("theme", changeTheme);
   click("back", goBack);
   byId("example").addEventListener("change", chooseExample);

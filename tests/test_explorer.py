@@ -232,6 +232,23 @@ def test_the_page_stays_responsive(page):
 
 
 @needs_browser
+def test_what_is_chosen_while_the_model_writes(page):
+    """A second press does nothing. Another example ends the text, and is read."""
+    page.open("ministral3", is_new=True)
+    when_a_token_appears(page, "document.getElementById('write').click()")
+    page.press("write")
+    assert page.text("status").startswith("Wrote 40 tokens; ") and page.errors() == []
+    choose = """const list = document.getElementById("example");
+        list.value = "2";
+        list.dispatchEvent(new Event("change"));"""
+    when_a_token_appears(page, choose)
+    page.press("write")
+    assert page.text("status").startswith("Read ") and "385" in page.prompt()[0]
+    assert page("return explorer.run.source.text") == page.prompt()[0]
+    assert page.errors() == []
+
+
+@needs_browser
 def test_one_thing_is_not_written_as_many(page):
     page.open("ministral3", is_new=True)
     page.open_view("tokens")
