@@ -33,7 +33,7 @@ const state = {
   settings: {}, // the last usable numbers of the fields, by the ids of the fields
   back: null, // {view, scroll} from which the Python lines were opened
   busy: false,
-  isExampleWaiting: false, // an example was chosen while the page was busy
+  next: null, // what was asked for while the page was busy: a function
   pending: 0, // messages that the worker has not answered
   parameters: 0,
   tensors: {},
@@ -374,7 +374,7 @@ function setRun(result, source, steps) {
   const last = result.tokens.length - 1;
   const help = {
     make, tokenLabel, labelOf, number, percent, scaleColour, inkOn, tint, heat, isDark, point, showCode,
-    openView, read, answer,
+    openView, read, answer: (source) => beginNext(() => answer(source)),
   };
   state.run = {
     config, generation, name, sources, text, tensors: state.tensors, trace: result.trace, steps,
@@ -398,7 +398,6 @@ function textConfig() {
 // Read a text, {text, mode: "text" or "chat", images: [{rgb, height, width}]}; all views show it.
 async function read(source = sourceOfPage()) {
   await busyWith("Reading ...", async () => {
-    state.isExampleWaiting = false;
     const started = performance.now();
     const result = await ask({ kind: "run", ...source, trace: true });
     setRun(result, source, []);
@@ -480,7 +479,22 @@ async function busyWith(words, work) {
   state.live = null;
   state.busy = false;
   setButtons();
-  if (state.isExampleWaiting) await read();
+  const { next } = state;
+  state.next = null;
+  next?.();
+}
+
+// Begin a work, or stop the one in progress and begin when it has ended. The promise waits for the end.
+function beginNext(work) {
+  return new Promise((resolve) => {
+    const begin = () => work().then(resolve);
+    if (!state.busy) {
+      begin();
+      return;
+    }
+    state.next = begin;
+    stopWork();
+  });
 }
 
 function stopWork() {
@@ -704,9 +718,7 @@ function chooseExample({ target: { value } }) {
     return;
   }
   useExample(Number(value));
-  state.isExampleWaiting = state.busy; // it is read when the work in progress ends
-  if (state.busy) stopWork();
-  else read();
+  beginNext(() => read());
 }
 
 function useGenerationConfig() {

@@ -233,7 +233,7 @@ def test_the_page_stays_responsive(page):
 
 @needs_browser
 def test_what_is_chosen_while_the_model_writes(page):
-    """A second press does nothing. Another example ends the text, and is read."""
+    """A second press does nothing. Another example or a question ends the text, and is read."""
     page.open("ministral3", is_new=True)
     when_a_token_appears(page, "document.getElementById('write').click()")
     page.press("write")
@@ -245,7 +245,10 @@ def test_what_is_chosen_while_the_model_writes(page):
     page.press("write")
     assert page.text("status").startswith("Read ") and "385" in page.prompt()[0]
     assert page("return explorer.run.source.text") == page.prompt()[0]
-    assert page.errors() == []
+    page.open_view("image")
+    when_a_token_appears(page, "document.querySelector('#view button.primary').click()")
+    page.press("write")
+    assert page.text("status").startswith("Answered with ") and page.errors() == []
 
 
 @needs_browser
