@@ -33,6 +33,7 @@ const state = {
   settings: {}, // the last usable numbers of the fields, by the ids of the fields
   back: null, // {view, scroll} from which the Python lines were opened
   busy: false,
+  next: null, // what was asked for while the page was busy: a function
   pending: 0, // messages that the worker has not answered
   parameters: 0,
   tensors: {},
@@ -373,7 +374,7 @@ function setRun(result, source, steps) {
   const last = result.tokens.length - 1;
   const help = {
     make, tokenLabel, labelOf, number, percent, scaleColour, inkOn, tint, heat, isDark, point, showCode,
-    openView, read, answer,
+    openView, read, answer: (source) => beginNext(() => answer(source)),
   };
   state.run = {
     config, generation, name, sources, text, tensors: state.tensors, trace: result.trace, steps,
@@ -450,7 +451,6 @@ async function write(howMany) {
     const written = countWritten(result.tokens.slice(result.prompt));
     showStatus(`Wrote ${written}; the first came after ${first ?? "0 s"}.${ENDS[result.ended] ?? ""}`);
   });
-  state.live = null;
 }
 
 function sourceOfPage() {
@@ -476,8 +476,29 @@ async function busyWith(words, work) {
   } catch (error) {
     showError(error.message);
   }
+  state.live = null;
   state.busy = false;
   setButtons();
+  const { next } = state;
+  state.next = null;
+  next?.();
+}
+
+// Begin a work, or stop the one in progress and begin when it has ended. The promise waits for the end.
+function beginNext(work) {
+  return new Promise((resolve) => {
+    const begin = () => work().then(resolve);
+    if (!state.busy) {
+      begin();
+      return;
+    }
+    state.next = begin;
+    stopWork();
+  });
+}
+
+function stopWork() {
+  worker.postMessage({ message: { kind: "stop" } });
 }
 
 function setButtons() {
@@ -697,7 +718,7 @@ function chooseExample({ target: { value } }) {
     return;
   }
   useExample(Number(value));
-  read();
+  beginNext(() => read());
 }
 
 function useGenerationConfig() {
@@ -712,7 +733,7 @@ function listen() {
   click("read", () => read());
   click("next", () => write(1));
   click("write", () => write(40));
-  click("stop", () => worker.postMessage({ message: { kind: "stop" } }));
+  click("stop", stopWork);
   click("theme", changeTheme);
   click("back", goBack);
   byId("example").addEventListener("change", chooseExample);

@@ -103,7 +103,7 @@ const MISTAKE_TEXTS = {
       + `FlashAttention's window_size=(W, 0) is W + 1 keys: a port must pass ${window - 1} there.`,
     cannot: (text) => {
       if (text.layer_types.includes("sliding_attention")) return null;
-      return "This model has no sliding window: every layer uses full attention.";
+      return "No layer of this model has a window. The page of models/ministral shows this mistake.";
     },
     from: (text) => text.sliding_window + 1,
   },

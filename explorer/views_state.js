@@ -557,7 +557,8 @@ function periods(text, pairs) {
     kept: `They turn more than ${rope.beta_fast ?? 32} times within the original context and stay as they are.`,
     blended: "They are stretched in part.",
     stretched: `They turn less than ${turnsText(rope.beta_slow ?? 1)} within it. `
-      + `Their period is ${rope.factor} times as long.`,
+      + `Their period is ${rope.factor} times as long: position p gives the angle that position p / ${rope.factor} `
+      + "gives without YaRN.",
   };
   return [
     plot("Periods of the rotary pairs, with YaRN and without, on a logarithmic scale", x, y, [plain, used], zones),
@@ -714,7 +715,11 @@ function sizeTotals(run) {
   const rows = weights.map(([part, numbers]) => [part, count(numbers), byteText(2 * numbers)]);
   const parts = table("Weights by part", ["Part", "Numbers", "Bytes"], rows, "state-numbers");
   const ofWeights = `${count(all)} numbers in bfloat16, 2 bytes each.`;
-  const ofCache = `${length} tokens: 2 · G · D numbers in each layer for a token, its keys and values. `
+  const ring = run.text.layer_types.includes("sliding_attention")
+    ? `A sliding layer keeps ${run.text.sliding_window} tokens at most. ` : "";
+  const ofToken = byteText(cacheBytes(run.text, 1));
+  const ofCache = `${count(length, "token")}: 2 · G · D numbers in each layer for a token, its keys and values. `
+    + `These are ${ofToken} for a token in all layers. ${ring}`
     + `At ${count(longest)} tokens: ${byteText(cacheBytes(run.text, longest))}.${more}`;
   const ofActivations = `All ${count(stages.length)} stages of this text in one pass. `
     + "A model that generates text keeps those of one stage or two at a time.";

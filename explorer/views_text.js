@@ -62,10 +62,11 @@ VIEWS.push({
       make("td", {}, String(token.id)),
       make("td", { className: "mono label" }, hex(token.bytes)),
       make("td", { className: "muted" }, position < run.prompt ? "read" : "written")));
+    const [size, unit] = count(bytes, "byte").split(" ");
     element.replaceChildren(
       make("div", { className: "facts" },
-        fact(run.tokens.length, "tokens"),
-        fact(bytes, "bytes of text (UTF-8)"),
+        fact(...count(run.tokens.length, "token").split(" ")),
+        fact(size, `${unit} of text (UTF-8)`),
         fact((bytes / Math.max(plain.length, 1)).toFixed(1), "bytes for each token of text"),
         fact(run.text.vocab_size.toLocaleString("en-US"), "tokens in the vocabulary")),
       make("h3", {}, `Token at position ${query}`),
@@ -504,7 +505,8 @@ function patternTable(run) {
     scrolling("Which head looks where", "",
       headRow(["attention to", "most, as layer.head", `head ${layer}.${head}`]),
       make("tbody", {}, rows)),
-    muted("Means over the queries of this text. ",
+    muted("Means over the queries that have such a key. The rows “previous token” and “first token” count from "
+      + "position 2: at position 1, both are the same token. ",
       mark(`${layer}.${head}`), ` is layer ${layer}, head ${head}.`));
 }
 

@@ -205,6 +205,17 @@ def test_the_last_layer_of_the_lens_is_the_model(page):
     assert f"first guess is “{token}”" in page.text("view")
 
 
+def when_a_token_appears(page, action):
+    """Run a script once, between two frames, when the model has begun to write."""
+    page(f"""const act = () => {{ {action} }};
+        const frame = () => {{
+            const {{ live }} = explorer;
+            if (live === null || live.tokens.length === live.prompt) requestAnimationFrame(frame);
+            else act();
+        }};
+        requestAnimationFrame(frame);""")
+
+
 @needs_browser
 def test_the_page_stays_responsive(page):
     """The worker computes, not the page; the page draws, and obeys, between two tokens. No number depends on time."""
@@ -212,17 +223,56 @@ def test_the_page_stays_responsive(page):
     page.write("O Romeo, Romeo! wherefore art thou Romeo?")
     page("""globalThis.calls = 0;
         const { forward } = Model.prototype;
-        Model.prototype.forward = function (...given) { calls += 1; return forward.apply(this, given); };
-        const frame = () => {
-            const { live } = explorer;
-            if (live === null || live.tokens.length === live.prompt) requestAnimationFrame(frame);
-            else document.getElementById("stop").click();
-        };
-        requestAnimationFrame(frame);""")
+        Model.prototype.forward = function (...given) { calls += 1; return forward.apply(this, given); };""")
+    when_a_token_appears(page, "document.getElementById('stop').click()")
     page.press("write")
     assert page.text("status").endswith("Stopped.")
     assert page("return explorer.run.steps.length") < 40
     assert page("return calls") == 0
+
+
+@needs_browser
+def test_what_is_chosen_while_the_model_writes(page):
+    """A second press does nothing. Another example or a question ends the text, and is read."""
+    page.open("ministral3", is_new=True)
+    when_a_token_appears(page, "document.getElementById('write').click()")
+    page.press("write")
+    assert page.text("status").startswith("Wrote 40 tokens; ") and page.errors() == []
+    choose = """const list = document.getElementById("example");
+        list.value = "2";
+        list.dispatchEvent(new Event("change"));"""
+    when_a_token_appears(page, choose)
+    page.press("write")
+    assert page.text("status").startswith("Read ") and "385" in page.prompt()[0]
+    assert page("return explorer.run.source.text") == page.prompt()[0]
+    page.open_view("image")
+    when_a_token_appears(page, "document.querySelector('#view button.primary').click()")
+    page.press("write")
+    assert page.text("status").startswith("Answered with ") and page.errors() == []
+
+
+@needs_browser
+def test_one_thing_is_not_written_as_many(page):
+    page.open("ministral3", is_new=True)
+    page.open_view("tokens")
+    page.write("x")
+    page.press("read")
+    assert page.contents(".fact")[:2] == ["2 tokens", "1 byte of text (UTF-8)"]
+    page.write("")
+    page.press("read")
+    assert page.contents(".fact")[0] == "1 token"
+
+
+@needs_browser
+def test_the_bytes_of_the_cache_can_be_computed(page):
+    """The card gives the bytes of a token, and says that a sliding layer keeps no more than its window."""
+    page.open("ministral", is_new=True)
+    page.open_view("sizes")
+    card = page.contents(".state-card")[1]
+    assert "1.0 kB for a token in all layers. A sliding layer keeps 64 tokens at most. " in card
+    page.open("ministral3", is_new=True)
+    page.open_view("sizes")
+    assert "1.8 kB for a token in all layers. At 4,096 " in page.contents(".state-card")[1]
 
 
 @needs_browser
