@@ -2,19 +2,18 @@
 
     python -m tests.code_mutants ministral.py --lines 100-200
 
-Prints a line for each mutant: `killed` if a test failed (which one), `hang` or `crash` if the process ended, `survived` if
-all passed. The lines are also kept in --results, and the mutants that are there are not run again. Nothing is written
-into the working tree: everything but this project is imported once, and each mutant is a fork of that, in which the
-changed source takes the place of the module.
+Prints a line for each mutant: `killed` if a test failed (which one), `hang` or `crash` if the process ended, `survived`
+if all passed. The lines are also kept in --results, and the mutants that are there are not run again. Nothing is written
+into the working tree: the tests are collected once, and each mutant is a fork of that process, in which the functions
+and values of the module get those of the changed source.
 """
 
 import argparse
 import ast
-import contextlib
 import copy
 import gc
 import importlib
-import importlib.util
+import inspect
 import json
 import math
 import os
@@ -23,6 +22,7 @@ import signal
 import sys
 import tempfile
 import time
+import types
 from collections import Counter
 from pathlib import Path
 
@@ -31,8 +31,12 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 MEMORY = 12 << 30
-# These start processes, which do not see the change, or do not reach the models.
-LEFT_OUT = {"explorer", "explorer_page", "explorer_port", "explorer_state", "mutants", "readme", "tensor_parallel"}
+LOG = Path(tempfile.gettempdir()) / f"code_mutants_{os.getpid()}.log"  # of the tests of the last mutant
+# The tests of the models and of generation that start no process, in which the change would not be seen.
+TESTS = (
+    "blockwise", "cache", "config", "fast", "generate", "golden", "heads", "parity", "pretrained", "recorded_step",
+    "reference", "talk", "transformers_generate", "vectors", "vision",
+)  # fmt: skip
 SWAPS = {
     ast.Add: [ast.Sub], ast.Sub: [ast.Add], ast.Mult: [ast.Div], ast.Div: [ast.Mult], ast.Pow: [ast.Mult],
     ast.FloorDiv: [ast.Mult], ast.Mod: [ast.FloorDiv], ast.BitAnd: [ast.BitOr], ast.BitOr: [ast.BitAnd],
@@ -40,6 +44,7 @@ SWAPS = {
     ast.Eq: [ast.NotEq], ast.NotEq: [ast.Eq], ast.Is: [ast.IsNot], ast.IsNot: [ast.Is], ast.In: [ast.NotIn],
     ast.NotIn: [ast.In], ast.And: [ast.Or], ast.Or: [ast.And],
 }  # fmt: skip
+EQUALITY = (ast.Eq, ast.NotEq, ast.Is, ast.IsNot, ast.In, ast.NotIn)
 NAMES = {"min": "max", "max": "min", "any": "all", "all": "any", "floor": "ceil", "ceil": "floor"}
 
 
@@ -94,14 +99,18 @@ def replacements(node):
         yield from calls(node)
     if isinstance(node, (ast.If, ast.IfExp)):
         yield from (changed(node, test=ast.Constant(value)) for value in (True, False))
-    if isinstance(node, ast.Return) and node.value is not None:
-        yield changed(node, value=ast.Constant(None))
     deleted = isinstance(node, (ast.Expr, ast.Continue, ast.Break))
-    if isinstance(node, ast.Assign):  # a name that gets its first value is missed in any case
-        target = node.targets[0]
-        deleted = not isinstance(target, ast.Name) or target.id in ast.unparse(node.value)
+    if isinstance(node, ast.Assign):
+        deleted = not is_first(node)
     if deleted:
         yield ast.Pass()
+
+
+def is_first(node):
+    """Whether an assignment gives names their first values: without it, anything fails."""
+    parts = getattr(node.targets[0], "elts", node.targets)
+    read = {name.id for name in ast.walk(node.value) if isinstance(name, ast.Name)}
+    return all(isinstance(part, ast.Name) and part.id not in read for part in parts)
 
 
 def is_text(node):
@@ -123,7 +132,12 @@ def mutants(node, home=()):
             inner = home
             if isinstance(child, (ast.FunctionDef, ast.ClassDef)):
                 inner = (*home, (min(d.lineno for d in (child, *child.decorator_list)), child.end_lineno))
-            for other in replacements(child):
+            whole = isinstance(node, (ast.If, ast.IfExp)) and field == "test"  # becomes True and False, see above
+            if whole and isinstance(child, ast.Compare) and isinstance(child.ops[0], EQUALITY):
+                others = []
+            else:
+                others = replacements(child)
+            for other in others:
 
                 def put(other=other, holder=node, field=field, value=value, place=place):
                     new = value[:place] + [other] + value[place + 1 :] if isinstance(value, list) else other
@@ -140,65 +154,125 @@ def shown(before, after):
     return f"{before[start : start + 80]}  ->  {after[start : start + 80]}"
 
 
-class Plugin:
-    """Runs the given tests in the given order, or all, each within a time limit. Keeps which test failed, and for each
-    test its seconds and the first lines of the functions that it reached, by file."""
+def transplant(target, source, module):
+    """Give the functions, classes and plain values of a module or class those of its changed copy."""
+    for name, value in vars(source).items():
+        before = vars(target).get(name)
+        function, other = (inspect.unwrap(getattr(part, "fget", part)) for part in (before, value))
+        if isinstance(function, types.FunctionType) and isinstance(other, types.FunctionType):
+            if function.__module__ == module:
+                function.__code__ = other.__code__
+                function.__defaults__ = other.__defaults__
+        elif isinstance(value, type) and value.__module__ == module:
+            transplant(before, value, module)
+        elif isinstance(value, (bool, int, float, str, tuple)) and before != value and not name.startswith("__"):
+            setattr(target, name, value)
+        elif isinstance(value, dict) and not name.startswith("__"):
+            entries = [old if callable(old) else new for old, new in zip(before.values(), value.values())]
+            before.clear()
+            before.update(zip(value, entries))
 
-    def __init__(self, order=None):
-        self.order = order
+
+class Pass:
+    """The mutation pass, in the place where pytest would run the tests that it has collected."""
+
+    def __init__(self, options):
+        self.options = options
         self.failed = None
-        self.tests = {}
-
-    @pytest.hookimpl(trylast=True)
-    def pytest_collection_modifyitems(self, items):
-        if self.order is not None:
-            places = {name: place for place, name in enumerate(self.order)}
-            items[:] = sorted((i for i in items if i.nodeid in places), key=lambda item: places[item.nodeid])
-
-    @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_protocol(self, item):
-        reached = {}
-
-        def trace(frame, event, argument):
-            folder, _, name = frame.f_code.co_filename.rpartition("/")
-            if folder == str(ROOT):
-                reached.setdefault(name, set()).add(frame.f_code.co_firstlineno)
-
-        start = time.monotonic()
-        if self.order is None:
-            sys.settrace(trace)
-        else:
-            signal.alarm(10 + 10 * int(self.order[item.nodeid]))
-        result = yield
-        sys.settrace(None)
-        signal.alarm(0)
-        lines = {name: sorted(lines) for name, lines in reached.items()}
-        self.tests[item.nodeid] = [round(time.monotonic() - start, 2), lines]
-        return result
+        self.skipped = False
 
     def pytest_runtest_logreport(self, report):
+        self.skipped |= report.skipped
         if report.failed and self.failed is None:
             self.failed = report.nodeid
-        if report.outcome != "passed" and self.order is None:
-            self.tests[report.nodeid] = None
 
+    def pytest_runtestloop(self, session):
+        gc.freeze()
+        self.items = {item.nodeid: item for item in session.items}
+        table = self.options.results / "tests.json"
+        if not table.exists():
+            table.write_text(json.dumps(forked(self.survey)))
+        tests = json.loads(table.read_text())
+        file = self.options.file
+        record = self.options.results / f"{file.stem}.txt"
+        done = record.read_text().splitlines() if record.exists() else []
+        kills = Counter(line.split("\t")[2] for line in done)
+        names = {line.split("\t")[0] for line in done}
+        first, last = map(int, self.options.lines.split("-"))
+        tree = ast.parse(file.read_text())
+        for line, text, homes, put in mutants(tree):
+            name = f"{file.name}:{line}:{text}"
+            if not first <= line <= last or name in names:
+                continue
+            start = time.monotonic()
+            order = tests_for(tests, file.name, [(0, math.inf), *homes][-1], kills, self.options.budget)
+            verdict = forked(lambda put=put, order=order: self.verdict(tree, put, order))
+            if isinstance(verdict, int):
+                verdict = ("hang" if verdict == -signal.SIGALRM else "crash", str(verdict))
+            kills[verdict[1]] += 1
+            entry = f"{name}\t{verdict[0]}\t{verdict[1]}\t{time.monotonic() - start:.1f} s"
+            print(entry, flush=True)
+            with record.open("a") as log:
+                log.write(entry + "\n")
+        return True
 
-def run(files, order=None):
-    """(exit code of pytest, plugin) for tests of some files."""
-    plugin = Plugin(order)
-    options = ["-q", "-p", "no:cacheprovider", "--hypothesis-profile=mutants"]
-    return int(pytest.main([*files, *options, *(["-x"] if order else [])], plugins=[plugin])), plugin
+    def run(self, order):
+        """Run tests, each within a time limit, until one fails. Returns its name or None."""
+        self.failed = None
+        for name, following in zip(order, [*list(order)[1:], None]):
+            signal.alarm(10 + 10 * int(order[name]))
+            item = self.items[name]
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=following and self.items[following])
+            signal.alarm(0)
+            if self.failed:
+                return self.failed
+
+    def survey(self):
+        """For each test that passes: its seconds, and the first lines of the functions that it reaches, by file."""
+        tests = {}
+        for name in self.items:
+            reached = {}
+
+            def trace(frame, event, argument, reached=reached):
+                folder, _, file = frame.f_code.co_filename.rpartition("/")
+                if folder == str(ROOT):
+                    reached.setdefault(file, set()).add(frame.f_code.co_firstlineno)
+
+            start = time.monotonic()
+            self.skipped = False
+            sys.settrace(trace)
+            failed = self.run({name: 600})
+            sys.settrace(None)
+            if not failed and not self.skipped:
+                lines = {file: sorted(lines) for file, lines in reached.items()}
+                tests[name] = (round(time.monotonic() - start, 2), lines)
+        return tests
+
+    def verdict(self, tree, put, order):
+        """("killed", the test that failed) or ("survived", "")."""
+        put()
+        path = self.options.file
+        module = sys.modules[path.stem]
+        copied = types.ModuleType(path.stem)
+        try:
+            exec(compile(ast.fix_missing_locations(tree), module.__file__, "exec"), vars(copied))
+            transplant(module, copied, path.stem)
+        except Exception as error:
+            return "killed", f"import: {type(error).__name__}"
+        failed = self.run(order)
+        return ("killed", failed) if failed else ("survived", "")
 
 
 def forked(action):
     """What an action returns in a process of its own, or the number of the signal that ended it."""
     reading, writing = os.pipe()
+    sys.stdout.flush()
     child = os.fork()
     if child == 0:
         try:
-            nothing = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nothing, 1)
-            os.dup2(nothing, 2)
+            log = os.open(LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
             resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
             answer = json.dumps(action())
             with open(writing, "w") as file:
@@ -210,33 +284,6 @@ def forked(action):
         answer = file.read()
     _, status = os.waitpid(child, 0)
     return json.loads(answer) if answer else os.waitstatus_to_exitcode(status)
-
-
-def survey():
-    """Seconds and reached functions of each test that passes, and the names of all modules that are not ours."""
-    files = [f"tests/{p.name}" for p in sorted(ROOT.glob("tests/test_*.py")) if p.stem[5:] not in LEFT_OUT]
-    _, plugin = run(files)
-    outside = [n for n, m in list(sys.modules.items()) if not str(getattr(m, "__file__", ROOT)).startswith(str(ROOT))]
-    return {"tests": {name: test for name, test in plugin.tests.items() if test is not None}, "modules": outside}
-
-
-def verdict(path, tree, put, order):
-    """("killed", the test that failed) or ("survived", ""), in a fork."""
-    put()
-    spec = importlib.util.find_spec(path.stem)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    try:
-        exec(compile(ast.fix_missing_locations(tree), path, "exec"), module.__dict__)
-    except Exception as error:
-        return "killed", f"import: {type(error).__name__}"
-    names = list(order)
-    for part in (names[:6], names[6:30], names[30:]):  # to collect few files
-        if part:
-            code, plugin = run(dict.fromkeys(n.split("::")[0] for n in part), {n: order[n] for n in part})
-            if code not in (0, 5):
-                return "killed", plugin.failed or f"pytest: {code}"
-    return "survived", ""
 
 
 def tests_for(tests, name, home, kills, budget):
@@ -266,44 +313,18 @@ def parse(arguments=None):
     return parser.parse_args(arguments)
 
 
-def main():
-    options = parse()
+def main(arguments=None):
+    options = parse(arguments)
     options.results.mkdir(exist_ok=True)
     importlib.import_module("tests.conftest")
     hypothesis.settings.register_profile(
         "mutants", hypothesis.settings.get_profile("mutants"), max_examples=options.examples
     )
-    table = options.results / "tests.json"
-    if not table.exists():
-        table.write_text(json.dumps(forked(survey)))
-    known = json.loads(table.read_text())
-    for name in known["modules"]:
-        with contextlib.suppress(Exception):
-            importlib.import_module(name)
-    gc.freeze()
-
-    record = options.results / f"{options.file.stem}.txt"
-    done = record.read_text().splitlines() if record.exists() else []
-    kills = Counter(line.split("\t")[2] for line in done)
-    names = {line.split("\t")[0] for line in done}
-    tree = ast.parse(options.file.read_text())
-    first, last = map(int, options.lines.split("-"))
-    for line, text, homes, put in mutants(tree):
-        name = f"{options.file.name}:{line}:{text}"
-        if not first <= line <= last or name in names:
-            continue
-        start = time.monotonic()
-        order = tests_for(known["tests"], options.file.name, [(0, math.inf), *homes][-1], kills, options.budget)
-        answer = forked(lambda put=put, order=order: verdict(options.file, tree, put, order))
-        if isinstance(answer, int):
-            answer = ("hang" if answer == -signal.SIGALRM else "crash", str(answer))
-        kills[answer[1]] += 1
-        entry = f"{name}\t{answer[0]}\t{answer[1]}\t{time.monotonic() - start:.1f} s"
-        print(entry, flush=True)
-        with record.open("a") as file:
-            file.write(entry + "\n")
+    files = [f"tests/test_{name}.py" for name in TESTS]
+    given = ["-q", "-s", "-p", "no:cacheprovider", "--hypothesis-profile=mutants", f"--basetemp={LOG}.tests"]
+    return int(pytest.main([*files, *given], plugins=[Pass(options)]))
 
 
 if __name__ == "__main__":
     os.environ["OMP_NUM_THREADS"] = "1"  # a fork has no threads
-    main()
+    sys.exit(main())
