@@ -167,7 +167,7 @@ def transplant(target, source, module):
             transplant(before, value, module)
         elif isinstance(value, (bool, int, float, str, tuple)) and before != value and not name.startswith("__"):
             setattr(target, name, value)
-        elif isinstance(value, dict) and not name.startswith("__"):
+        elif isinstance(value, dict) and value is not before and not name.startswith("__"):
             entries = [old if callable(old) else new for old, new in zip(before.values(), value.values())]
             before.clear()
             before.update(zip(value, entries))
