@@ -150,7 +150,8 @@ def mutants(node, home=()):
 
 def shown(before, after):
     """Both sources where they differ."""
-    start = max(0, len(os.path.commonprefix([before, after])) - 30)
+    same = len(os.path.commonprefix([before, after]))  # noqa: RUF071
+    start = max(0, same - 30)
     return f"{before[start : start + 80]}  ->  {after[start : start + 80]}"
 
 
@@ -190,9 +191,12 @@ class Pass:
         gc.freeze()
         self.items = {item.nodeid: item for item in session.items}
         table = self.options.results / "tests.json"
-        if not table.exists():
-            table.write_text(json.dumps(forked(self.survey)))
-        tests = json.loads(table.read_text())
+        tests = json.loads(table.read_text()) if table.exists() else {}
+        new = [name for name in self.items if name not in tests]
+        if new:
+            tests |= forked(lambda: self.survey(new))
+            table.write_text(json.dumps(tests))
+        tests = {name: test for name, test in tests.items() if test and name in self.items}
         file = self.options.file
         record = self.options.results / f"{file.stem}.txt"
         done = record.read_text().splitlines() if record.exists() else []
@@ -227,10 +231,11 @@ class Pass:
             if self.failed:
                 return self.failed
 
-    def survey(self):
-        """For each test that passes: its seconds, and the first lines of the functions that it reaches, by file."""
+    def survey(self, names):
+        """For each test: its seconds, and the first lines of the functions that it reaches, by file. None if it does
+        not pass."""
         tests = {}
-        for name in self.items:
+        for name in names:
             reached = {}
 
             def trace(frame, event, argument, reached=reached):
@@ -243,9 +248,9 @@ class Pass:
             sys.settrace(trace)
             failed = self.run({name: 600})
             sys.settrace(None)
-            if not failed and not self.skipped:
-                lines = {file: sorted(lines) for file, lines in reached.items()}
-                tests[name] = (round(time.monotonic() - start, 2), lines)
+            lines = {file: sorted(lines) for file, lines in reached.items()}
+            passed = not failed and not self.skipped
+            tests[name] = [round(time.monotonic() - start, 2), lines] if passed else None
         return tests
 
     def verdict(self, tree, put, order):
@@ -282,15 +287,17 @@ def forked(action):
     os.close(writing)
     with open(reading) as file:
         answer = file.read()
-    _, status = os.waitpid(child, 0)
-    return json.loads(answer) if answer else os.waitstatus_to_exitcode(status)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if not answer and not code:
+        raise RuntimeError(LOG.read_text())
+    return json.loads(answer) if answer else code
 
 
 def tests_for(tests, name, home, kills, budget):
     """{test: seconds} of those that reach a function or class, the most promising first."""
     start, end = home
     for first, last in ((start, end), (0, math.inf)):  # a class without methods: all that reach the file
-        found = [t for t, (_, lines) in tests.items() if any(first <= line <= last for line in lines.get(name, ()))]
+        found = [t for t in tests if any(first <= line <= last for line in tests[t][1].get(name, ()))]
         if found:
             break
     order, total = {}, 0
