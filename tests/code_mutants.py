@@ -2,10 +2,10 @@
 
     python -m tests.code_mutants ministral.py --lines 100-200
 
-Prints a line for each mutant: `killed` if a test failed (which one), `hang` or `crash` if the process ended, `survived`
-if all passed. The lines are also kept in --results, and the mutants that are there are not run again. Nothing is written
-into the working tree: the tests are collected once, and each mutant is a fork of that process, in which the functions
-and values of the module get those of the changed source.
+Prints a line for each mutant: `killed` if a test failed (which one), `hang` or `crash` if the process ended,
+`survived` if all passed. The lines are kept in --results, and the mutants that are there are not run again. Nothing is
+written into the working tree: the tests are collected once, and each mutant is a fork of that process, in which the
+functions and values of the module get those of the changed source.
 """
 
 import argparse
@@ -30,7 +30,7 @@ import hypothesis
 import pytest
 
 ROOT = Path(__file__).parent.parent
-MEMORY = 12 << 30
+MEMORY = 8 << 30  # bytes that a mutant may take
 LOG = Path(tempfile.gettempdir()) / f"code_mutants_{os.getpid()}.log"  # of the tests of the last mutant
 # The tests of the models and of generation that start no process, in which the change would not be seen.
 TESTS = (
@@ -224,7 +224,7 @@ class Pass:
         """Run tests, each within a time limit, until one fails. Returns its name or None."""
         self.failed = None
         for name, following in zip(order, [*list(order)[1:], None]):
-            signal.alarm(10 + 10 * int(order[name]))
+            signal.alarm(60 + 10 * int(order[name]))
             item = self.items[name]
             item.config.hook.pytest_runtest_protocol(item=item, nextitem=following and self.items[following])
             signal.alarm(0)
@@ -278,7 +278,8 @@ def forked(action):
             log = os.open(LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(log, 1)
             os.dup2(log, 2)
-            resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+            limit = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + MEMORY
+            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
             answer = json.dumps(action())
             with open(writing, "w") as file:
                 file.write(answer)
@@ -301,7 +302,8 @@ def tests_for(tests, name, home, kills, budget):
         if found:
             break
     order, total = {}, 0
-    for test in sorted(found, key=lambda test: (tests[test][0] + 0.05) / (1 + kills[test])):
+    near = Counter({test: 5 for test in found if test.startswith(f"tests/test_{Path(name).stem}.py")})
+    for test in sorted(found, key=lambda test: (tests[test][0] + 0.05) / (1 + kills[test] + near[test])):
         total += tests[test][0]
         if total > budget:
             break

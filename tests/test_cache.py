@@ -15,6 +15,7 @@ from hypothesis import given, strategies as st
 import ministral
 from ministral import (
     KVCache,
+    LayerCache,
     MinistralConfig,
     MinistralForCausalLM,
     RMSNorm,
@@ -358,3 +359,35 @@ def test_attentions_are_in_order_of_position(rng):
         for part, full in zip(out.attentions, whole):
             torch.testing.assert_close(part, full[:, :, start:end, end - part.shape[-1] : end], rtol=0, atol=1e-12)
         start = end
+
+
+@pytest.mark.parametrize("window, capacities", [(None, [2, 2, 4, 4, 8]), (5, [2, 2, 4, 4, 5])])
+def test_a_cache_grows_by_doubling_and_keeps_its_keys(window, capacities):
+    """From the expected capacity up to the window. The first update returns contiguous tensors, for their kernels."""
+    cache = LayerCache(2) if window is None else SlidingLayerCache(window, 2)
+    k = torch.randn(1, 5, 2, 3).transpose(1, 2)  # (B, G, S, D), all sizes differ
+    for end, capacity in enumerate(capacities, start=1):
+        keys, values = cache.update(k[:, :, end - 1 : end], -k[:, :, end - 1 : end])
+        assert keys.equal(k[:, :, :end]) and values.equal(-k[:, :, :end])
+        assert cache.capacity == capacity
+    assert all(part.is_contiguous() for part in LayerCache().update(k, -k))
+
+
+def test_a_cache_belongs_to_a_device_and_a_dtype():
+    """Keys and values are checked on their own; positions are on the device that is asked for."""
+    k = torch.zeros(1, 1, 3, 4)
+    for cache in (LayerCache(), SlidingLayerCache(2)):
+        assert {cache.key_positions(new, torch.device("meta")).device.type for new in (1, 3)} == {"meta"}
+        cache.update(k, k)
+        assert cache.key_positions(1, torch.device("meta")).device.type == "meta"
+        for other in ((k.double(), k), (k, k.double())):
+            with pytest.raises(ValueError, match=r"torch\.float64"):
+                cache.update(*other)
+
+
+def test_an_empty_cache_has_no_bytes():
+    cache = KVCache(MinistralConfig(num_hidden_layers=2, layer_types=["full_attention", "sliding_attention"]), 3)
+    assert cache.nbytes() == 0
+    for layer in cache.layers:
+        layer.update(torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4))
+    assert cache.nbytes() == 2 * 2 * 3 * 4 * 4  # layers, keys and values, slots, D, bytes of a float32

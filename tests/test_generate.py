@@ -5,6 +5,7 @@ import json
 import math
 import random
 import tempfile
+import warnings
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,16 @@ import transformers
 from hypothesis import given, settings, strategies as st
 
 import generate as generation
-from generate import Sampling, filter_logits, generate, generate_naive, penalize_repetition, sample
+from checkpoint import GenerationConfig
+from generate import (
+    Sampling,
+    filter_logits,
+    generate,
+    generate_naive,
+    penalize_repetition,
+    resolve_sampling,
+    sample,
+)
 from ministral import KVCache, MinistralConfig, MinistralForCausalLM
 from model_types import BUNDLED
 from tests.cases import VOCAB, draw_case
@@ -300,6 +310,39 @@ def test_sampling_is_on_where_call_or_file_says_so():
     assert texts() == greedy and texts(top_k=0) == texts(temperature=0.7, top_k=0) != greedy
     with pytest.warns(UserWarning, match="top_p: no effect on greedy decoding; give do_sample=True"):
         assert texts(do_sample=False, top_p=0.5) == greedy
+
+
+@pytest.mark.parametrize(
+    "file, call, expected",
+    [
+        ({}, {}, Sampling()),
+        (dict(temperature=0.7, top_k=5), {}, Sampling()),
+        (dict(do_sample=True), {}, Sampling(1.0)),
+        (dict(do_sample=True, temperature=0.7), dict(top_p=0.9, min_p=0.1), Sampling(0.7, None, 0.9, 0.1)),
+        ({}, dict(temperature=0.5, top_k=5, repetition_penalty=1.3), Sampling(0.5, 5, repetition_penalty=1.3)),
+        ({}, dict(do_sample=True, temperature=2), Sampling(2)),
+        (dict(do_sample=True), dict(temperature=0, repetition_penalty=1.3), Sampling(repetition_penalty=1.3)),
+        ({}, dict(do_sample=False, temperature=0.5), "temperature"),
+        ({}, dict(temperature=0, top_k=5), "top_k"),
+        ({}, dict(top_p=0.5, min_p=0.1), "top_p, min_p"),
+    ],
+)
+def test_the_settings_of_sampling(file, call, expected):
+    """A text: the call is greedy, with a warning of these settings."""
+    resolved = generation.settings.resolve(GenerationConfig(**file), call)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        sampling = resolve_sampling(resolved, call)
+    if isinstance(expected, str):
+        expected = f"{expected}: no effect on greedy decoding; give do_sample=True"
+        assert [str(warning.message) for warning in caught] == [expected] and sampling == Sampling()
+    else:
+        assert sampling == expected and not caught
+
+
+def test_settings_of_sampling_are_checked():
+    with pytest.raises(ValueError, match="top_p=2"):
+        Sampling(top_p=2)
 
 
 def test_a_whole_context_as_max_length_takes_no_memory_at_once(monkeypatch):
