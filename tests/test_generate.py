@@ -468,6 +468,15 @@ def test_repetition_penalty_equals_transformers(rng):
     assert torch.equal(penalize_repetition(logits, ids, penalty), expected)
 
 
+def test_the_corners_of_filters():
+    """top_p=1 is off, the dropped tokens may have 1 - top_p together, and the most likely one always stays."""
+    far = torch.tensor([0.0, -200.0])
+    assert filter_logits(far, Sampling(1.0, top_p=1.0)).equal(far)
+    for logits, top_p in (([0.0, 0.0], 0.5), ([3.0, 2.0, 1.0], 1e-12)):
+        assert filter_logits(torch.tensor(logits), Sampling(1.0, top_p=top_p)).isfinite().sum() == 1
+    assert sample(torch.tensor([0.0, math.inf]), Sampling()) == 1
+
+
 def test_sampling_draws_from_the_distribution():
     """Frequencies of 20,000 draws against the probabilities: chi-squared, 9 degrees of freedom, p = 1e-6 is 46."""
     logits = torch.tensor([0.0, 1.0, 2.0, 0.5, -1.0, 3.0, 1.5, -2.0, 0.2, 2.5])
