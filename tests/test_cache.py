@@ -22,6 +22,7 @@ from ministral import (
     RotaryEmbedding,
     SlidingLayerCache,
     make_attention_mask,
+    same_text,
 )
 from ministral3 import YarnRotaryEmbedding
 from reference.mutants import Namespace, replace
@@ -317,6 +318,14 @@ def test_masks_equal_their_definition(rng):
             for j, k in enumerate(keys):
                 visible = k <= q and (window is None or k in range(q - window + 1, q + 1)) and bool(allowed[b, j])
                 assert mask[b, 0, i, j] == visible
+
+
+def test_one_text_needs_no_mask(monkeypatch):
+    """While compiling, which allows no branch on numbers, it gets a mask that hides nothing."""
+    positions = torch.stack((torch.arange(4), torch.arange(7, 11)))
+    assert same_text(positions) is None
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert same_text(positions).all()
 
 
 def test_the_grids_in_the_docstring_are_true():
