@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, strategies as st
 
 import ministral
+from blockwise import CausalWindow
 from ministral import (
     KVCache,
     LayerCache,
@@ -318,6 +319,38 @@ def test_masks_equal_their_definition(rng):
             for j, k in enumerate(keys):
                 visible = k <= q and (window is None or k in range(q - window + 1, q + 1)) and bool(allowed[b, j])
                 assert mask[b, 0, i, j] == visible
+
+
+@pytest.mark.parametrize(
+    "kind, queries, keys, needed",
+    [
+        ("full_attention", 5, 5, False),
+        ("full_attention", 1, 5, False),
+        ("full_attention", 2, 5, True),
+        ("sliding_attention", 3, 3, False),
+        ("sliding_attention", 4, 4, True),  # hides nothing, but Transformers makes it
+        ("sliding_attention", 1, 4, False),
+        ("sliding_attention", 2, 5, True),
+    ],
+)
+def test_where_a_mask_is_needed(kind, queries, keys, needed):
+    """Not for a kernel that hides later keys by itself, nor for a single query; always for eager attention."""
+    positions = torch.arange(keys)
+    padding = torch.ones(1, keys, dtype=torch.bool)
+    for attention in ("sdpa", "eager", "blockwise"):
+        config = MinistralConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=1,
+                                 num_key_value_heads=1, vocab_size=9, sliding_window=4, attn_implementation=attention,
+                                 layer_types=["full_attention", "sliding_attention"])  # fmt: skip
+        model = MinistralForCausalLM(config).model
+        given = (kind, positions[-queries:], positions)
+        mask = model._mask(*given, None, None)
+        expected = {"blockwise": CausalWindow, "eager": torch.Tensor, "sdpa": torch.Tensor if needed else type(None)}
+        assert type(mask) is expected[attention]
+        if attention == "blockwise":
+            assert mask == CausalWindow(4 if kind == "sliding_attention" else None)
+        assert torch.is_tensor(model._mask(*given, padding, None))
+    same = torch.ones(1, keys, keys, dtype=torch.bool)
+    assert torch.is_tensor(model._mask(kind, positions, positions, None, same))
 
 
 def test_one_text_needs_no_mask(monkeypatch):
