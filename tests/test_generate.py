@@ -174,6 +174,76 @@ def test_a_text_ends_at_the_last_position():
             generate(case.ours, torch.ones(1, length, dtype=torch.long))
 
 
+def padded_case(**fixed):
+    """A case and two prompts (2, 5); the second has two tokens of padding."""
+    case = draw_case(random.Random(5), **fixed)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
+    return case.ours, torch.tensor([[1, 2, 3, 4, 5], [9, 9, 6, 7, 8]]), mask
+
+
+def test_each_row_fills_its_own_positions():
+    model, ids, mask = padded_case()
+    model.config.max_position_embeddings = 7
+    told = []
+    settings = dict(max_new_tokens=9, eos_token_id=(), on_token=lambda *new: told.append(new))
+    tokens = generate(model, ids, mask, **settings)
+    assert [row for row, _ in told] == [0, 1, 0, 1, 1, 1] and {type(token) for _, token in told} == {int}
+    assert tokens.shape == (2, 9)
+
+
+class Puts(list):
+    """A streamer that keeps what it gets."""
+
+    def put(self, ids):
+        self.append(ids.tolist())
+
+    def end(self):
+        self.append("end")
+
+
+@pytest.mark.parametrize("settings", [{}, dict(temperature=0.5, top_k=3)])
+@pytest.mark.parametrize("penalty", [1.0, 2.0])
+def test_what_a_result_has(settings, penalty):
+    """Logits in float32, as the model gives them, and scores, which are filtered where tokens are drawn."""
+    model, ids, mask = padded_case(dtype=torch.bfloat16)
+    settings = dict(settings, repetition_penalty=penalty, max_new_tokens=3, eos_token_id=(), seed=1)
+    plain = generate(model, ids, mask, **settings, output_logits=False, streamer=(puts := Puts()))
+    assert puts == [ids.tolist(), *plain[:, 5:].T.tolist(), "end"]
+    settings["return_dict_in_generate"] = True
+    nothing = generate(model, ids, mask, **settings)
+    assert nothing.sequences.equal(plain) and nothing.logits is None and nothing.scores is None
+    logits = generate(model, ids, mask, **settings, output_logits=True)
+    scores = generate(model, ids, mask, **settings, output_scores=True)
+    assert logits.scores is None and scores.logits is None and len(logits.logits) == len(scores.scores) == 3
+    sampling = Sampling(settings.get("temperature", 0.0), settings.get("top_k"))
+    for n, (given, kept) in enumerate(zip(logits.logits, scores.scores)):
+        assert given.dtype == torch.float32
+        for row, is_text in enumerate(mask.bool()):
+            text = torch.cat((ids[row][is_text], plain[row, 5 : 5 + n]))
+            expected = penalize_repetition(given[row], text, penalty)
+            if sampling.temperature > 0:
+                expected = filter_logits(expected, sampling)
+            assert kept[row].equal(expected)
+
+
+def test_scores_are_kept_if_a_processor_uses_them_again():
+    model, ids, mask = padded_case(dtype=torch.float32)
+    memory = torch.zeros(2, VOCAB)
+    settings = dict(max_new_tokens=2, eos_token_id=(), return_dict_in_generate=True, output_scores=True)
+    process = [lambda ids, scores: memory.copy_(scores)]
+    a, b = generate(model, ids, mask, **settings, logits_processor=process).scores
+    assert not a.equal(b)
+
+
+def test_without_a_seed_the_global_generator_draws():
+    model, ids, mask = padded_case(dtype=torch.float32)
+    settings = dict(temperature=1.0, max_new_tokens=1, eos_token_id=(), return_dict_in_generate=True)
+    torch.manual_seed(3)
+    out = generate(model, ids, mask, **settings, output_logits=True)
+    torch.manual_seed(3)
+    assert out.sequences[:, 5].equal(sample(out.logits[0], Sampling(1.0)))
+
+
 def test_seeds_for_each_row():
     case = draw_case(random.Random(5), dtype=torch.float32)
     ids = case.ids[:1].expand(3, -1)
