@@ -387,6 +387,27 @@ def test_a_row_of_nothing_but_padding_is_not_nan(device, rng):
     assert not run_chunked(case.ours, case).isnan().any()
 
 
+def test_eager_attention_in_float16_and_with_dropout():
+    """Scores of a hidden row that overflow leave it finite; dropout removes probabilities."""
+    q = torch.full((1, 1, 1, 1), 200.0, dtype=torch.float16)
+    k = torch.full((1, 1, 2, 1), -200.0, dtype=torch.float16)
+    out, probs = ministral.eager_attention(q, k, k, torch.zeros(1, 1, 1, 2, dtype=torch.bool), 1.0, 0.0)
+    assert (probs == 0.5).all() and (out == -200).all()
+    q = torch.ones(1, 1, 1, 4)
+    k = torch.ones(1, 1, 50, 4)
+    _, probs = ministral.eager_attention(q, k, k, None, 0.5, 0.5)
+    assert 0 < (probs == 0).sum() < 50
+
+
+def test_a_single_query_with_gradients_sees_all_keys():
+    q = torch.randn(1, 4, 1, 8, requires_grad=True)
+    k, v = torch.randn(2, 1, 2, 3, 8)
+    fused, _ = ministral.sdpa_attention(q, k, v, None, 0.3, 0.0)
+    plain, _ = ministral.eager_attention(q, k, v, None, 0.3, 0.0)
+    torch.testing.assert_close(fused, plain)
+    torch.testing.assert_close(fused, ministral.sdpa_attention(q.detach(), k, v, None, 0.3, 0.0)[0])
+
+
 @torch.no_grad()
 @given(rngs)
 def test_attentions_are_in_order_of_position(rng):

@@ -117,6 +117,13 @@ def test_the_loop_equals_the_loop_without_a_cache(rng):
     assert_same_tokens((case.ours, case.ours), case.truth(), case.ids, text.bool(), (tokens, expected))
 
 
+def test_models_that_return_tuples_generate():
+    case = draw_case(random.Random(5), dtype=torch.float32)
+    expected = generate_naive(case.ours, case.ids, 2)
+    case.ours.config.return_dict = False
+    assert generate_naive(case.ours, case.ids, 2).equal(expected)
+
+
 @at_most(100)
 @given(rngs)
 def test_a_row_of_a_batch_equals_the_same_text_alone(rng):
@@ -220,7 +227,7 @@ def test_what_a_result_has(settings, penalty):
         assert given.dtype == torch.float32
         for row, is_text in enumerate(mask.bool()):
             text = torch.cat((ids[row][is_text], plain[row, 5 : 5 + n]))
-            expected = penalize_repetition(given[row], text, penalty)
+            expected = penalize_repetition(raw[row], text, penalty)
             if sampling.temperature > 0:
                 expected = filter_logits(expected, sampling)
             assert kept[row].equal(expected)
