@@ -223,8 +223,8 @@ def test_what_a_result_has(settings, penalty):
     scores = generate(model, ids, mask, **settings, output_scores=True)
     assert logits.scores is None and scores.logits is None and len(logits.logits) == len(scores.scores) == 3
     sampling = Sampling(settings.get("temperature", 0.0), settings.get("top_k"))
-    for n, (given, kept) in enumerate(zip(logits.logits, scores.scores)):
-        assert given.dtype == torch.float32
+    for n, (raw, kept) in enumerate(zip(logits.logits, scores.scores)):
+        assert raw.dtype == torch.float32
         for row, is_text in enumerate(mask.bool()):
             text = torch.cat((ids[row][is_text], plain[row, 5 : 5 + n]))
             expected = penalize_repetition(raw[row], text, penalty)
@@ -552,6 +552,8 @@ def test_the_corners_of_filters():
     for logits, top_p in (([0.0, 0.0], 0.5), ([3.0, 2.0, 1.0], 1e-12)):
         assert filter_logits(torch.tensor(logits), Sampling(1.0, top_p=top_p)).isfinite().sum() == 1
     assert sample(torch.tensor([0.0, math.inf]), Sampling()) == 1
+    large = torch.tensor([[1e9, 0.0, 0.0], [0.0, 0.0, 2e9]])  # 1e9 / 1e-30 is beyond float32
+    assert filter_logits(large, Sampling(1e-30)).softmax(-1).equal(torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]))
 
 
 def test_sampling_draws_from_the_distribution():
