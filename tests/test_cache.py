@@ -353,6 +353,19 @@ def test_where_a_mask_is_needed(kind, queries, keys, needed):
     assert torch.is_tensor(model._mask(kind, positions, positions, None, same))
 
 
+@torch.no_grad()
+def test_packed_texts_are_apart_only_without_mask_and_cache():
+    config = MinistralConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+                             num_key_value_heads=1, vocab_size=9, sliding_window=None)  # fmt: skip
+    model = MinistralForCausalLM(config)
+    ids = torch.tensor([[1, 2, 3, 4, 5, 6], [7, 2, 3, 4, 5, 6]])
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2]])
+    ones = torch.ones_like(ids)
+    for mask, cache, apart in ((None, False, True), (None, True, False), (ones, False, False)):
+        a, b = model(ids, mask, positions, use_cache=cache).logits[:, 3:]
+        assert a.equal(b) == apart
+
+
 def test_one_text_needs_no_mask(monkeypatch):
     """While compiling, which allows no branch on numbers, it gets a mask that hides nothing."""
     positions = torch.stack((torch.arange(4), torch.arange(7, 11)))

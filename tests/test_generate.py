@@ -552,6 +552,7 @@ def test_the_corners_of_filters():
     for logits, top_p in (([0.0, 0.0], 0.5), ([3.0, 2.0, 1.0], 1e-12)):
         assert filter_logits(torch.tensor(logits), Sampling(1.0, top_p=top_p)).isfinite().sum() == 1
     assert sample(torch.tensor([0.0, math.inf]), Sampling()) == 1
+    assert sample(torch.zeros(2, 3, 4), Sampling(1.0)).shape == (2, 3)
     large = torch.tensor([[1e9, 0.0, 0.0], [0.0, 0.0, 2e9]])  # 1e9 / 1e-30 is beyond float32
     assert filter_logits(large, Sampling(1e-30)).softmax(-1).equal(torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]))
 
