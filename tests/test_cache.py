@@ -354,6 +354,23 @@ def test_where_a_mask_is_needed(kind, queries, keys, needed):
 
 
 @torch.no_grad()
+def test_outputs_of_layers_are_given_if_wanted():
+    """Attentions by position, although a ring with W = 3 returns its keys in slot order."""
+    config = MinistralConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=1,
+                             num_key_value_heads=1, vocab_size=9, sliding_window=3, attn_implementation="eager")  # fmt: skip
+    model = MinistralForCausalLM(config)
+    ids = torch.tensor([[1, 2, 3, 4, 5]])
+    whole = model(ids, output_attentions=True, output_hidden_states=True)
+    assert len(whole.attentions) == 2 and len(whole.hidden_states) == 3
+    cache = model(ids[:, :4]).past_key_values
+    step = model(ids[:, 4:], past_key_values=cache)
+    assert step.attentions is None and step.hidden_states is None
+    cache = model(ids[:, :4]).past_key_values
+    step = model(ids[:, 4:], past_key_values=cache, output_attentions=True)
+    torch.testing.assert_close(step.attentions[0], whole.attentions[0][:, :, 4:, 2:])
+
+
+@torch.no_grad()
 def test_packed_texts_are_apart_only_without_mask_and_cache():
     config = MinistralConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
                              num_key_value_heads=1, vocab_size=9, sliding_window=None)  # fmt: skip
