@@ -357,7 +357,8 @@ def test_where_a_mask_is_needed(kind, queries, keys, needed):
 def test_outputs_of_layers_are_given_if_wanted():
     """Attentions by position, although a ring with W = 3 returns its keys in slot order."""
     config = MinistralConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=1,
-                             num_key_value_heads=1, vocab_size=9, sliding_window=3, attn_implementation="eager")  # fmt: skip
+                             num_key_value_heads=1, vocab_size=9, sliding_window=3,
+                             attn_implementation="eager")  # fmt: skip
     model = MinistralForCausalLM(config)
     ids = torch.tensor([[1, 2, 3, 4, 5]])
     whole = model(ids, output_attentions=True, output_hidden_states=True)
