@@ -198,6 +198,22 @@ def test_each_row_fills_its_own_positions():
     assert tokens.shape == (2, 9)
 
 
+def test_a_row_that_has_ended_is_filled_up():
+    """By an end token, a criterion for each row, or one for all."""
+    model, ids, mask = padded_case(dtype=torch.float32)
+    settings = dict(temperature=3.0, seed=2, max_new_tokens=5, pad_token_id=0)
+    free = generate(model, ids, mask, **settings, eos_token_id=())[:, 5:].tolist()
+    end = free[0][1]
+    assert end != free[0][0] and end not in free[1]
+    ended = [[*free[0][:2], 0, 0, 0], free[1]]
+    assert generate(model, ids, mask, **settings, eos_token_id=end)[:, 5:].tolist() == ended
+    each = [lambda tokens, scores: tokens[:, -1] == end]
+    settings["eos_token_id"] = ()
+    assert generate(model, ids, mask, **settings, stopping_criteria=each)[:, 5:].tolist() == ended
+    both = [lambda tokens, scores: tokens.shape[1] == 7]
+    assert generate(model, ids, mask, **settings, stopping_criteria=both).shape == (2, 7)
+
+
 class Puts(list):
     """A streamer that keeps what it gets."""
 
