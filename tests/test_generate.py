@@ -249,6 +249,63 @@ def test_what_a_result_has(settings, penalty):
             assert kept[row].equal(expected)
 
 
+def test_a_stop_text_ends_one_row(monkeypatch):
+    class Stop:
+        def push(self, token):
+            self.pushed = getattr(self, "pushed", 0) + 1
+            return self is stops[0] and self.pushed == 2
+
+    stops = [Stop(), Stop()]
+    monkeypatch.setattr(generation.settings, "make_stop_texts", lambda *_: stops)
+    model, ids, mask = padded_case()
+    generate(model, ids, mask, max_new_tokens=4, eos_token_id=())
+    assert [stop.pushed for stop in stops] == [2, 4]
+
+
+def test_a_kept_cache_is_no_inference_tensor():
+    """A cache that the caller has can be used outside of inference mode."""
+    model, ids, mask = padded_case()
+    cache = KVCache(model.config, 8)
+    settings = dict(max_new_tokens=2, eos_token_id=())
+    generate(model, ids, mask, **settings, past_key_values=cache)
+    other = generate(model, ids, mask, **settings, return_dict_in_generate=True).past_key_values
+    assert not any(part.keys.is_inference() for part in (*cache.layers, *other.layers))
+
+
+@pytest.mark.parametrize(
+    "attention, settings, pays, expected",
+    [
+        ("sdpa", {}, False, (False, False)),
+        ("sdpa", {}, True, (True, True)),
+        ("sdpa", dict(fast=False), True, (False, False)),
+        ("sdpa", dict(compile=False), True, (True, False)),
+        ("sdpa", dict(compile=True), False, (True, True)),
+        ("sdpa", dict(compile=True, fast=True), False, (True, True)),
+        ("sdpa", dict(compile=True, fast=False), False, "only the fast path can be compiled"),
+        ("eager", dict(compile=True), False, "fast=True is not supported"),
+        ("sdpa", dict(compile=1), False, "compile=1 is impossible"),
+    ],
+)
+def test_when_steps_are_recorded_and_compiled(monkeypatch, attention, settings, pays, expected):
+    seen = []
+
+    def stop(forward, cache, visible, record, compile, expected):
+        seen.append((record, compile))
+        raise KeyboardInterrupt
+
+    for name in ("compiling_pays", "recording_pays"):
+        monkeypatch.setattr(generation, name, lambda *_: pays)
+    monkeypatch.setattr(generation, "Decoder", stop)
+    model, ids, mask = padded_case(family="ministral3", attn_implementation=attention, sliding_window=None)
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=expected):
+            generate(model, ids, mask, **settings)
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            generate(model, ids, mask, **settings)
+        assert seen == [expected]
+
+
 def test_scores_are_kept_if_a_processor_uses_them_again():
     model, ids, mask = padded_case(dtype=torch.float32)
     memory = torch.zeros(2, VOCAB)
