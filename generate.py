@@ -422,7 +422,7 @@ def generate(
     """
     # Check the arguments. Those that are None get a value from the model's files or a default.
     expect_model(model)
-    config, device = model.config.get_text_config(), model.device
+    device = model.device
     given = settings.given_settings(generation_config, other_settings | {"max_new_tokens": max_new_tokens})
     resolved = settings.resolve(model.generation_config, given)
     sampling = resolve_sampling(resolved, given)
@@ -445,7 +445,7 @@ def generate(
         cache = past_key_values
         expected = input_ids.shape[1] + plan.reserved
         if cache is None:
-            cache = KVCache(config, expected)
+            cache = KVCache(model.config, expected)
         prompts = input_ids.to(device).repeat_interleave(plan.copies, dim=0)
         unread = input_ids.to(device)[:, cache.get_seq_length() :]
         if pixel_values is not None or image_sizes is not None:

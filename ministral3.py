@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from checks import require, require_rope_key
+from checks import require_rope_key
 from ministral import (
     MinistralAttention,
     MinistralConfig,
@@ -68,7 +68,6 @@ class Ministral3Config(MinistralConfig):
 
     def __post_init__(self) -> None:
         if self.rope_parameters is None:
-            require(self, "rope_theta", self.rope_theta is None, "None without rope_parameters, which say it")
             self.rope_parameters = {
                 "rope_type": "yarn", "rope_theta": 1000000.0, "factor": 16.0,
                 "original_max_position_embeddings": 16384,

@@ -13,14 +13,17 @@ import torch
 from hypothesis import given, strategies as st
 
 import ministral
+from blockwise import CausalWindow
 from ministral import (
     KVCache,
+    LayerCache,
     MinistralConfig,
     MinistralForCausalLM,
     RMSNorm,
     RotaryEmbedding,
     SlidingLayerCache,
     make_attention_mask,
+    same_text,
 )
 from ministral3 import YarnRotaryEmbedding
 from reference.mutants import Namespace, replace
@@ -318,6 +321,77 @@ def test_masks_equal_their_definition(rng):
                 assert mask[b, 0, i, j] == visible
 
 
+@pytest.mark.parametrize(
+    "kind, queries, keys, needed",
+    [
+        ("full_attention", 5, 5, False),
+        ("full_attention", 1, 5, False),
+        ("full_attention", 2, 5, True),
+        ("sliding_attention", 3, 3, False),
+        ("sliding_attention", 4, 4, True),  # hides nothing, but Transformers makes it
+        ("sliding_attention", 1, 4, False),
+        ("sliding_attention", 2, 5, True),
+    ],
+)
+def test_where_a_mask_is_needed(kind, queries, keys, needed):
+    """Not for a kernel that hides later keys by itself, nor for a single query; always for eager attention."""
+    positions = torch.arange(keys)
+    padding = torch.ones(1, keys, dtype=torch.bool)
+    for attention in ("sdpa", "eager", "blockwise"):
+        config = MinistralConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=1,
+                                 num_key_value_heads=1, vocab_size=9, sliding_window=4, attn_implementation=attention,
+                                 layer_types=["full_attention", "sliding_attention"])  # fmt: skip
+        model = MinistralForCausalLM(config).model
+        given = (kind, positions[-queries:], positions)
+        mask = model._mask(*given, None, None)
+        expected = {"blockwise": CausalWindow, "eager": torch.Tensor, "sdpa": torch.Tensor if needed else type(None)}
+        assert type(mask) is expected[attention]
+        if attention == "blockwise":
+            assert mask == CausalWindow(4 if kind == "sliding_attention" else None)
+        assert torch.is_tensor(model._mask(*given, padding, None))
+    same = torch.ones(1, keys, keys, dtype=torch.bool)
+    assert torch.is_tensor(model._mask(kind, positions, positions, None, same))
+
+
+@torch.no_grad()
+def test_outputs_of_layers_are_given_if_wanted():
+    """Attentions by position, although a ring with W = 3 returns its keys in slot order."""
+    config = MinistralConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=1,
+                             num_key_value_heads=1, vocab_size=9, sliding_window=3,
+                             attn_implementation="eager")  # fmt: skip
+    model = MinistralForCausalLM(config)
+    ids = torch.tensor([[1, 2, 3, 4, 5]])
+    whole = model(ids, output_attentions=True, output_hidden_states=True)
+    assert len(whole.attentions) == 2 and len(whole.hidden_states) == 3
+    cache = model(ids[:, :4]).past_key_values
+    step = model(ids[:, 4:], past_key_values=cache)
+    assert step.attentions is None and step.hidden_states is None
+    cache = model(ids[:, :4]).past_key_values
+    step = model(ids[:, 4:], past_key_values=cache, output_attentions=True)
+    torch.testing.assert_close(step.attentions[0], whole.attentions[0][:, :, 4:, 2:])
+
+
+@torch.no_grad()
+def test_packed_texts_are_apart_only_without_mask_and_cache():
+    config = MinistralConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+                             num_key_value_heads=1, vocab_size=9, sliding_window=None)  # fmt: skip
+    model = MinistralForCausalLM(config)
+    ids = torch.tensor([[1, 2, 3, 4, 5, 6], [7, 2, 3, 4, 5, 6]])
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2]])
+    ones = torch.ones_like(ids)
+    for mask, cache, apart in ((None, False, True), (None, True, False), (ones, False, False)):
+        a, b = model(ids, mask, positions, use_cache=cache).logits[:, 3:]
+        assert a.equal(b) == apart
+
+
+def test_one_text_needs_no_mask(monkeypatch):
+    """While compiling, which allows no branch on numbers, it gets a mask that hides nothing."""
+    positions = torch.stack((torch.arange(4), torch.arange(7, 11)))
+    assert same_text(positions) is None
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert same_text(positions).all()
+
+
 def test_the_grids_in_the_docstring_are_true():
     """The three drawings: full, sliding with W = 3, and a chunk of two queries behind a ring."""
     drawn = re.findall(r"[#.](?: [#.])+", make_attention_mask.__doc__)
@@ -344,6 +418,27 @@ def test_a_row_of_nothing_but_padding_is_not_nan(device, rng):
     assert not run_chunked(case.ours, case).isnan().any()
 
 
+def test_eager_attention_in_float16_and_with_dropout():
+    """Scores of a hidden row that overflow leave it finite; dropout removes probabilities."""
+    q = torch.full((1, 1, 1, 1), 200.0, dtype=torch.float16)
+    k = torch.full((1, 1, 2, 1), -200.0, dtype=torch.float16)
+    out, probs = ministral.eager_attention(q, k, k, torch.zeros(1, 1, 1, 2, dtype=torch.bool), 1.0, 0.0)
+    assert (probs == 0.5).all() and (out == -200).all()
+    q = torch.ones(1, 1, 1, 4)
+    k = torch.ones(1, 1, 50, 4)
+    _, probs = ministral.eager_attention(q, k, k, None, 0.5, 0.5)
+    assert 0 < (probs == 0).sum() < 50
+
+
+def test_a_single_query_with_gradients_sees_all_keys():
+    q = torch.randn(1, 4, 1, 8, requires_grad=True)
+    k, v = torch.randn(2, 1, 2, 3, 8)
+    fused, _ = ministral.sdpa_attention(q, k, v, None, 0.3, 0.0)
+    plain, _ = ministral.eager_attention(q, k, v, None, 0.3, 0.0)
+    torch.testing.assert_close(fused, plain)
+    torch.testing.assert_close(fused, ministral.sdpa_attention(q.detach(), k, v, None, 0.3, 0.0)[0])
+
+
 @torch.no_grad()
 @given(rngs)
 def test_attentions_are_in_order_of_position(rng):
@@ -358,3 +453,35 @@ def test_attentions_are_in_order_of_position(rng):
         for part, full in zip(out.attentions, whole):
             torch.testing.assert_close(part, full[:, :, start:end, end - part.shape[-1] : end], rtol=0, atol=1e-12)
         start = end
+
+
+@pytest.mark.parametrize("window, capacities", [(None, [2, 2, 4, 4, 8]), (5, [2, 2, 4, 4, 5])])
+def test_a_cache_grows_by_doubling_and_keeps_its_keys(window, capacities):
+    """From the expected capacity up to the window. The first update returns contiguous tensors, for their kernels."""
+    cache = LayerCache(2) if window is None else SlidingLayerCache(window, 2)
+    k = torch.randn(1, 5, 2, 3).transpose(1, 2)  # (B, G, S, D), all sizes differ
+    for end, capacity in enumerate(capacities, start=1):
+        keys, values = cache.update(k[:, :, end - 1 : end], -k[:, :, end - 1 : end])
+        assert keys.equal(k[:, :, :end]) and values.equal(-k[:, :, :end])
+        assert cache.capacity == capacity
+    assert all(part.is_contiguous() for part in LayerCache().update(k, -k))
+
+
+def test_a_cache_belongs_to_a_device_and_a_dtype():
+    """Keys and values are checked on their own; positions are on the device that is asked for."""
+    k = torch.zeros(1, 1, 3, 4)
+    for cache in (LayerCache(), SlidingLayerCache(2)):
+        assert {cache.key_positions(new, torch.device("meta")).device.type for new in (1, 3)} == {"meta"}
+        cache.update(k, k)
+        assert cache.key_positions(1, torch.device("meta")).device.type == "meta"
+        for other in ((k.double(), k), (k, k.double())):
+            with pytest.raises(ValueError, match=r"torch\.float64"):
+                cache.update(*other)
+
+
+def test_an_empty_cache_has_no_bytes():
+    cache = KVCache(MinistralConfig(num_hidden_layers=2, layer_types=["full_attention", "sliding_attention"]), 3)
+    assert cache.nbytes() == 0
+    for layer in cache.layers:
+        layer.update(torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4))
+    assert cache.nbytes() == 2 * 2 * 3 * 4 * 4  # layers, keys and values, slots, D, bytes of a float32

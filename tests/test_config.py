@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import random
 import re
 import warnings
@@ -10,10 +11,11 @@ import pytest
 import torch
 import transformers
 from hypothesis import given, strategies as st
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from generate import generate
 from ministral import KVCache, MinistralConfig, MinistralForCausalLM, MinistralModel
-from ministral3 import Ministral3Config, Ministral3ForCausalLM
+from ministral3 import Ministral3Config, Ministral3ForCausalLM, YarnRotaryEmbedding
 from model_types import MODELS, model_class
 from reference.published import MINISTRAL3_3B, MINISTRAL_8B
 from tests.cases import draw_case, draw_config, pair, their_arguments
@@ -57,8 +59,6 @@ def test_the_published_files_are_read():
 
 def test_published_yarn_values():
     """Frequencies of the 3B and the 14B model, and the scale of queries, against known values."""
-    from ministral3 import YarnRotaryEmbedding
-
     rope = MINISTRAL3_3B["rope_parameters"]
     small = YarnRotaryEmbedding(Ministral3Config.from_dict(MINISTRAL3_3B))
     large = YarnRotaryEmbedding(Ministral3Config(rope_parameters=rope | {"rope_theta": 1e9}))
@@ -76,6 +76,29 @@ def test_published_yarn_values():
     scale = small(torch.zeros(1, dtype=torch.float64), positions)[2].flatten()
     expected = [1.0, 1.0, 1.0693147, 1.1098613, 1.1609437, 1.2197225, 1.2772589]
     torch.testing.assert_close(scale, torch.tensor(expected, dtype=torch.float64), rtol=1e-7, atol=0)
+
+
+def test_the_corners_of_yarn_are_those_of_transformers():
+    """Left-out ends of the ramp, a ramp beyond the last pair, a step, and two magnitudes."""
+    beyond = YARN | dict(rope_theta=100.0, original_max_position_embeddings=2**18, beta_fast=1e5, beta_slow=0.01)
+    just_before_3 = 16 / (2 * math.pi) * 1e4 ** (-2 * 2.99895 / 8)  # turns of "pair 2.99895"
+    step = YARN | dict(truncate=False, beta_fast=just_before_3, beta_slow=just_before_3)
+    long = YARN | dict(original_max_position_embeddings=16384, truncate=False)
+    for rope in (beyond, step, long, YARN | dict(mscale=0.7, mscale_all_dim=0.5)):
+        config = Ministral3Config(head_dim=8, rope_parameters=rope)
+        theirs = transformers.Ministral3Config(**their_arguments(config))
+        theirs.rope_parameters = {"beta_fast": 32, "beta_slow": 1} | theirs.rope_parameters
+        expected, factor = ROPE_INIT_FUNCTIONS["yarn"](theirs, "cpu")
+        rotary = YarnRotaryEmbedding(config)
+        torch.testing.assert_close(rotary.inverse_frequencies(torch.float32), expected)
+        assert rotary.attention_factor() == pytest.approx(factor)
+
+
+@pytest.mark.parametrize("family", ["ministral", "ministral3"])
+def test_frequencies_are_computed_on_the_cpu(family):
+    rotary = MODELS[family].model_class.rotary_class(draw_config(random.Random(0), family))
+    with torch.device("meta"):
+        assert rotary.inverse_frequencies(torch.float32).device.type == "cpu"
 
 
 @pytest.mark.parametrize("family", ["ministral", "ministral3"])
@@ -224,6 +247,9 @@ YARN = dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_
         (Ministral3Config, dict(rope_parameters={**YARN, "beta_fats": 32}), "beta_fats.*allowed: keys rope_type"),
         (Ministral3Config, dict(rope_parameters={**YARN, "beta_fast": "x"}), r"\['beta_fast'\]='x'"),
         (Ministral3Config, dict(rope_parameters={**YARN, "rope_theta": 1.0}), "rope_theta=1.0"),
+        (Ministral3Config, dict(rope_parameters=dict(rope_type="default", llama_4_scaling_beta=0.1)), "original_max"),
+        (Ministral3Config, dict(num_hidden_layers=2, layer_types=["full_attention", "sliding_attention"],
+                                sliding_window=5), r"layer_types.*\(see sliding_window\)"),
         (Ministral3Config, dict(rope_theta=1e9), "rope_theta=1000000000.0.*rope_parameters"),
         (MinistralConfig, dict(rope_parameters={"full_attention": {"rope_theta": 5.0}}), "full_attention"),
         (MinistralConfig, dict(rope_parameters=[1]), r"rope_parameters=\[1\].*an object"),
@@ -236,6 +262,24 @@ def test_impossible_values_are_refused(cls, values, message):
         cls(**values)
     assert "allowed" in str(error.value) or "; supported: sdpa, eager" in str(error.value)
     assert len(str(error.value)) < 300 and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "key, least",
+    [("factor", 1), ("original_max_position_embeddings", 1), ("max_position_embeddings", 1), ("beta_fast", 1e-6),
+     ("beta_slow", 1e-6), ("mscale", 0), ("mscale_all_dim", 0), ("attention_factor", 1e-6),
+     ("llama_4_scaling_beta", 0)],
+)  # fmt: skip
+def test_the_least_rope_parameters(key, least):
+    assert Ministral3Config(rope_parameters={**YARN, key: least}).rope_parameters[key] == least
+    with pytest.raises(ValueError, match=f"{key}.*not below {least}"):
+        Ministral3Config(rope_parameters={**YARN, key: least - 1e-7})
+
+
+def test_what_is_filled_in_and_left_out():
+    """As many key/value heads as query heads, as in old files; all layers are alike in Ministral 3."""
+    assert MinistralConfig(num_attention_heads=4, num_key_value_heads=None).num_key_value_heads == 4
+    assert "layer_types" not in Ministral3Config().to_dict()
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import json
 import math
 import random
 import tempfile
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,15 @@ from hypothesis import given, strategies as st
 
 import generate as generation
 from checkpoint import GenerationConfig
-from generate import Sampling, filter_logits, generate, generate_naive, penalize_repetition, sample
+from generate import (
+    Sampling,
+    filter_logits,
+    generate,
+    generate_naive,
+    penalize_repetition,
+    resolve_sampling,
+    sample,
+)
 from ministral import KVCache, MinistralConfig, MinistralForCausalLM
 from model_types import BUNDLED
 from tests.cases import VOCAB, draw_case
@@ -109,6 +118,13 @@ def test_the_loop_equals_the_loop_without_a_cache(rng):
     assert_same_tokens((case.ours, case.ours), case.truth(), case.ids, text.bool(), (tokens, expected))
 
 
+def test_models_that_return_tuples_generate():
+    case = draw_case(random.Random(5), dtype=torch.float32)
+    expected = generate_naive(case.ours, case.ids, 2)
+    case.ours.config.return_dict = False
+    assert generate_naive(case.ours, case.ids, 2).equal(expected)
+
+
 @at_most(100)
 @given(rngs)
 def test_a_row_of_a_batch_equals_the_same_text_alone(rng):
@@ -164,6 +180,149 @@ def test_a_text_ends_at_the_last_position():
     for length in (limit, limit + 1):
         with pytest.raises(ValueError, match=f"{length} tokens; allowed: below max_position_embeddings={limit}"):
             generate(case.ours, torch.ones(1, length, dtype=torch.long))
+
+
+def padded_case(**fixed):
+    """A case and two prompts (2, 5); the second has two tokens of padding."""
+    case = draw_case(random.Random(5), **fixed)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
+    return case.ours, torch.tensor([[1, 2, 3, 4, 5], [9, 9, 6, 7, 8]]), mask
+
+
+def test_each_row_fills_its_own_positions():
+    model, ids, mask = padded_case()
+    model.config.max_position_embeddings = 7
+    told = []
+    settings = dict(max_new_tokens=9, eos_token_id=(), on_token=lambda *new: told.append(new))
+    tokens = generate(model, ids, mask, **settings)
+    assert [row for row, _ in told] == [0, 1, 0, 1, 1, 1] and {type(token) for _, token in told} == {int}
+    assert tokens.shape == (2, 9)
+
+
+def test_a_row_that_has_ended_is_filled_up():
+    """By an end token, a criterion for each row, or one for all."""
+    model, ids, mask = padded_case(dtype=torch.float32)
+    settings = dict(temperature=3.0, seed=2, max_new_tokens=5, pad_token_id=0)
+    free = generate(model, ids, mask, **settings, eos_token_id=())[:, 5:].tolist()
+    end = free[0][1]
+    assert end != free[0][0] and end not in free[1]
+    ended = [[*free[0][:2], 0, 0, 0], free[1]]
+    assert generate(model, ids, mask, **settings, eos_token_id=end)[:, 5:].tolist() == ended
+    each = [lambda tokens, scores: tokens[:, -1] == end]
+    settings["eos_token_id"] = ()
+    assert generate(model, ids, mask, **settings, stopping_criteria=each)[:, 5:].tolist() == ended
+    both = [lambda tokens, scores: tokens.shape[1] == 7]
+    assert generate(model, ids, mask, **settings, stopping_criteria=both).shape == (2, 7)
+
+
+class Puts(list):
+    """A streamer that keeps what it gets."""
+
+    def put(self, ids):
+        self.append(ids.tolist())
+
+    def end(self):
+        self.append("end")
+
+
+@pytest.mark.parametrize("settings", [{}, dict(temperature=0.5, top_k=3)])
+@pytest.mark.parametrize("penalty", [1.0, 2.0])
+def test_what_a_result_has(settings, penalty):
+    """Logits in float32, as the model gives them, and scores, which are filtered where tokens are drawn."""
+    model, ids, mask = padded_case(dtype=torch.bfloat16)
+    settings = dict(settings, repetition_penalty=penalty, max_new_tokens=3, eos_token_id=(), seed=1)
+    plain = generate(model, ids, mask, **settings, output_logits=False, streamer=(puts := Puts()))
+    assert puts == [ids.tolist(), *plain[:, 5:].T.tolist(), "end"]
+    settings["return_dict_in_generate"] = True
+    nothing = generate(model, ids, mask, **settings)
+    assert nothing.sequences.equal(plain) and nothing.logits is None and nothing.scores is None
+    logits = generate(model, ids, mask, **settings, output_logits=True)
+    scores = generate(model, ids, mask, **settings, output_scores=True)
+    assert logits.scores is None and scores.logits is None and len(logits.logits) == len(scores.scores) == 3
+    sampling = Sampling(settings.get("temperature", 0.0), settings.get("top_k"))
+    for n, (raw, kept) in enumerate(zip(logits.logits, scores.scores)):
+        assert raw.dtype == torch.float32
+        for row, is_text in enumerate(mask.bool()):
+            text = torch.cat((ids[row][is_text], plain[row, 5 : 5 + n]))
+            expected = penalize_repetition(raw[row], text, penalty)
+            if sampling.temperature > 0:
+                expected = filter_logits(expected, sampling)
+            assert kept[row].equal(expected)
+
+
+def test_a_stop_text_ends_one_row(monkeypatch):
+    class Stop:
+        def push(self, token):
+            self.pushed = getattr(self, "pushed", 0) + 1
+            return self is stops[0] and self.pushed == 2
+
+    stops = [Stop(), Stop()]
+    monkeypatch.setattr(generation.settings, "make_stop_texts", lambda *_: stops)
+    model, ids, mask = padded_case()
+    generate(model, ids, mask, max_new_tokens=4, eos_token_id=())
+    assert [stop.pushed for stop in stops] == [2, 4]
+
+
+def test_a_kept_cache_is_no_inference_tensor():
+    """A cache that the caller has can be used outside of inference mode."""
+    model, ids, mask = padded_case()
+    cache = KVCache(model.config, 8)
+    settings = dict(max_new_tokens=2, eos_token_id=())
+    generate(model, ids, mask, **settings, past_key_values=cache)
+    other = generate(model, ids, mask, **settings, return_dict_in_generate=True).past_key_values
+    assert not any(part.keys.is_inference() for part in (*cache.layers, *other.layers))
+
+
+@pytest.mark.parametrize(
+    "attention, settings, pays, expected",
+    [
+        ("sdpa", {}, False, (False, False)),
+        ("sdpa", {}, True, (True, True)),
+        ("sdpa", dict(fast=False), True, (False, False)),
+        ("sdpa", dict(compile=False), True, (True, False)),
+        ("sdpa", dict(compile=True), False, (True, True)),
+        ("sdpa", dict(compile=True, fast=True), False, (True, True)),
+        ("sdpa", dict(compile=True, fast=False), False, "only the fast path can be compiled"),
+        ("eager", dict(compile=True), False, "fast=True is not supported"),
+        ("sdpa", dict(compile=1), False, "compile=1 is impossible"),
+    ],
+)
+def test_when_steps_are_recorded_and_compiled(monkeypatch, attention, settings, pays, expected):
+    seen = []
+
+    def stop(forward, cache, visible, record, compile, expected):
+        seen.append((record, compile))
+        raise KeyboardInterrupt
+
+    for name in ("compiling_pays", "recording_pays"):
+        monkeypatch.setattr(generation, name, lambda *_: pays)
+    monkeypatch.setattr(generation, "Decoder", stop)
+    model, ids, mask = padded_case(family="ministral3", attn_implementation=attention, sliding_window=None)
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=expected):
+            generate(model, ids, mask, **settings)
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            generate(model, ids, mask, **settings)
+        assert seen == [expected]
+
+
+def test_scores_are_kept_if_a_processor_uses_them_again():
+    model, ids, mask = padded_case(dtype=torch.float32)
+    memory = torch.zeros(2, VOCAB)
+    settings = dict(max_new_tokens=2, eos_token_id=(), return_dict_in_generate=True, output_scores=True)
+    process = [lambda ids, scores: memory.copy_(scores)]
+    a, b = generate(model, ids, mask, **settings, logits_processor=process).scores
+    assert not a.equal(b)
+
+
+def test_without_a_seed_the_global_generator_draws():
+    model, ids, mask = padded_case(dtype=torch.float32)
+    settings = dict(temperature=1.0, max_new_tokens=1, eos_token_id=(), return_dict_in_generate=True)
+    torch.manual_seed(3)
+    out = generate(model, ids, mask, **settings, output_logits=True)
+    torch.manual_seed(3)
+    assert out.sequences[:, 5].equal(sample(out.logits[0], Sampling(1.0)))
 
 
 def test_seeds_for_each_row():
@@ -319,6 +478,39 @@ def test_sampling_is_on_where_call_or_file_says_so():
         assert texts(do_sample=False, top_p=0.5) == greedy
 
 
+@pytest.mark.parametrize(
+    "file, call, expected",
+    [
+        ({}, {}, Sampling()),
+        (dict(temperature=0.7, top_k=5), {}, Sampling()),
+        (dict(do_sample=True), {}, Sampling(1.0)),
+        (dict(do_sample=True, temperature=0.7), dict(top_p=0.9, min_p=0.1), Sampling(0.7, None, 0.9, 0.1)),
+        ({}, dict(temperature=0.5, top_k=5, repetition_penalty=1.3), Sampling(0.5, 5, repetition_penalty=1.3)),
+        ({}, dict(do_sample=True, temperature=2), Sampling(2)),
+        (dict(do_sample=True), dict(temperature=0, repetition_penalty=1.3), Sampling(repetition_penalty=1.3)),
+        ({}, dict(do_sample=False, temperature=0.5), "temperature"),
+        ({}, dict(temperature=0, top_k=5), "top_k"),
+        ({}, dict(top_p=0.5, min_p=0.1), "top_p, min_p"),
+    ],
+)
+def test_the_settings_of_sampling(file, call, expected):
+    """A text: the call is greedy, with a warning of these settings."""
+    resolved = generation.settings.resolve(GenerationConfig(**file), call)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        sampling = resolve_sampling(resolved, call)
+    if isinstance(expected, str):
+        expected = f"{expected}: no effect on greedy decoding; give do_sample=True"
+        assert [str(warning.message) for warning in caught] == [expected] and sampling == Sampling()
+    else:
+        assert sampling == expected and not caught
+
+
+def test_settings_of_sampling_are_checked():
+    with pytest.raises(ValueError, match="top_p=2"):
+        Sampling(top_p=2)
+
+
 def test_a_whole_context_as_max_length_takes_no_memory_at_once(monkeypatch):
     """Ministral 3's own file has 262144."""
     case = draw_case(random.Random(5), dtype=torch.float32)
@@ -440,6 +632,18 @@ def test_repetition_penalty_equals_transformers(rng):
     penalty = rng.uniform(0.5, 2)
     expected = transformers.RepetitionPenaltyLogitsProcessor(penalty)(ids[None], logits[None])[0]
     assert torch.equal(penalize_repetition(logits, ids, penalty), expected)
+
+
+def test_the_corners_of_filters():
+    """top_p=1 is off, the dropped tokens may have 1 - top_p together, and the most likely one always stays."""
+    far = torch.tensor([0.0, -200.0])
+    assert filter_logits(far, Sampling(1.0, top_p=1.0)).equal(far)
+    for logits, top_p in (([0.0, 0.0], 0.5), ([3.0, 2.0, 1.0], 1e-12)):
+        assert filter_logits(torch.tensor(logits), Sampling(1.0, top_p=top_p)).isfinite().sum() == 1
+    assert sample(torch.tensor([0.0, math.inf]), Sampling()) == 1
+    assert sample(torch.zeros(2, 3, 4), Sampling(1.0)).shape == (2, 3)
+    large = torch.tensor([[1e9, 0.0, 0.0], [0.0, 0.0, 2e9]])  # 1e9 / 1e-30 is beyond float32
+    assert filter_logits(large, Sampling(1e-30)).softmax(-1).equal(torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]))
 
 
 def test_sampling_draws_from_the_distribution():
