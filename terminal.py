@@ -160,8 +160,8 @@ def report_calls(message: Mapping[str, Any] | None) -> None:
 HELP = """/image FILE   show an image with the next message    /system TEXT_OR_FILE   change the system prompt
 /save FILE    write the messages, for --messages     /reset                 begin anew
 /exit         end, as Ctrl-D does                    Ctrl-C                 stop the answer
-A message that begins with / needs a blank before it. While the result of a tool is asked for, all but
-/reset, /save and /exit is the result; Ctrl-C takes the call back."""
+A message that begins with / needs a blank before it. After a tool call, the prompt asks for the result of the
+tool: type it. Only /reset, /save and /exit are commands there. Ctrl-C takes the call back."""
 
 
 def converse(
@@ -301,7 +301,7 @@ class Terminal:
         elif command == "/help":
             print(HELP, file=sys.stderr)
         elif command in ("/save", "/system", "/image"):
-            print(f"{command} needs a name after it; /help lists the commands", file=sys.stderr)
+            print(f"{command} needs an argument; /help lists the commands", file=sys.stderr)
         elif command.startswith("/"):
             print(f"unknown command {line}; /help lists them", file=sys.stderr)
         elif line.strip():

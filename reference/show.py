@@ -95,5 +95,6 @@ def show(report: Report) -> None:
         if len(report.missing) > len(names):
             names.append("...")
         print(f"not given: {len(report.missing)} stages, {', '.join(names)}")
-    print()
-    print(table(report, sys.stdout.isatty()))
+    if report.stages:
+        print()
+        print(table(report, sys.stdout.isatty()))

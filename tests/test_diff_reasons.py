@@ -311,6 +311,13 @@ def test_log_probabilities_are_recognised(report):
     ]
 
 
+def test_a_small_error_of_one_logit_is_no_log_probability(report):
+    logits = port_with("ministral")["logits"].clone()
+    logits[0, -1, 3] += 1e-3
+    code, found = report({"logits": logits}, "ministral")
+    assert code == 1 and found["hints"] == []
+
+
 def test_a_named_mistake_within_the_noise_fails(report):
     """The values are float16, so the noise is that of float16; the mistake is named all the same."""
     trace = port_with("ministral", "norm_epsilon")
