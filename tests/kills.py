@@ -13,6 +13,7 @@ import random
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections import Counter
@@ -23,6 +24,7 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
+from tqdm import tqdm
 
 import checkpoint
 from explorer.__main__ import main as explorer_main
@@ -67,6 +69,7 @@ def killed(run: Callable[[], object], step: int | None = None, seconds: float | 
         try:
             os.close(reading)
             torch.set_num_threads(1)  # the threads of the parent are not in this process
+            tqdm.set_lock(threading.RLock())  # the usual lock is shared by processes, and a killed one may have held it
             with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
                 sys.addaudithook(Steps(writing, step))
                 run()

@@ -30,6 +30,8 @@ NOT_RUN = {
     "python -m checkpoint merge": "needs an adapter; test_lora.py runs it",
     "python -m training": "minutes to hours",
     "python -m tests.fuzz": "minutes; tests/fuzz runs a part",
+    "python -m tests.kills": "minutes; test_kills.py runs a part",
+    "python -m tests.code_mutants": "an hour; test_mutants.py runs it on a small file",
     "python -m benchmarks": "minutes; the test of their usage is below",
     "python generate.py --model mistralai/": "needs published weights",
     "python -m checkpoint info mistralai/": "needs the network",
