@@ -521,7 +521,7 @@ def test_nothing_is_cut_off_or_hidden(page):
 
 
 @needs_browser
-@pytest.mark.filterwarnings("default:config.json: ignored unknown keys")  # a note of the command
+@pytest.mark.filterwarnings("default:config.json")  # a note of the command
 def test_nothing_of_a_model_or_a_prompt_is_executed(page, tmp_path):
     evil = f'<img src=x onerror="{PWNED}">'
     model = copy_of(MODELS["ministral3"], tmp_path).rename(tmp_path / f"<img src=x onerror={PWNED}>")
