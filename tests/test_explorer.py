@@ -250,6 +250,15 @@ def test_an_answer_is_written_to_its_end(page):
     page.press("write")
     assert page.text("status").startswith("Wrote 100 tokens; ")
     assert page.text("status").endswith(" The answer is not finished; press again.")
+    page("""const { postMessage } = Worker.prototype;
+        Worker.prototype.postMessage = function (data) {
+            Worker.prototype.postMessage = postMessage;
+            this.postMessage({ ...data, message: { ...data.message, generate: 5 } });
+        };
+        explorer.run.help.answer({ text: "What is 247 + 385?", mode: "chat", images: [] })""")
+    page.wait()
+    end = "Answered with 5 tokens. The answer is not finished; “Write the answer” goes on."
+    assert page.text("status") == end
 
 
 @needs_browser
