@@ -164,11 +164,15 @@ const SCALES = {
 const HIDDEN = { light: ["#e6e7ec", "#c3c6d0"], dark: ["#2e3445", "#566080"] };
 
 // The colour of a share from 0 to 1 as [red, green, blue]. Small shares are widened: the square root is shown.
-function scaleColour(share) {
-  const colours = SCALES[isDark() ? "dark" : "light"];
+function scaleColour(share, colours = scaleOfTheme()) {
   const place = Math.sqrt(Math.min(Math.max(share, 0), 1)) * (colours.length - 1);
   const low = Math.min(Math.floor(place), colours.length - 2);
   return colours[low].map((value, i) => Math.round(value + (colours[low + 1][i] - value) * (place - low)));
+}
+
+// Asking for the theme takes longer than finding a colour: a map with many cells asks once.
+function scaleOfTheme() {
+  return SCALES[isDark() ? "dark" : "light"];
 }
 
 // Text on that colour: black or white, whichever has the larger contrast.
@@ -194,13 +198,14 @@ function heat(canvas, { rows, columns, value, hidden = () => null, size = 64, ce
   if (cells) [size, ratio] = [columns, 1];
   const pixels = Math.round(size * ratio);
   [canvas.width, canvas.height] = [pixels, Math.max(Math.round((pixels * rows) / columns), 1)];
+  const scale = scaleOfTheme();
   const [plain, line] = HIDDEN[isDark() ? "dark" : "light"].map(rgbOf).map(packed);
   const colours = new Uint32Array(rows * columns);
   const hasHatches = new Uint8Array(rows * columns);
   for (let cell = 0; cell < colours.length; cell++) {
     const [row, column] = [Math.floor(cell / columns), cell % columns];
     const why = hidden(row, column);
-    colours[cell] = why === null ? packed(scaleColour(value(row, column))) : plain;
+    colours[cell] = why === null ? packed(scaleColour(value(row, column), scale)) : plain;
     hasHatches[cell] = Number(why !== null && why !== "future");
   }
   const image = new ImageData(canvas.width, canvas.height);

@@ -282,6 +282,20 @@ def test_the_progress_of_a_long_text(page):
 
 
 @needs_browser
+def test_a_map_asks_for_the_theme_once(page):
+    """Not for each cell: the maps of a text of 480 tokens have 13 million."""
+    page.open("ministral3")
+    asked = page("""const { matchMedia } = globalThis;
+        let asked = 0;
+        globalThis.matchMedia = (query) => { asked += 1; return matchMedia(query); };
+        const canvas = document.createElement("canvas");
+        explorer.run.help.heat(canvas, { rows: 9, columns: 9, value: () => 0.5, cells: true });
+        globalThis.matchMedia = matchMedia;
+        return asked""")
+    assert 1 <= asked <= 2
+
+
+@needs_browser
 def test_few_digits_do_not_hide_a_setting(page):
     page.open("ministral3")
     found = page("return arguments[0].map((share) => exactPercent(share))", [0.0001, 0.9, 0.9995, 0])
