@@ -130,6 +130,11 @@ function percent(p) {
   return `${(100 * p).toFixed(1)}\u00a0%`;
 }
 
+// A share in percent with the digits that it has, up to so many significant ones: 0.0001 -> 0.01 %.
+function exactPercent(p, digits = 12) {
+  return `${(100 * p).toLocaleString("en-US", { maximumSignificantDigits: digits })}\u00a0%`;
+}
+
 // A number with separators of thousands. With a word, so many things: count(1, "token") -> "1 token", 2 -> "2 tokens".
 function count(n, word = null) {
   const written = n.toLocaleString("en-US");
@@ -159,11 +164,15 @@ const SCALES = {
 const HIDDEN = { light: ["#e6e7ec", "#c3c6d0"], dark: ["#2e3445", "#566080"] };
 
 // The colour of a share from 0 to 1 as [red, green, blue]. Small shares are widened: the square root is shown.
-function scaleColour(share) {
-  const colours = SCALES[isDark() ? "dark" : "light"];
+function scaleColour(share, colours = scaleOfTheme()) {
   const place = Math.sqrt(Math.min(Math.max(share, 0), 1)) * (colours.length - 1);
   const low = Math.min(Math.floor(place), colours.length - 2);
   return colours[low].map((value, i) => Math.round(value + (colours[low + 1][i] - value) * (place - low)));
+}
+
+// Asking for the theme takes longer than finding a colour: a map with many cells asks once.
+function scaleOfTheme() {
+  return SCALES[isDark() ? "dark" : "light"];
 }
 
 // Text on that colour: black or white, whichever has the larger contrast.
@@ -189,13 +198,14 @@ function heat(canvas, { rows, columns, value, hidden = () => null, size = 64, ce
   if (cells) [size, ratio] = [columns, 1];
   const pixels = Math.round(size * ratio);
   [canvas.width, canvas.height] = [pixels, Math.max(Math.round((pixels * rows) / columns), 1)];
+  const scale = scaleOfTheme();
   const [plain, line] = HIDDEN[isDark() ? "dark" : "light"].map(rgbOf).map(packed);
   const colours = new Uint32Array(rows * columns);
   const hasHatches = new Uint8Array(rows * columns);
   for (let cell = 0; cell < colours.length; cell++) {
     const [row, column] = [Math.floor(cell / columns), cell % columns];
     const why = hidden(row, column);
-    colours[cell] = why === null ? packed(scaleColour(value(row, column))) : plain;
+    colours[cell] = why === null ? packed(scaleColour(value(row, column), scale)) : plain;
     hasHatches[cell] = Number(why !== null && why !== "future");
   }
   const image = new ImageData(canvas.width, canvas.height);
@@ -398,8 +408,9 @@ function textConfig() {
 // Read a text, {text, mode: "text" or "chat", images: [{rgb, height, width}]}; all views show it.
 async function read(source = sourceOfPage()) {
   await busyWith("Reading ...", async () => {
+    byId("stop").hidden = true; // it acts between two written tokens
     const started = performance.now();
-    const result = await ask({ kind: "run", ...source, trace: true });
+    const result = await ask({ kind: "run", ...source, trace: true }, showProgress);
     setRun(result, source, []);
     showStatus(`Read ${count(result.tokens.length, "token")} in ${seconds(started)}.`);
   });
@@ -412,9 +423,10 @@ async function answer(source) {
     document.querySelector("input[name=mode][value=chat]").checked = true;
     showWhichExample();
     const message = { kind: "run", ...source, generate: 60, settings: { temperature: 0 }, trace: true };
-    const result = await ask(message);
+    const result = await ask(message, showProgress);
     setRun(result, source, result.steps);
-    showStatus(`Answered with ${countWritten(result.tokens.slice(result.prompt))}.`);
+    const end = result.ended === null ? " The answer is not finished; “Write the answer” goes on." : "";
+    showStatus(`Answered with ${countWritten(result.tokens.slice(result.prompt))}.${end}`);
   });
 }
 
@@ -422,6 +434,11 @@ const ENDS = {
   "end token": " The model has ended its text.",
   limit: " The text is as long as this page allows.",
   stop: " Stopped.",
+};
+// What the button writes: so many tokens of a text; an answer up to its own end.
+const WRITE = {
+  text: { words: "Write 40 tokens", most: 40 },
+  chat: { words: "Write the answer (up to 100 tokens)", most: 100 },
 };
 
 // Write tokens after the text; it is read first if it has changed.
@@ -437,9 +454,13 @@ async function write(howMany) {
     const message = { kind: "run", ...source, generate: howMany, settings, seed };
     if (!isNew) message.ids = state.run.tokens.map(({ id }) => id);
     let first = null;
-    const result = await ask({ ...message, trace: true }, ({ read: tokens, token, step }) => {
+    const result = await ask({ ...message, trace: true }, (progress) => {
+      const { read: tokens, token, step } = progress;
+      showProgress(progress);
+      if (progress.done !== undefined) return;
       if (tokens !== undefined) state.live = { tokens, prompt: tokens.length - steps.length };
       if (token !== undefined) {
+        if (first === null) showStatus("Writing ...");
         first ??= seconds(started);
         state.live.tokens.push(token);
         steps.push(step);
@@ -449,7 +470,11 @@ async function write(howMany) {
     state.live = null;
     setRun(result, source, steps);
     const written = countWritten(result.tokens.slice(result.prompt));
-    showStatus(`Wrote ${written}; the first came after ${first ?? "0 s"}.${ENDS[result.ended] ?? ""}`);
+    let end = ENDS[result.ended] ?? "";
+    if (result.ended === null && source.mode === "chat" && howMany > 1) {
+      end = " The answer is not finished; press again.";
+    }
+    showStatus(`Wrote ${written}; the first came after ${first ?? "0 s"}.${end}`);
   });
 }
 
@@ -509,6 +534,13 @@ function setButtons() {
 function showStatus(words) {
   byId("status").textContent = words;
   byId("status").classList.remove("error");
+}
+
+// How far the worker is: in the text before it writes, or in the layers of the pass that all views show.
+function showProgress({ done, of, unit }) {
+  if (done === undefined) return;
+  const words = { token: "Reading", layer: "Reading all for the views" }[unit];
+  showStatus(`${words}: ${count(done)} of ${count(of, unit)} ...`);
 }
 
 function showError(words) {
@@ -695,9 +727,10 @@ function showExamples() {
   useExample(0);
 }
 
-// The list of examples names the one that the text and the mode are of, if they are.
+// The list of examples names the one that the text and the mode are of, if they are. The button says what it writes.
 function showWhichExample() {
   const { text, mode } = sourceOfPage();
+  byId("write").textContent = WRITE[mode].words;
   const place = data.examples.findIndex((example) => example.text === text && modeOf(example) === mode);
   byId("example").value = place < 0 ? "own" : String(place);
 }
@@ -710,6 +743,7 @@ function useExample(place) {
   const example = data.examples[place];
   byId("prompt").value = example.text;
   document.querySelector(`input[name=mode][value=${modeOf(example)}]`).checked = true;
+  showWhichExample();
 }
 
 function chooseExample({ target: { value } }) {
@@ -732,7 +766,7 @@ function listen() {
   const click = (id, action) => byId(id).addEventListener("click", action);
   click("read", () => read());
   click("next", () => write(1));
-  click("write", () => write(40));
+  click("write", () => write(WRITE[sourceOfPage().mode].most));
   click("stop", stopWork);
   click("theme", changeTheme);
   click("back", goBack);
@@ -789,5 +823,5 @@ async function startPage() {
 // What the other scripts use.
 Object.assign(globalThis, { VIEWS, select, make, openView, remember, explorer: state });
 Object.assign(globalThis, { chosen, newId, choice, layerChoice, paragraph, arrowKeys, quoted, plot });
-Object.assign(globalThis, { count, countWritten, number, percent, powerOfTen, complaint });
+Object.assign(globalThis, { count, countWritten, number, percent, exactPercent, powerOfTen, complaint });
 document.addEventListener("DOMContentLoaded", () => startPage().catch((error) => showError(error.message)));

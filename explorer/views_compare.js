@@ -172,6 +172,10 @@ async function showMistake(places, run) {
       const result = await (name === "no_cache" ? withoutCache(run) : withMistake(run, name, long));
       if (!isStill()) return;
       state.result = { key, ...result };
+      if (result.most?.size > 0) { // all views render again, this one from the result
+        select({ layer: result.most.layer, head: result.most.head });
+        return;
+      }
     } catch (error) {
       lead.textContent = error.message;
       return;

@@ -55,7 +55,6 @@ function rotaryPairs(text) {
 function hasYarn(text) {
   return text.rope_parameters.rope_type === "yarn";
 }
-Object.assign(globalThis, { hasYarn }); // views_compare.js needs it, too
 
 // The factor on the query of a position, as ministral3.YarnRotaryEmbedding.forward; 1 without llama_4_scaling_beta.
 function queryScale(text, position) {
@@ -63,6 +62,7 @@ function queryScale(text, position) {
   if (!rope.llama_4_scaling_beta) return 1;
   return 1 + rope.llama_4_scaling_beta * Math.log(1 + Math.floor(position / rope.original_max_position_embeddings));
 }
+Object.assign(globalThis, { hasYarn, queryScale }); // the other views need them, too
 
 // ------------------------------------------------------------------------------------------------------ code
 // Each point of reference/trace.POINTS: dimensions, and where it is computed: file, function, part of the line.
@@ -553,18 +553,23 @@ function periods(text, pairs) {
     return { name, inside, from: inside[0] - 0.5, to: inside.at(-1) + 0.5, className: `state-band-${name}` };
   }).filter((zone) => zone.inside.length > 0);
   const plain = { className: "state-line-plain", points: pairs.map((pair) => [pair.pair, of(pair.plain)]) };
-  const words = {
-    kept: `They turn more than ${rope.beta_fast ?? 32} times within the original context and stay as they are.`,
-    blended: "They are stretched in part.",
-    stretched: `They turn less than ${turnsText(rope.beta_slow ?? 1)} within it. `
-      + `Their period is ${rope.factor} times as long: position p gives the angle that position p / ${rope.factor} `
-      + "gives without YaRN.",
+  const words = (zone) => {
+    let [they, turn, are, period] = ["They", "turn", "are", "Their periods are"];
+    if (zone.inside.length === 1) [they, turn, are, period] = ["It", "turns", "is", "Its period is"];
+    return {
+      kept: `${they} ${turn} more than ${rope.beta_fast ?? 32} times within the original context `
+        + `and ${are} not changed.`,
+      blended: `${they} ${are} stretched in part.`,
+      stretched: `${they} ${turn} less than ${turnsText(rope.beta_slow ?? 1)} within it. `
+        + `${period} ${rope.factor} times as long: position p gives the angle that position p / ${rope.factor} `
+        + "gives without YaRN.",
+    }[zone.name];
   };
   return [
     plot("Periods of the rotary pairs, with YaRN and without, on a logarithmic scale", x, y, [plain, used], zones),
     make("ul", { className: "state-zones" }, zones.map((zone) => make("li", {},
       make("span", { className: `state-key state-band-${zone.name}` }), make("b", {}, zone.name),
-      `, ${rangeText(zone.inside)}. ${words[zone.name]}`))),
+      `, ${rangeText(zone.inside)}. ${words(zone)}`))),
     paragraph("The period of a pair is the number of positions in which it turns once. The original context has "
       + `${count(rope.original_max_position_embeddings)} positions. Solid: with YaRN. Dashed: without.`),
   ];

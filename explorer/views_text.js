@@ -63,11 +63,13 @@ VIEWS.push({
       make("td", { className: "mono label" }, hex(token.bytes)),
       make("td", { className: "muted" }, position < run.prompt ? "read" : "written")));
     const [size, unit] = count(bytes, "byte").split(" ");
+    let mean = null;
+    if (plain.length > 0) mean = fact((bytes / plain.length).toFixed(1), "bytes for each token of text");
     element.replaceChildren(
       make("div", { className: "facts" },
         fact(...count(run.tokens.length, "token").split(" ")),
         fact(size, `${unit} of text (UTF-8)`),
-        fact((bytes / Math.max(plain.length, 1)).toFixed(1), "bytes for each token of text"),
+        mean,
         fact(run.text.vocab_size.toLocaleString("en-US"), "tokens in the vocabulary")),
       make("h3", {}, `Token at position ${query}`),
       make("p", {}, mark(run.help.tokenLabel(query)), tokenSentence(run, query)),
@@ -254,10 +256,10 @@ function stageWords(run, before, name) {
   const { temperature, top_k: k, top_p: p, min_p: least } = run.settings;
   if (name === "model") return "The softmax of the logits.";
   if (name === "top_k") return `Keeps the ${count(k)} most likely.`;
-  if (name === "top_p") return `Keeps the most likely, until they reach ${percent(p)} together.`;
+  if (name === "top_p") return `Keeps the most likely, until they reach ${exactPercent(p)} together.`;
   if (name === "min_p") {
     const most = Math.max(...before.probabilities);
-    return `Cuts what is below ${least} × ${percent(most)} (the first) = ${percent(least * most)}.`;
+    return `Cuts what is below ${least} × ${percent(most)} (the first) = ${exactPercent(least * most, 3)}.`;
   }
   if (temperature === 0) return "Takes the most likely token.";
   const rule = `Divides the logits by ${temperature}.`;
@@ -539,8 +541,16 @@ function largeMap(run) {
       make("tbody", {}, rows)),
     scaleLegend(run, window),
     muted("The score is the product of query and key, divided by the root of their size D. ",
+      scaleSentence(run, query),
       "The softmax makes probabilities of the scores of a row."),
     make("p", {}, button("Show the Python lines (in “Sizes and code”)", () => run.help.showCode(code))));
+}
+
+// What a query scale above 1 does, at positions beyond the original context; nothing elsewhere.
+function scaleSentence(run, query) {
+  const scale = queryScale(run.text, query);
+  if (scale === 1) return "";
+  return `Before that, the query is multiplied by the query scale of its position ${query}, ${scale.toFixed(4)}. `;
 }
 
 // Draw the map, and let pointer and keys move in it.

@@ -10,9 +10,12 @@
 //     lens    {vectors}  (n, E), one after another -> n lists of {id, text, probability}, the most likely first
 //     name    {ids}                              -> {tokens}
 //     stop    ends a run after its current token; has no answer
+//
+// The progress of a run is {read: tokens} once, {token, step} of each written token, and {done, of, unit} of long work.
 "use strict";
 
 const LIMIT = 512; // tokens of a text: its trace would otherwise need more than 100 MB
+const CHUNK = 64; // tokens of a long text that are read before its progress is reported
 let parts = null; // {config, tokenizer, weights} after "start"
 const models = new Map(); // names of mistakes -> Model
 let kept = null; // {key, ids, cache, logits} of the last run of the right model, to go on from
@@ -101,7 +104,8 @@ async function run(message, report) {
   let ended = null;
   let state = null;
   for (let step = 0; step < generate && ended === null; step++) {
-    state = advance(model, ids, images, useCache ? state ?? reusable(mistakes, ids, message.images) : null);
+    const before = useCache ? state ?? reusable(mistakes, ids, message.images) : null;
+    state = advance(model, ids, images, before, report);
     const id = sample(state.logits, settings, noiseOf(seed, ids.length, state.logits.length));
     ids.push(id);
     tokens.push(describe(id));
@@ -114,7 +118,12 @@ async function run(message, report) {
   }
   const trace = {};
   if (message.trace) {
-    const record = (name, shape, data) => { trace[name] = { shape, data }; };
+    const of = model.layers.length;
+    const record = (name, shape, data) => {
+      trace[name] = { shape, data };
+      const layer = name.match(/^layers\.(\d+)\.mlp_residual$/);
+      if (layer) report({ done: Number(layer[1]) + 1, of, unit: "layer" });
+    };
     const cache = model.newCache(); // the pass also fills a cache, so that the next token needs no second one
     const logits = Float32Array.from(model.forward(ids, cache, { images, record }));
     state = { ids: [...ids], cache, logits };
@@ -130,15 +139,22 @@ function modelOf(mistakes) {
   return models.get(key);
 }
 
-// Read the tokens that the cache lacks. state: {ids, cache, logits} of tokens that `ids` begins with, or null.
-function advance(model, ids, images, state) {
-  if (state === null) {
-    const cache = model.newCache();
-    return { ids: [...ids], cache, logits: Float32Array.from(model.forward(ids, cache, { images })) };
+// Read the tokens that the cache lacks. state: {ids, cache, logits} of tokens that `ids` begins with, or null. A long
+// text is read in chunks, between which `report` tells how far it is. The numbers are those of one pass.
+function advance(model, ids, images, state, report) {
+  const start = state?.ids.length ?? 0;
+  if (start === ids.length) return state;
+  const cache = state?.cache ?? model.newCache();
+  const given = state === null ? images : [];
+  let logits = null;
+  for (let done = start; done < ids.length;) {
+    let end = done + CHUNK;
+    if (given.length > 0 || end + 1 >= ids.length) end = ids.length; // images are read at once; no chunk has 1 token
+    if (end < ids.length || done > start) report({ done, of: ids.length, unit: "token" });
+    logits = model.forward(ids.slice(done, end), cache, { images: given });
+    done = end;
   }
-  const fresh = ids.slice(state.ids.length);
-  if (fresh.length === 0) return state;
-  return { ids: [...ids], cache: state.cache, logits: Float32Array.from(model.forward(fresh, state.cache)) };
+  return { ids: [...ids], cache, logits: Float32Array.from(logits) };
 }
 
 function reusable(mistakes, ids, images) {
@@ -182,4 +198,4 @@ function mostLikely(logits, count) {
   return order.slice(0, count).map((id) => ({ ...describe(id), probability: probability(id) }));
 }
 
-if (typeof module !== "undefined") module.exports = { noiseOf };
+if (typeof module !== "undefined") module.exports = { noiseOf, advance };

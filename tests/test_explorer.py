@@ -14,6 +14,7 @@ import torch
 from explorer import screenshots
 from explorer.__main__ import LIMIT, assemble, main
 from generate import Sampling, filter_logits, generate, load_model
+from ministral3 import YarnRotaryEmbedding
 from tests.explorer_page import (
     FIREFOX,
     HAS_SELENIUM,
@@ -29,6 +30,7 @@ from tests.explorer_page import (
 from tokenizer import Tokenizer
 
 VIEWS = ["tokens", "sampling", "attention", "layers", "cache", "positions", "mistakes", "image", "sizes"]  # the tabs
+PERCENT = "\N{NO-BREAK SPACE}%"
 PWNED = "window.pwned = true"
 PROMPT = f"""</script><script>{PWNED}</script><img src=x onerror="{PWNED}"> {{{{weights}}}} <!-- \ud800"""
 
@@ -232,6 +234,90 @@ def test_the_page_stays_responsive(page):
 
 
 @needs_browser
+def test_an_answer_is_written_to_its_end(page):
+    """A question needs 43 tokens. An answer that is cut at the bound says so."""
+    page.open("ministral3", is_new=True)
+    assert page.text("write") == "Write 40 tokens"
+    page("""const list = document.getElementById("example");
+        list.value = "2";
+        list.dispatchEvent(new Event("change"));""")
+    page.wait("!explorer.busy && explorer.run.source.mode === 'chat'")
+    assert page.text("write") == "Write the answer (up to 100 tokens)"
+    page.write(*page.prompt(), temperature=0)
+    page.press("write")
+    assert re.search(r"^Wrote 43 tokens, .* The model has ended its text\.$", page.text("status"))
+    page.write("x", "chat", temperature=5, top_k=0, top_p=1)  # the end is one token of 1,000
+    page.press("write")
+    assert page.text("status").startswith("Wrote 100 tokens; ")
+    assert page.text("status").endswith(" The answer is not finished; press again.")
+    page("""const { postMessage } = Worker.prototype;
+        Worker.prototype.postMessage = function (data) {
+            Worker.prototype.postMessage = postMessage;
+            this.postMessage({ ...data, message: { ...data.message, generate: 5 } });
+        };
+        explorer.run.help.answer({ text: "What is 247 + 385?", mode: "chat", images: [] })""")
+    page.wait()
+    end = "Answered with 5 tokens. The answer is not finished; “Write the answer” goes on."
+    assert page.text("status") == end
+
+
+@needs_browser
+def test_the_progress_of_a_long_text(page):
+    page.open("ministral3", is_new=True)
+    page("""globalThis.said = [];
+        const status = document.getElementById("status");
+        const stop = document.getElementById("stop");
+        const note = () => said.push([status.textContent, stop.hidden]);
+        new MutationObserver(note).observe(status, { childList: true });""")
+    page.write("be " * 60)
+    page.press("read")
+    layers = [[f"Reading all for the views: {layer} of 7 layers ...", True] for layer in range(1, 8)]
+    assert page("return said.splice(0)")[1:-1] == layers
+    page.write("To " * 70)
+    page.press("next")
+    read = len(page.ids()) - 1
+    tokens = [[f"Reading: {done} of {read} tokens ...", False] for done in range(0, read - 1, 64)]
+    words = page("return said")
+    assert words[: len(tokens) + 2] == [["Writing ...", False], *tokens, ["Writing ...", False]]
+
+
+@needs_browser
+def test_a_map_asks_for_the_theme_once(page):
+    """Not for each cell: the maps of a text of 480 tokens have 13 million."""
+    page.open("ministral3")
+    asked = page("""const { matchMedia } = globalThis;
+        let asked = 0;
+        globalThis.matchMedia = (query) => { asked += 1; return matchMedia(query); };
+        const canvas = document.createElement("canvas");
+        explorer.run.help.heat(canvas, { rows: 9, columns: 9, value: () => 0.5, cells: true });
+        globalThis.matchMedia = matchMedia;
+        return asked""")
+    assert 1 <= asked <= 2
+
+
+@needs_browser
+def test_few_digits_do_not_hide_a_setting(page):
+    page.open("ministral3")
+    found = page("return arguments[0].map((share) => exactPercent(share))", [0.0001, 0.9, 0.9995, 0])
+    assert found == [f"0.01{PERCENT}", f"90{PERCENT}", f"99.95{PERCENT}", f"0{PERCENT}"]
+
+
+@needs_browser
+def test_the_query_scale_is_said_where_it_acts(page):
+    page.open("ministral3", is_new=True)
+    page.open_view("attention")
+    assert "query scale" not in page.content()
+    page.write("be " * 257)
+    page.press("read")
+    config = load_model(MODELS["ministral3"], torch.float32).config.get_text_config()
+    scale = YarnRotaryEmbedding(config)(torch.zeros(1), torch.tensor([[256]]))[2]
+    page("select({ query: 256 })")
+    assert f"the query scale of its position 256, {scale.item():.4f}. " in page.content()
+    page("select({ query: 255 })")
+    assert "query scale" not in page.content()
+
+
+@needs_browser
 def test_what_is_chosen_while_the_model_writes(page):
     """A second press does nothing. Another example or a question ends the text, and is read."""
     page.open("ministral3", is_new=True)
@@ -260,7 +346,7 @@ def test_one_thing_is_not_written_as_many(page):
     assert page.contents(".fact")[:2] == ["2 tokens", "1 byte of text (UTF-8)"]
     page.write("")
     page.press("read")
-    assert page.contents(".fact")[0] == "1 token"
+    assert page.contents(".fact")[0] == "1 token" and len(page.contents(".fact")) == 3  # no mean of no tokens
 
 
 @needs_browser
@@ -300,8 +386,8 @@ def test_sampling_shows_what_filter_logits_does(page):
     assert any(row[-1].startswith("cut") for row in rows)
     most = stages[3].max().item()
     words = ["The softmax of the logits.", "Divides the logits by 1.5. Likely tokens lose to the others.",
-             "Keeps the 20 most likely.", f"Keeps the most likely, until they reach {percent(0.8)} together.",
-             f"Cuts what is below 0.05{TIMES}{percent(most)} (the first) = {percent(most / 20)}."]  # fmt: skip
+             "Keeps the 20 most likely.", f"Keeps the most likely, until they reach 80{PERCENT} together.",
+             f"Cuts what is below 0.05{TIMES}{percent(most)} (the first) = {most * 5:.3g}{PERCENT}."]  # fmt: skip
     left = [f"{int((stage > 0).sum()):,} tokens stay." for stage in stages]
     assert page.contents(".funnel span") == [line for pair in zip(words, left) for line in pair]
     assert len(page.contents(".fill")) == sum(text != percent(0) for row in rows for text in row[2:-1])
@@ -458,6 +544,7 @@ def test_nothing_is_cut_off_or_hidden(page):
 
 
 @needs_browser
+@pytest.mark.filterwarnings("default:config.json")  # a note of the command
 def test_nothing_of_a_model_or_a_prompt_is_executed(page, tmp_path):
     evil = f'<img src=x onerror="{PWNED}">'
     model = copy_of(MODELS["ministral3"], tmp_path).rename(tmp_path / f"<img src=x onerror={PWNED}>")

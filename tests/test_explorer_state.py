@@ -39,12 +39,13 @@ needs_node = pytest.mark.skipif(NODE is None, reason="needs node")
 
 
 def in_node(expression, **values):
-    """The value of a JavaScript expression that knows `values` and the functions of both scripts of these views."""
-    scripts = [str(ROOT / "explorer" / name) for name in ("model.js", "views_state.js", "views_compare.js")]
+    """The value of a JavaScript expression that knows `values` and the functions of these views and of the worker."""
+    names = ("model.js", "worker.js", "views_state.js", "views_compare.js")
+    scripts = [str(ROOT / "explorer" / name) for name in names]
     program = """
         const fs = require("fs"), vm = require("vm");
         const { scripts, expression, values } = JSON.parse(fs.readFileSync(0, "utf-8"));
-        Object.assign(globalThis, values, { VIEWS: [], chosen: {} });
+        Object.assign(globalThis, values, { fs, VIEWS: [], chosen: {} });
         for (const script of scripts) vm.runInThisContext(fs.readFileSync(script, "utf-8"), script);
         process.stdout.write(JSON.stringify(vm.runInThisContext(expression)));
     """
@@ -72,6 +73,21 @@ def read_positions(cache, new):
     if cache.window is not None:
         used = min(used, cache.window)
     return keys.flatten().int().tolist(), cache.keys[0, 0, :used, 0].int().tolist()
+
+
+@needs_node
+@pytest.mark.parametrize("name", MODELS)
+def test_a_text_in_chunks_gives_the_numbers_of_one_pass(name):
+    expression = """(() => {
+        const bytes = fs.readFileSync(directory + "/model.safetensors");
+        const weights = readWeights(bytes.buffer.slice(bytes.byteOffset, bytes.byteOffset + bytes.length));
+        const model = new Model(JSON.parse(fs.readFileSync(directory + "/config.json")), weights);
+        const ids = Array.from({ length: 129 }, (_, place) => 300 + (place * place) % 500); // one more than two chunks
+        const told = [];
+        const { logits } = advance(model, ids, [], null, ({ done }) => told.push(done));
+        return [told, model.forward(ids).every((value, id) => value === logits[id])];
+    })()"""
+    assert in_node(expression, directory=str(MODELS[name])) == [[0, 64], True]
 
 
 @needs_node
@@ -327,6 +343,9 @@ def test_positions_view(page):
     page.set("Position (", 5)
     lead = page.content(".state-lead")
     assert "YaRN changes the angles of 15 of 16 pairs. It changes pair 2 most: 1.5811 rad without" in lead
+    zones = page.contents(".state-zones li")
+    assert zones[0].startswith("kept, pair 0. It turns more than ")
+    assert zones[2].startswith("stretched, pairs 7 to 15. They turn less than ")
     assert "pair 2: 1.1576 radians, 1.5811 without YaRN, blended" in page(
         "return [...document.querySelectorAll('.state-dial svg')].map((dial) => dial.getAttribute('aria-label'))"
     )
@@ -375,6 +394,10 @@ def test_mistakes_that_need_a_longer_text(page):
     assert "No number differs in this text. It shows in texts of 65 tokens and more" in page.content()
     page.press_in_view("Repeat the text up to 80 tokens")
     page.wait("document.querySelector('.state-bars') !== null")
+    layer, head = page("return [explorer.run.selected.layer, explorer.run.selected.head]")
+    assert "Nothing changes" not in page.content()
+    page.press_in_view("Find the head that changes most")
+    assert page("return [explorer.run.selected.layer, explorer.run.selected.head]") == [layer, head]
     ids = page.ids()
     ids += (ids[1:] * 9)[: 80 - len(ids)]  # without <s>
     first, sizes, _ = largest_differences("ministral", "window_plus_1", ids)
