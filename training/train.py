@@ -143,7 +143,7 @@ class Trainer:
         )
         losses: list[Tensor] = []
         say(f"{self.recipe.kind} {stage.name}: from step {steps.start} of {stage.steps}, in {self.output}")
-        bar = tqdm(loader, stage.name, stage.steps, initial=steps.start, unit=" steps", leave=False, disable=None)
+        bar = tqdm(loader, stage.name, stage.steps, leave=False, initial=steps.start, disable=None)
         started = saved = time.monotonic()
         for arrays in bar:
             losses.append(self.step(stage, module, optimizers, Batch(*arrays).to(self.device)))
