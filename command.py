@@ -302,7 +302,7 @@ def knows_chats(model: str, directory: Path) -> tuple[bool, str]:
             return True, f"the name says {word}"
     template = read_chat_template(directory)
     if template is not None:
-        return True, f"{template[0]} has a chat template"
+        return True, f"{template[0]} has a chat template (--raw continues text)"
     if (directory / "SYSTEM_PROMPT.txt").is_file():
         return True, "SYSTEM_PROMPT.txt is there"
     reason = "the model continues the prompt; neither its name nor its files tell of chats"
@@ -553,10 +553,11 @@ def check_device(device: torch.device, dtype: torch.dtype) -> int:
     """Print whether a device computes right numbers in a type. Returns the exit code: 0 if it does, else 1."""
     from reference.device import CHECKED_MODELS, description, first_difference
 
+    name = f"{description(device)}, torch {torch.__version__}, {str(dtype).removeprefix('torch.')}"
+    print("comparing the golden models with their float64 traces ...", file=sys.stderr)
     start = time.perf_counter()
     wrong = first_difference(device, dtype)
     seconds = time.perf_counter() - start
-    name = f"{description(device)}, torch {torch.__version__}, {str(dtype).removeprefix('torch.')}"
     if wrong is not None:
         print(f"{name}: wrong numbers; {wrong}")
         return 1

@@ -327,6 +327,9 @@ def test_a_named_mistake_within_the_noise_fails(report):
     assert found["agrees"] and found["mutant"] == "norm_epsilon" and code == 1
 
 
-def test_logits_without_dimensions(report):
+def test_logits_without_dimensions(report, capsys, tmp_path):
     code, found = report({"logits": torch.tensor(1.0)}, "ministral")
     assert code == 2 and found["sentence"].startswith("nothing to compare")
+    code, out, _ = diff(capsys, tmp_path / "mine.safetensors", reference("ministral"))
+    assert code == 2 and out.startswith("nothing to compare")
+    assert "max error" not in out  # no table without lines

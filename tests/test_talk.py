@@ -36,6 +36,7 @@ from tokenizer import Tokenizer
 from vision import Mistral3Config, Mistral3ForConditionalGeneration, PixtralVisionConfig, PixtralVisionModel
 
 rngs = st.randoms(use_true_random=False)
+TEMPLATE = "has a chat template (--raw continues text)"
 UNKNOWN = "the model continues the prompt; neither its name nor its files tell of chats (--chat tries one)"
 
 
@@ -269,8 +270,8 @@ TOOLS = [{"type": "function", "function": {"name": "add", "description": "Adds."
         ("ministral-3-14b-reasoning-2512-bf16", [], [], True, "the name says reasoning"),
         ("Ministral-3-8B-Base-2512", ["chat_template.jinja"], [], False, "the name says base"),
         ("Instruct-made-from-Base", [], [], False, "the name says base"),
-        ("mine", ["chat_template.jinja"], [], True, "chat_template.jinja has a chat template"),
-        ("mine", ["tokenizer_config.json"], [], True, "tokenizer_config.json has a chat template"),
+        ("mine", ["chat_template.jinja"], [], True, f"chat_template.jinja {TEMPLATE}"),
+        ("mine", ["tokenizer_config.json"], [], True, f"tokenizer_config.json {TEMPLATE}"),
         ("mine", ["SYSTEM_PROMPT.txt"], [], True, "SYSTEM_PROMPT.txt is there"),
         ("mine", [], [], False, UNKNOWN),
         ("Instruct", [], ["--raw"], False, "--raw"),

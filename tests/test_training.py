@@ -68,7 +68,7 @@ def plays():
     return {False: Plays.of(texts["train"][:3], texts["test"]), True: Plays.of(texts["test"], texts["train"][:3])}
 
 
-def test_a_resumed_run_is_the_same_run(trainer, tmp_path, monkeypatch):
+def test_a_resumed_run_is_the_same_run(trainer, tmp_path, monkeypatch, capsys):
     """Three stages at once, and three that are killed after each state that is written: equal weights, to the bit."""
     trainer(TINY, "once").run()
     real_replace, saves = os.replace, []
@@ -85,7 +85,7 @@ def test_a_resumed_run_is_the_same_run(trainer, tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             trainer(TINY, "often").run()
     trainer(TINY, "often").run()
-    assert len(saves) == 8
+    assert len(saves) == 8 and "ministral3 text: from step 1 of 2, in " in capsys.readouterr().out
     once, often = (torch.load(tmp_path / run / "state.pt", weights_only=True) for run in ("once", "often"))
     assert once["progress"]["stage"] == often["progress"]["stage"] == 3
     for name, weight in once["model"].items():

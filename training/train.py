@@ -142,8 +142,9 @@ class Trainer:
             self.rows(stage, model), batch_size=None, sampler=steps, num_workers=self.workers, collate_fn=tuple
         )
         losses: list[Tensor] = []
+        say(f"{self.recipe.kind} {stage.name}: from step {steps.start} of {stage.steps}, in {self.output}")
+        bar = tqdm(loader, stage.name, stage.steps, leave=False, initial=steps.start, disable=None)
         started = saved = time.monotonic()
-        bar = tqdm(loader, stage.name, stage.steps, leave=False, unit=" steps", delay=2, initial=self.progress.step)
         for arrays in bar:
             losses.append(self.step(stage, module, optimizers, Batch(*arrays).to(self.device)))
             self.progress.step += 1
@@ -186,7 +187,7 @@ class Trainer:
         entry = {"stage": stage.name, "step": step, "text": text, "answers": answers, "seconds": seconds}
         self.progress.log.append(entry)
         line = f"{self.recipe.kind} {stage.name} {step}/{stage.steps}: text {text:.3f}, answers {answers:.4f}"
-        tqdm.write(f"{line}, {steps_per_second:.2f} steps/s, {seconds} s")
+        say(f"{line}, {steps_per_second:.2f} steps/s, {seconds} s")
 
     @torch.no_grad()
     def validate(self, model: Any) -> None:
@@ -196,7 +197,7 @@ class Trainer:
             score = bits_per_byte(model, self.tokenizer, [self.texts["validation"][0][:40000]], 1024)
         stage = self.recipe.stages[self.progress.stage].name
         self.progress.log.append({"stage": stage, "step": self.progress.step, "bits_per_byte": score})
-        tqdm.write(f"{self.recipe.kind} {stage}: {score:.4f} bits per byte of the validation play")
+        say(f"{self.recipe.kind} {stage}: {score:.4f} bits per byte of the validation play")
 
     def save_state(self, model: Any, module: nn.Module, optimizers: list[Any]) -> None:
         """Write all that a run needs to go on, and the log."""
@@ -223,6 +224,12 @@ class Trainer:
         if recipe != repr(self.recipe):
             raise ValueError(f"{path} belongs to another recipe; choose another --output or remove it")
         return state
+
+
+def say(line: str) -> None:
+    """Print a line above the progress bar."""
+    with tqdm.external_write_mode():
+        print(line, flush=True)
 
 
 def vocabulary(texts: list[str], recipe: Recipe) -> dict[str, Any]:
