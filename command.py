@@ -652,7 +652,8 @@ def generate_once(
         used = computed | {"attn": options.attn} | settings | {"stop": options.stop}
         print_json(options, prompt, writer, message, used, timing, interrupted)
     else:
-        print(flush=True)
+        if writer.text or message is None or "tool_calls" not in message:
+            print(flush=True)  # the text does not end its line
         report_calls(message)
     rate = f"{timing['tokens_per_second']:.1f} tokens/s"
     line = f"{len(writer.ids)} tokens, {rate}, {', '.join(computed.values())}, seed {settings['seed']}"

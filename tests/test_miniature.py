@@ -347,6 +347,13 @@ def test_a_chat_begins_with_what_the_model_can_do(monkeypatch, capsys):
     assert ABILITIES not in run(capsys, "--chat", "--model", MODELS["ministral"])[2]
 
 
+def test_an_answer_of_tool_calls_only_is_one_line_of_json(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    code, out, _ = run(capsys, "--tools", "examples/tools.json", "What is 123 times 45?")
+    assert code == 0 and out.count("\n") == 1
+    assert json.loads(out)[0]["function"] == {"name": "multiply", "arguments": {"a": 123, "b": 45}}
+
+
 def test_a_conversation_about_several_images(monkeypatch, capsys, tmp_path):
     """One after the other and two at once, with sums and free questions between them, at the usual settings."""
     draw = random.Random(0)
