@@ -45,7 +45,7 @@ def output_of(command: str) -> list[str]:
     """
     arguments = [sys.executable, *shlex.split(command)[1:]]
     printed = subprocess.run(arguments, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
-    lines = printed.strip("\n").split("\n")
+    lines = printed.rstrip("\n").split("\n")
     if len(lines) > LINES:
         lines = [*lines[:LINES], "..."]
     return lines
