@@ -5,7 +5,8 @@
 Prints a line for each mutant: `killed` if a test failed (which one), `hang` or `crash` if the process ended,
 `survived` if all passed. The lines are kept in --results, and the mutants that are there are not run again. Nothing is
 written into the working tree: the tests are collected once, and each mutant is a fork of that process, in which the
-functions and values of the module get those of the changed source.
+functions and values of the module get those of the changed source. --results belong to one state of the file: give
+another folder after a change of it.
 """
 
 import argparse
@@ -78,8 +79,7 @@ def calls(node):
         yield node.func.value
     name = getattr(node.func, "id", None) or getattr(node.func, "attr", None)
     if name in NAMES:
-        field = "id" if isinstance(node.func, ast.Name) else "attr"
-        yield changed(node, func=changed(node.func, **{field: NAMES[name]}))
+        yield changed(node, func=changed(node.func, id=NAMES[name], attr=NAMES[name]))  # a Name has an id
 
 
 def replacements(node):
@@ -89,7 +89,10 @@ def replacements(node):
     if isinstance(node, ast.BoolOp):
         for operand in node.values:
             kept = [other for other in node.values if other is not operand]
-            yield changed(node, values=kept) if len(kept) > 1 else kept[0]
+            if len(kept) == 1:
+                yield kept[0]
+            else:
+                yield changed(node, values=kept)
     if isinstance(node, ast.Compare):
         yield from (changed(node, ops=[other()]) for other in SWAPS[type(node.ops[0])])
     if isinstance(node, ast.UnaryOp):
@@ -114,11 +117,12 @@ def is_first(node):
     return all(isinstance(part, ast.Name) and part.id not in read for part in parts)
 
 
-def is_text(node):
-    """Whether it is a docstring or a message, which no test compares word for word."""
+def is_left_out(node):
+    """Whether it is a docstring or a message, which no test compares word for word, or run as a command only."""
     if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
         return True
-    return isinstance(node, (ast.Raise, ast.JoinedStr)) or ast.unparse(node).startswith("warnings.warn")
+    left_out = ast.unparse(node).startswith(("warnings.warn", "if __name__"))
+    return left_out or isinstance(node, (ast.Raise, ast.JoinedStr))
 
 
 def mutants(node, home=()):
@@ -128,7 +132,7 @@ def mutants(node, home=()):
         if field in ("annotation", "returns", "decorator_list"):
             continue
         for place, child in enumerate(value if isinstance(value, list) else [value]):
-            if not isinstance(child, ast.AST) or (isinstance(child, (ast.expr, ast.stmt)) and is_text(child)):
+            if not isinstance(child, ast.AST) or (isinstance(child, (ast.expr, ast.stmt)) and is_left_out(child)):
                 continue
             inner = home
             if isinstance(child, (ast.FunctionDef, ast.ClassDef)):
@@ -192,7 +196,9 @@ class Pass:
         gc.freeze()
         self.items = {item.nodeid: item for item in session.items}
         table = self.options.results / "tests.json"
-        tests = json.loads(table.read_text()) if table.exists() else {}
+        tests = {}
+        if table.exists():
+            tests = json.loads(table.read_text())
         new = [name for name in self.items if name not in tests]
         if new:
             tests |= forked(lambda: self.survey(new))
@@ -200,7 +206,8 @@ class Pass:
         tests = {name: test for name, test in tests.items() if test and name in self.items}
         file = self.options.file
         record = self.options.results / f"{file.stem}.txt"
-        done = record.read_text().splitlines() if record.exists() else []
+        record.touch()
+        done = record.read_text().splitlines()
         kills = Counter(line.split("\t")[2] for line in done)
         names = {line.split("\t")[0] for line in done}
         first, last = map(int, self.options.lines.split("-"))
@@ -212,8 +219,10 @@ class Pass:
             start = time.monotonic()
             order = tests_for(tests, file.name, [(0, math.inf), *homes][-1], kills, self.options.budget)
             verdict = forked(lambda put=put, order=order: self.verdict(tree, put, order))
-            if isinstance(verdict, int):
-                verdict = ("hang" if verdict == -signal.SIGALRM else "crash", str(verdict))
+            if verdict == -signal.SIGALRM:
+                verdict = ("hang", "")
+            elif isinstance(verdict, int):
+                verdict = ("crash", str(verdict))
             kills[verdict[1]] += 1
             entry = f"{name}\t{verdict[0]}\t{verdict[1]}\t{time.monotonic() - start:.1f} s"
             print(entry, flush=True)
@@ -250,8 +259,9 @@ class Pass:
             failed = self.run({name: 600})
             sys.settrace(None)
             lines = {file: sorted(lines) for file, lines in reached.items()}
-            passed = not failed and not self.skipped
-            tests[name] = [round(time.monotonic() - start, 2), lines] if passed else None
+            tests[name] = None
+            if not failed and not self.skipped:
+                tests[name] = [round(time.monotonic() - start, 2), lines]
         return tests
 
     def verdict(self, tree, put, order):
@@ -266,7 +276,9 @@ class Pass:
         except Exception as error:
             return "killed", f"import: {type(error).__name__}"
         failed = self.run(order)
-        return ("killed", failed) if failed else ("survived", "")
+        if failed:
+            return "killed", failed
+        return "survived", ""
 
 
 def forked(action):
@@ -292,7 +304,9 @@ def forked(action):
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if not answer and not code:
         raise RuntimeError(LOG.read_text())
-    return json.loads(answer) if answer else code
+    if not answer:
+        return code
+    return json.loads(answer)
 
 
 def tests_for(tests, name, home, kills, budget):
