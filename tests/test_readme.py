@@ -39,7 +39,6 @@ NOT_RUN = {
     "vllm": "is another program",
     "hf": "needs an account",
     "python -m tests.processors": "minutes; .ci/run does it",
-    "python -m tests.code_mutants": "half an hour; test_mutants.py runs a small file",
     "git worktree": "changes the repository",
     "python tests/equality.py": "minutes, and needs a second version",
     "python -m reference golden": "writes reference/golden; test_reference.py runs it",
