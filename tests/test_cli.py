@@ -324,10 +324,16 @@ def test_memory_figures():
     assert free is None or free > 10_000_000
 
 
+def heed_ctrl_c():
+    """A job in the background of a shell ignores Ctrl-C, and so do the processes that it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_keeps_what_was_written():
     process = subprocess.Popen(
-        [*COMMAND, "O Romeo", "--max-new-tokens", "4000", "--seed", "1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+        [*COMMAND, "O Romeo", "--max-new-tokens", "4000", "--seed", "1"], stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, preexec_fn=heed_ctrl_c,
+    )  # fmt: skip
     first = process.stdout.read(10)  # the model is talking
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=600)
