@@ -31,10 +31,10 @@ ROOT = Path(generate.__file__).parent
 COMMAND = [sys.executable, str(ROOT / "generate.py")]
 
 
-def run(capsys, *arguments):
-    """Exit code, standard output and standard error of the command, run in this process."""
+def run(capsys, *arguments, program=main):
+    """Exit code, standard output and standard error of a command, run in this process."""
     try:
-        code = main([str(argument) for argument in arguments])
+        code = program([str(argument) for argument in arguments])
     except SystemExit as exit:
         code = exit.code
     out = capsys.readouterr()

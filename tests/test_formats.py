@@ -4,6 +4,7 @@ Transformers, the Hub, and the commands `convert` and `info`."""
 import copy
 import dataclasses
 import fnmatch
+import functools
 import itertools
 import json
 import math
@@ -50,6 +51,7 @@ from tests.cases import VOCAB, draw_config
 from tests.conftest import at_most
 from tests.published import hub_names, quantize
 from tests.test_checkpoint import assert_same_weights
+from tests.test_cli import run as run_command
 from tests.test_parity import assert_same
 from vision import Mistral3Config, Mistral3ForConditionalGeneration, PixtralVisionConfig
 
@@ -633,14 +635,7 @@ def test_the_head_is_the_one_that_is_stored(tmp_path, recwarn, entry, stored, ki
 # ---------------------------------------------------------------------------------------------- convert and info
 
 
-def run(capsys, *arguments):
-    """Exit code, standard output and standard error of the command."""
-    try:
-        code = main([str(argument) for argument in arguments])
-    except SystemExit as exit:
-        code = exit.code
-    out = capsys.readouterr()
-    return code, out.out, out.err
+run = functools.partial(run_command, program=main)  # of python -m checkpoint
 
 
 def test_the_convert_command(tmp_path, capsys):
