@@ -322,8 +322,10 @@ def test_results_and_caches_can_be_used_in_training():
 @at_most(20)
 @given(rngs)
 def test_positions_skip_padding_within_a_text(rng):
-    """A mask may hide tokens anywhere but at the end: the text is that of the tokens that are left."""
+    """A mask may hide tokens anywhere but at the end: the text is that of the tokens left. In float64, because nearly
+    equal logits may change their order in float32."""
     case = draw_attending_models(rng)
+    case.ours.double()
     hidden = torch.tensor([rng.random() < 0.4 for _ in range(case.ids.shape[1])])
     hidden[-1] = False
     if case.ours.config.sliding_window is not None:
