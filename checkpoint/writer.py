@@ -184,8 +184,8 @@ def _removal_order(path: Path) -> int:
 def leftovers(directory: Path) -> list[Path]:
     """The temporary files of saves of a model that were interrupted."""
     names = [re.escape(name) for name in (CONFIG, PARAMS, GENERATION)]
-    temporary = re.compile(rf"\.({'|'.join((*names, *WEIGHTS_OF.values()))})\.[\d-]+\.tmp")
-    return sorted(path for path in directory.glob(".*.tmp") if temporary.fullmatch(path.name))
+    of_a_model = re.compile("|".join((*names, *WEIGHTS_OF.values())))
+    return sorted(path for path, name, _, _ in _temporary_files(directory) if of_a_model.fullmatch(name))
 
 
 def interrupted_save(directory: Path) -> str:
@@ -262,16 +262,23 @@ def expect_writable(path: Path) -> None:
 def temporary_path(path: Path) -> Path:
     """A path beside `path` to write to, which no other thread has. What a process that was killed has left under such
     a name is removed."""
-    temporary = re.compile(rf"\.{re.escape(path.name)}\.(\d+)-(\d+)\.tmp")
-    for found in path.parent.glob(".*.tmp"):
-        numbers = temporary.fullmatch(found.name)
-        if numbers is None or _is_running(int(numbers[1]), int(numbers[2])):
+    for found, name, process, thread in _temporary_files(path.parent):
+        if name != path.name or _is_running(process, thread):
             continue
         if found.is_dir():
             shutil.rmtree(found, ignore_errors=True)
         else:
             found.unlink(missing_ok=True)
     return path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+
+
+def _temporary_files(directory: Path) -> Iterator[tuple[Path, str, int, int]]:
+    """The files and directories whose names `temporary_path` has made: (path, the name that it was made for, the
+    numbers of the process and of the thread)."""
+    for path in directory.glob(".*.tmp"):
+        parts = re.fullmatch(r"\.(.+)\.(\d+)-(\d+)\.tmp", path.name)
+        if parts is not None:
+            yield path, parts[1], int(parts[2]), int(parts[3])
 
 
 def _is_running(process: int, thread: int) -> bool:
