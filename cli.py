@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from tqdm import tqdm
 
 from checkpoint import SETTINGS
 
@@ -148,8 +149,6 @@ def format_bytes(count: float) -> str:
 
 def progress_bar() -> Callable[[int, int], object]:
     """A function for `on_prompt` that draws a bar on standard error for prompts that take longer than two seconds."""
-    from tqdm import tqdm  # imported late: a short prompt needs none
-
     bar: Any = None
 
     def show(read: int, total: int) -> None:
