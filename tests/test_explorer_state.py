@@ -272,12 +272,17 @@ def test_cache_view(page, window):
         assert f"{steps - 1} % {size} = {(steps - 1) % size}" in page.content(".state-lead")
 
 
-@needs_browser
-def test_cache_view_with_the_prompt_in_one_step(page):
+def open_demonstration(page):
+    """Open the cache view with a window of 8 tokens for layer 1."""
     page.open("ministral")
     page.open_view("cache")
     page.set("Layer", 1)
     page.set("Window", 8)
+
+
+@needs_browser
+def test_cache_view_with_the_prompt_in_one_step(page):
+    open_demonstration(page)
     page.set("The prompt is read", "once")
     prompt = len(page.ids())
     cache = cache_of(8)
@@ -296,10 +301,7 @@ def test_cache_view_with_the_prompt_in_one_step(page):
 
 @needs_browser
 def test_a_demonstration_is_of_one_layer(page):
-    page.open("ministral")
-    page.open_view("cache")
-    page.set("Layer", 1)
-    page.set("Window", 8)
+    open_demonstration(page)
     assert "Demonstration" in page.content()
     page.set("Layer", 0)
     assert "Demonstration" not in page.content() and "Its cache only grows" in page.content()
