@@ -39,7 +39,7 @@ from .merge import merge
 from .mistral import from_params, to_params
 from .mistral_tensors import NAMES, from_mistral, half_split, interleave, to_mistral
 from .reader import DTYPES, Checkpoint, as_dtype, read_config
-from .writer import expect_writable, replace_file, replace_files, write, write_json
+from .writer import expect_writable, replace_file, replace_files, write, write_json, write_tensors
 
 __all__ = [
     "CONFIG",
@@ -80,4 +80,5 @@ __all__ = [
     "to_params",
     "write",
     "write_json",
+    "write_tensors",
 ]

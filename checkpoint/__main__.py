@@ -88,7 +88,8 @@ def describe(directory: Path) -> list[str]:
     }
     found = leftovers(directory)
     if found:
-        size = format_bytes(sum(path.stat().st_size for path in found))
+        contents = [file for path in found for file in (path, *path.rglob("*"))]
+        size = format_bytes(sum(file.stat().st_size for file in contents if file.is_file()))
         lines["leftovers"] = f"{size} of a save that was interrupted ({list_names([path.name for path in found], 3)})"
     return _format(lines)
 

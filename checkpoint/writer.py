@@ -33,6 +33,8 @@ WEIGHTS_OF = {
     CONFIG: r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?",
     PARAMS: r"consolidated\.safetensors(\.index\.json)?",
 }
+# The name for which `write_tensors` makes a temporary directory.
+SAFETENSORS = "safetensors"
 # Bytes of the units of sizes.
 UNITS = {
     "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
@@ -98,7 +100,7 @@ def write(
     writers[config_path] = partial(_write_json, config)
     with _only_writer(directory):
         for leftover in leftovers(directory):
-            leftover.unlink()
+            _remove(leftover)
         replace_files(writers, before=partial(_remove_old, directory, config_path, config, writers.keys()))
 
 
@@ -153,7 +155,7 @@ def _shards(sizes: Mapping[str, int], shard_bytes: int) -> dict[str, list[str]]:
 
 def _write_shard(names: list[str], read: Callable[[str], Tensor], path: Path) -> None:
     names_with_bar = tqdm(names, "reading", unit=" tensors", leave=False, delay=2)
-    save_file({name: read(name).contiguous() for name in names_with_bar}, path, metadata={"format": "pt"})
+    write_tensors(path, {name: read(name).contiguous() for name in names_with_bar}, {"format": "pt"})
 
 
 def _remove_old(directory: Path, config_path: Path, config: Any, new: Iterable[Path]) -> None:
@@ -182,8 +184,8 @@ def _removal_order(path: Path) -> int:
 
 
 def leftovers(directory: Path) -> list[Path]:
-    """The temporary files of saves of a model that were interrupted."""
-    names = [re.escape(name) for name in (CONFIG, PARAMS, GENERATION)]
+    """The temporary files and directories of saves of a model that were interrupted."""
+    names = [re.escape(name) for name in (CONFIG, PARAMS, GENERATION, SAFETENSORS)]
     of_a_model = re.compile("|".join((*names, *WEIGHTS_OF.values())))
     return sorted(path for path, name, _, _ in _temporary_files(directory) if of_a_model.fullmatch(name))
 
@@ -209,6 +211,20 @@ def _json_bytes(content: Any) -> bytes:
 
 def _write_json(content: Any, path: Path) -> None:
     path.write_bytes(_json_bytes(content))
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file.
+
+    The library writes to `.tmpXXXXXX` beside its path first. A killed process leaves that file, and its name does not
+    say whose it is. So the library gets a directory of its own, which the next save removes."""
+    directory = temporary_path(path.with_name(SAFETENSORS))
+    directory.mkdir()
+    try:
+        save_file(tensors, directory / path.name, metadata)
+        os.replace(directory / path.name, path)
+    finally:
+        _remove(directory)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -265,11 +281,16 @@ def temporary_path(path: Path) -> Path:
     for found, name, process, thread in _temporary_files(path.parent):
         if name != path.name or _is_running(process, thread):
             continue
-        if found.is_dir():
-            shutil.rmtree(found, ignore_errors=True)
-        else:
-            found.unlink(missing_ok=True)
+        _remove(found)
     return path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or a directory, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _temporary_files(directory: Path) -> Iterator[tuple[Path, str, int, int]]:

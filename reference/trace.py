@@ -27,7 +27,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import checkpoint
@@ -409,7 +408,7 @@ def save(
     described = {STEP.sub("", name): dimensions(name) for name in trace}
     content = {**about, "dimensions": described, "torch": torch.__version__, "format": FORMAT}
     metadata = {"trace": json.dumps(content, ensure_ascii=False)}
-    checkpoint.replace_file(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+    checkpoint.replace_file(path, lambda temporary: checkpoint.write_tensors(temporary, tensors, metadata))
 
 
 def _expect_real_size(path: Path) -> None:

@@ -23,10 +23,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
+import safetensors.torch
 import torch
 from tqdm import tqdm
 
 import checkpoint
+from checkpoint import writer
 from explorer.__main__ import main as explorer_main
 from model_types import BUNDLED, load_model
 from reference.__main__ import main as reference_main
@@ -70,6 +72,7 @@ def killed(run: Callable[[], object], step: int | None = None, seconds: float | 
             os.close(reading)
             torch.set_num_threads(1)  # the threads of the parent are not in this process
             tqdm.set_lock(threading.RLock())  # the usual lock is shared by processes, and a killed one may have held it
+            writer.save_file = save_file_in_steps
             with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
                 sys.addaudithook(Steps(writing, step))
                 run()
@@ -86,6 +89,15 @@ def killed(run: Callable[[], object], step: int | None = None, seconds: float | 
     _, status = os.waitpid(child, 0)
     assert status in (0, signal.SIGKILL), f"it failed with status {status}"
     return status != 0, steps
+
+
+def save_file_in_steps(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """safetensors' `save_file`, whose temporary file and its renaming are seen by an audit hook. The library itself
+    writes in Rust, which no hook sees."""
+    temporary = path.with_name(f".tmp{os.getpid()}")
+    with open(temporary, "wb") as file:
+        file.write(safetensors.torch.save(tensors, metadata))
+    os.rename(temporary, path)
 
 
 class Steps:

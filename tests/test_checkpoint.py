@@ -493,9 +493,10 @@ def test_a_save_that_is_interrupted_while_renaming_is_no_mixture(saved, monkeypa
     done, really = [], os.replace
 
     def rename(source, target):
-        if len(done) == renamed or target.name == "config.json":
-            raise OSError("interrupted")
-        done.append(target)
+        if source.parent == path:  # not the temporary files of `write_tensors`
+            if len(done) == renamed or target.name == "config.json":
+                raise OSError("interrupted")
+            done.append(target)
         really(source, target)
 
     monkeypatch.setattr(os, "replace", rename)
@@ -577,8 +578,11 @@ def test_two_writers_do_not_mix(saved, monkeypatch):
 def test_info_names_the_leftovers_of_a_save(saved, capsys):
     _, path = saved
     (path / ".model.safetensors.12-345.tmp").write_bytes(b"12345")
+    (path / ".safetensors.12-345.tmp").mkdir()
+    (path / ".safetensors.12-345.tmp" / ".tmpAbCdEf").write_bytes(b"678")
     assert checkpoint_main(["info", str(path)]) == 0
-    assert "5 B of a save that was interrupted (.model.safetensors.12-345.tmp)" in capsys.readouterr().out
+    names = ".model.safetensors.12-345.tmp, .safetensors.12-345.tmp"
+    assert f"8 B of a save that was interrupted ({names})" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(os.name == "nt", reason="processes are not looked for there")
