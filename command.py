@@ -125,7 +125,7 @@ def read_prompt(options: argparse.Namespace) -> str | None:
     if options.prompt is None and options.prompt_file is None:
         if options.chat or options.messages:
             return None
-        example = 'a text to continue, as in `python generate.py "To be, or not to be"`'
+        example = 'a text to continue or a question, as in `python generate.py "To be, or not to be"`'
         others = "--prompt-file FILE, or --chat (--help lists the options)"
         raise ValueError(f"no prompt; give {example}, or {others}")
     if options.prompt is not None:

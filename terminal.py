@@ -313,6 +313,7 @@ class Terminal:
         self.system = [{"role": "system", "content": content}]
         others = [message for message in self.messages if message.get("role") != "system"]
         self.messages[:] = self.system + others
+        print("the system prompt is changed", file=sys.stderr)
 
     def _add_image(self, source: str) -> None:
         if os.path.isfile(source):
@@ -320,6 +321,7 @@ class Terminal:
         self.conversation.images.pop(source, None)  # the file may have changed
         self.conversation.read_image(source)
         self.images.append({"type": "image", "image": source})
+        print("the next message shows the image", file=sys.stderr)
 
     def _add_message(self, line: str) -> None:
         if line.startswith(" /"):

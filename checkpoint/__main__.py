@@ -144,9 +144,11 @@ def is_finite(files: Checkpoint, name: str) -> bool:
 def run(options: argparse.Namespace) -> int:
     """Run a command; returns the exit code."""
     if options.command == "info":
+        lines = describe(find(options.model, options.revision, parts="config"))
         if options.check:
             check_numbers(find(options.model, options.revision))
-        print("\n".join(describe(find(options.model, options.revision, parts="config"))))
+            lines += _format({"check": "all numbers are finite"})
+        print("\n".join(lines))
         return 0
     dtype = None
     if options.dtype is not None:
@@ -156,6 +158,7 @@ def run(options: argparse.Namespace) -> int:
     else:
         destination = expect_new(options.destination)  # before a download
         convert(find(options.source, options.revision), destination, dtype, options.format)
+    print(f"{options.destination} is written", file=sys.stderr)
     return 0
 
 

@@ -128,6 +128,7 @@ def main(steps: int = 100) -> int:
     options.save.mkdir(parents=True, exist_ok=True)
 
     # Data
+    print("measuring the model on held-out plays ...", file=sys.stderr)
     texts = {part: list(map(spelling_of_1623, works)) for part, works in corpus.load().items()}
     held_out = [play[20_000:50_000] for play in texts["test"]]  # 30,000 characters of each, to save time
     tokenizer = Tokenizer.from_dir(BUNDLED)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoint import DTYPES, expect_writable
+from checkpoint import DTYPES
 from model_types import load_model
 from reference import golden
 from reference.compare import LEAST, MARGIN_OF_ONE_RUN, Report, compare, computed_in
@@ -23,7 +23,7 @@ from reference.inputs import check_inputs, suspicions
 from reference.judge import Judge, Models
 from reference.mutants import MUTANTS, ROUNDING
 from reference.names import KNOWN_MAPS, redundant, translate
-from reference.show import plot, show
+from reference.show import expect_plottable, plot, show
 from reference.texts import choose_text, one_text, texts_in_words
 from reference.trace import dimensions, general_name, load, record, take_inputs
 
@@ -61,7 +61,10 @@ def read_map(path: Path, given: Collection[str]) -> dict[str, str]:
 def read_map_file(path: Path) -> dict[str, str]:
     """The object of a JSON file."""
     if not path.is_file():
-        raise FileNotFoundError(f"--map {path}: no such file; allowed: a JSON file, or {', '.join(KNOWN_MAPS)}")
+        problem = "no such file"
+        if path.is_dir():
+            problem = "a directory"
+        raise FileNotFoundError(f"--map {path}: {problem}; allowed: a JSON file, or {', '.join(KNOWN_MAPS)}")
     try:
         names = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -262,7 +265,7 @@ def diff(options: argparse.Namespace) -> int:
     """Run `diff`: 0 if all stages agree, 1 if one diverges or a known mistake gives these numbers, and 2 if nothing can
     be compared."""
     if options.plot is not None:
-        expect_writable(options.plot)
+        expect_plottable(options.plot)
     reference, inputs, about = read_reference(options)
     port = read_port(options)
     ids = inputs.get("input_ids")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 from pretrained import PreTrainedModel
 from reference.compare import counts, least
@@ -258,7 +259,7 @@ def examine(
 
     distance, noise = case.distances(*case.right_pair)
     findings.before = distance / noise
-    for mutant in MUTANTS.values():
+    for mutant in tqdm(MUTANTS.values(), "known mistakes", leave=False, delay=2):
         pair = runs.with_mistake(mutant)
         if pair is None:
             continue

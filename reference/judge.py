@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from checkpoint import DTYPES
 from model_types import GenerativeModel
@@ -212,7 +213,7 @@ class Judge:
             return []
         given = golden.arguments(self.inputs, torch.float64)
         hidden = []
-        for mutant in MUTANTS.values():
+        for mutant in tqdm(MUTANTS.values(), "known mistakes", leave=False, delay=2):
             with mutant.applied():
                 try:
                     mistaken = record(exact, keep=types.__contains__, **given)

@@ -6,7 +6,7 @@ import math
 import sys
 from pathlib import Path
 
-from checkpoint import replace_file
+from checkpoint import expect_writable, replace_file
 from reference.compare import Report, Stage
 from reference.names import advice
 
@@ -44,17 +44,35 @@ def in_floors(stage: Stage) -> str:
     return "inf"
 
 
-def plot(report: Report, path: Path) -> None:
-    """Draw the error of every stage, and the floor of noise, through the depth of the model (needs matplotlib).
+def expect_plottable(path: Path) -> None:
+    """Check, before the work, that `plot` can write a file.
 
     Raises:
-        ValueError: matplotlib is missing.
+        ValueError: matplotlib is missing, or does not know the format that the name ends with.
+        FileNotFoundError, PermissionError: see `expect_writable`.
     """
     try:
         import matplotlib  # type: ignore[import-not-found,unused-ignore]
+        from matplotlib.figure import Figure
     except ImportError as error:
         raise ValueError("--plot needs matplotlib: pip install matplotlib") from error
     matplotlib.use("Agg")
+    formats = Figure().canvas.get_supported_filetypes()
+    if image_format(path) not in formats:
+        raise ValueError(f"--plot {path}: {path.suffix} is not supported; supported: {', '.join(sorted(formats))}")
+    expect_writable(path)
+
+
+def image_format(path: Path) -> str:
+    """The format of an image, which its name ends with; "png" if there is no ending."""
+    if path.suffix:
+        return path.suffix.removeprefix(".").lower()
+    return "png"
+
+
+def plot(report: Report, path: Path) -> None:
+    """Draw the error of every stage, and the floor of noise, through the depth of the model, after
+    `expect_plottable`."""
     from matplotlib import pyplot
 
     stages = report.stages
@@ -66,10 +84,7 @@ def plot(report: Report, path: Path) -> None:
     axes.set_xticks(places, [stage.name for stage in stages], rotation=90, fontsize=5)
     axes.set_ylabel("largest error against float64")
     axes.legend()
-    kind = "png"
-    if path.suffix:
-        kind = path.suffix.removeprefix(".")
-    replace_file(path, lambda temporary: figure.savefig(temporary, dpi=150, format=kind))
+    replace_file(path, lambda temporary: figure.savefig(temporary, dpi=150, format=image_format(path)))
     pyplot.close(figure)
 
 

@@ -16,7 +16,7 @@ from reference.trace import record, save
 from tests.test_diff import diff
 from tests.test_reference import golden_inputs
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*FP8 weights become")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*FP8 weights become")]
 
 
 def compare(capsys, tmp_path, directory, given, mistake, keep=lambda name: True):

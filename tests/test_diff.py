@@ -259,6 +259,7 @@ def test_a_right_port_agrees_without_the_model(capsys, tmp_path, name, kind):
     assert code == 1 and out.startswith("embedding diverges first")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TINY)
 def test_the_fp8_copies_are_references(capsys, name):
     here = HERE / name / "fp8"

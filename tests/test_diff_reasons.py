@@ -22,6 +22,8 @@ from tests.test_diff_ports import TEXT_MODELS, port_of, reference
 from tests.test_explain import embeddings_scaled, scores_not_divided, sine_negative
 from tests.test_reference import golden_inputs
 
+pytestmark = pytest.mark.slow
+
 
 def port_with(name, *mistakes, dtype=torch.float32, **arguments):
     """The trace of a port with known or unknown mistakes, for the golden inputs or others."""

@@ -165,6 +165,7 @@ def named(sentence):
 FAINT = {"norm_epsilon_outside_root"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mistake", MUTANTS)
 def test_the_right_mutant_is_named_from_logits_alone(mistake):
     """In at least 95 % of models in which it changes a bit of the logits. Here 4 models for each of the 49 mistakes
@@ -177,6 +178,7 @@ def test_the_right_mutant_is_named_from_logits_alone(mistake):
     assert missed <= 0.05 * len(hits)
 
 
+@pytest.mark.slow
 def test_the_right_mutant_is_named_for_a_port_that_sums_in_another_order():
     """The same for all mistakes together, for ports that have another order of hidden units."""
     some = list(MUTANTS)
@@ -189,6 +191,7 @@ def test_the_right_mutant_is_named_for_a_port_that_sums_in_another_order():
     assert sum(hits) >= 0.95 * len(hits) - 1  # with few runs one more than 5 % proves nothing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mistake", ["yarn_magnitude_1_277", "window_plus_1", "gqa_tiled"])
 def test_the_right_mutant_is_named_for_a_port_in_float64(mistake):
     """Where this implementation has no noise at all, but another one has."""
@@ -312,6 +315,7 @@ def accused(bug, rng, compute):
     return name if apart > noise else None
 
 
+@pytest.mark.slow
 def test_a_mistake_outside_the_catalogue_is_given_no_name():
     """1 of 673 random models was given one: the root of YaRN's magnitude, where that is near 1. By chance, two of 48
     would be in 1 of 500 runs, three in 1 of 20,000."""
@@ -481,6 +485,7 @@ def test_a_port_that_loses_precision_diverges(loss):
         assert compare(mine, expected, measure_noise(model, expected, inputs), counted).first
 
 
+@pytest.mark.slow
 def test_a_port_with_a_mistake_diverges():
     """In models in which the mistake matters, of all types and in all stages; those of rounding are within the noise
     of their type."""

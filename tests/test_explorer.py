@@ -142,6 +142,7 @@ def test_first_token_and_views(page, name):
     assert page.errors() == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (FIREFOX and HAS_SELENIUM), reason="needs firefox, and selenium, which waits")
 def test_the_page_in_firefox(tmp_path):
     """The first text, and every view, with an answer about an image."""

@@ -145,6 +145,7 @@ FAULTS = {  # what is replaced, by what, model, the first stage that diverges, t
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_diff_finds_a_mistake(diff, tmp_path, fault):
     right, wrong, name, first, mutant = FAULTS[fault]

@@ -95,7 +95,7 @@ def test_a_step_computes_the_same(device, rng):
 
 
 @needs_compiler
-@pytest.mark.parametrize("family", ["ministral", "ministral3"])
+@pytest.mark.parametrize("family", [pytest.param("ministral", marks=pytest.mark.slow), "ministral3"])
 def test_a_compiled_step_computes_the_same(family):
     """`torch.compile` of the whole step, without a break in its graph."""
     for seed in (0, 1):
@@ -364,6 +364,7 @@ def test_when_a_step_is_recorded_and_compiled():
     assert not recording_pays(32768, cpu) and not compiling_pays(32768, cpu)
 
 
+@pytest.mark.slow
 @newer_torch
 @needs_compiler
 def test_compiled_generation():

@@ -72,6 +72,7 @@ def work(rank, directory):
     end_process(0)
 
 
+@pytest.mark.slow
 def test_two_processes_compute_the_same_as_one(tmp_path):
     expected = [outputs(model) for model in models()]
     torch.multiprocessing.spawn(work, (str(tmp_path),), nprocs=2)

