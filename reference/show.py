@@ -51,6 +51,7 @@ def expect_plottable(path: Path) -> None:
         ValueError: matplotlib is missing, or does not know the format that the name ends with.
         FileNotFoundError, PermissionError: see `expect_writable`.
     """
+    expect_writable(path)
     try:
         import matplotlib  # type: ignore[import-not-found,unused-ignore]
         from matplotlib.figure import Figure
@@ -60,7 +61,6 @@ def expect_plottable(path: Path) -> None:
     formats = Figure().canvas.get_supported_filetypes()
     if image_format(path) not in formats:
         raise ValueError(f"--plot {path}: {path.suffix} is not supported; supported: {', '.join(sorted(formats))}")
-    expect_writable(path)
 
 
 def image_format(path: Path) -> str:

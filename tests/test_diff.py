@@ -314,8 +314,8 @@ def test_the_plot(capsys, mutated, tmp_path):
     arguments = [mutated("ministral", "window_plus_1"), HERE / "ministral" / "float64.safetensors"]
     assert diff(capsys, *arguments, "--plot", tmp_path / "out.png")[0] == 1
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
-    code, out, err = diff(capsys, *arguments, "--plot", tmp_path / "no" / "out.png")
-    assert code == 2 and out == "" and "error: " in err  # before the work
+    code, out, err = diff(capsys, *arguments, "--plot", tmp_path / "out.xyz")
+    assert code == 2 and out == "" and "out.xyz: .xyz is not supported; supported: " in err and "png" in err
 
 
 def test_the_other_rotary_layout_is_recognised(capsys, mutated):
@@ -367,6 +367,7 @@ def test_a_trace_of_ones_own(capsys, tmp_path):
         (["diff", "{golden}", "{golden}", "--model", str(HERE / "ministral3" / "hf")], "did not make"),
         (["diff", "{golden}", "{bfloat16}"], "is bfloat16; allowed: a float64 trace (is it the other way?)"),
         (["diff", "{ids}", "{golden}"], "about other input_ids"),
+        (["diff", "{golden}", "{golden}", "--map", "."], "--map .: a directory; allowed: a JSON file"),
         (["diff", "{golden}", "{golden}", "--map", "{list}"], "must hold a JSON object"),
         (["diff", "{golden}", "{golden}", "--map", "{twice}"], "gives several tensors the name 'logits'"),
         (["diff", "{empty}", "{golden}"], "is no trace"),

@@ -525,7 +525,7 @@ def test_a_conversation_in_the_terminal(talk_to, tmp_path):
     assert out == "".join(f"{words}\n" for words in answers)
     assert err.count("tokens/s") == 3 and "error: an image, for a text model" in err
     assert "unknown command /wrong; /help lists them" in err and "/save needs an argument; /help" in err
-    assert "4 messages in" in err and "1 messages in" in err
+    assert err.count("the system prompt is changed") == 1 and "4 messages in" in err and "1 messages in" in err
     # The conversation goes on from the file, and an open question in it is answered first.
     saved[0].write_text(json.dumps(first[:3]))
     out, err, code = talk_to([f"/save {saved[2]}"], "--messages", saved[0])
