@@ -56,7 +56,7 @@ logging.getLogger("transformers").addHandler(DeprecationHandler(logging.WARNING)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """The options of this project's tests: published weights are too large to be part of the repository."""
-    parser.addoption("--all", action="store_true", help="slow tests, too, and six times the examples")
+    parser.addoption("--all", action="store_true", help="slow tests, too (which named files always run), and six times the examples")
     parser.addoption("--weights-8b-2410", metavar="DIR_OR_HUB_ID", help="Ministral-8B-Instruct-2410")
     parser.addoption("--weights", metavar="DIR_OR_HUB_ID", help="any published Ministral, compared with Transformers")
 
@@ -68,8 +68,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip slow tests without --all, unless tests are chosen by name."""
-    if config.getoption("--all") or any("::" in argument for argument in config.args):
+    """Skip slow tests without --all, unless files or tests are named."""
+    if config.getoption("--all") or any(".py" in argument for argument in config.args):
         return
     for item in items:
         if item.get_closest_marker("slow") is not None:
