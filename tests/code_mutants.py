@@ -345,8 +345,8 @@ def main(arguments=None):
         "mutants", hypothesis.settings.get_profile("mutants"), max_examples=options.examples
     )
     files = [f"tests/test_{name}.py" for name in TESTS]
-    given = ["-q", "-s", "-m", "not slow", "-p", "no:cacheprovider", "--hypothesis-profile=mutants", f"--basetemp={LOG}.tests"]
-    return int(pytest.main([*files, *given], plugins=[Pass(options)]))
+    given = ["-q", "-s", "-p", "no:cacheprovider", "--hypothesis-profile=mutants", f"--basetemp={LOG}.tests"]
+    return int(pytest.main([*files, "-m", "not slow", *given], plugins=[Pass(options)]))
 
 
 if __name__ == "__main__":

@@ -56,7 +56,8 @@ logging.getLogger("transformers").addHandler(DeprecationHandler(logging.WARNING)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """The options of this project's tests: published weights are too large to be part of the repository."""
-    parser.addoption("--all", action="store_true", help="slow tests, too (which named files always run), and six times the examples")
+    more = "slow tests, too (those of a named file always run), and six times the examples"
+    parser.addoption("--all", action="store_true", help=more)
     parser.addoption("--weights-8b-2410", metavar="DIR_OR_HUB_ID", help="Ministral-8B-Instruct-2410")
     parser.addoption("--weights", metavar="DIR_OR_HUB_ID", help="any published Ministral, compared with Transformers")
 
