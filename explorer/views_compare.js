@@ -168,8 +168,11 @@ async function showMistake(places, run) {
     await new Promise((resolve) => setTimeout(resolve, 200)); // arrow keys may pass over this mistake
     const isStill = () => state.name === name && state.long === long && lead.isConnected;
     if (!isStill()) return;
+    const showProgress = ({ done, of, unit }) => {
+      if (done !== undefined && isStill()) lead.textContent = `Computing with both models: ${unit} ${done} of ${of} …`;
+    };
     try {
-      const result = await (name === "no_cache" ? withoutCache(run) : withMistake(run, name, long));
+      const result = await (name === "no_cache" ? withoutCache(run) : withMistake(run, name, long, showProgress));
       if (!isStill()) return;
       state.result = { key, ...result };
       if (result.most?.size > 0) { // all views render again, this one from the result
@@ -187,17 +190,18 @@ async function showMistake(places, run) {
 }
 
 // Both models read the same tokens, and both write on from the prompt, always with the most likely token.
-async function withMistake(run, name, long) {
+async function withMistake(run, name, long, showProgress) {
   const { images } = run;
   let ids = run.tokens.map(({ id }) => id);
   let prompt = ids.slice(0, run.prompt);
   if (long) prompt = ids = longerIds(run.tokens, MISTAKE_TEXTS[name].from(run.text) + 15);
   const write = { kind: "run", ids: prompt, images, generate: WRITTEN };
-  const right = long ? (await run.ask({ kind: "run", ids, images, trace: true })).trace : run.trace;
-  const wrong = (await run.ask({ kind: "run", ids, images, trace: true, mistakes: [name] })).trace;
+  const ask = (message) => run.ask(message, showProgress);
+  const right = long ? (await ask({ kind: "run", ids, images, trace: true })).trace : run.trace;
+  const wrong = (await ask({ kind: "run", ids, images, trace: true, mistakes: [name] })).trace;
   const difference = compareTraces(right, wrong);
   if (difference.first === null) return { difference, length: ids.length };
-  const answers = [await run.ask(write), await run.ask({ ...write, mistakes: [name] })];
+  const answers = [await ask(write), await ask({ ...write, mistakes: [name] })];
   const texts = answers.map(({ tokens }) => tokens.slice(prompt.length));
   const changes = run.text.layer_types.map((_, layer) => largestChange(right, wrong, layer, null));
   const most = changes.reduce((best, change) => (change.size > best.size ? change : best));

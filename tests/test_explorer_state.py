@@ -394,8 +394,12 @@ def test_mistakes_that_need_a_longer_text(page):
     page.open("ministral")
     choose_mistake(page, "window_plus_1")
     assert "No number differs in this text. It shows in texts of 65 tokens and more" in page.content()
+    page("""globalThis.said = [];
+        const note = () => said.push(document.querySelector(".state-lead")?.textContent);
+        new MutationObserver(note).observe(document.getElementById("view"), { childList: true, subtree: true });""")
     page.press_in_view("Repeat the text up to 80 tokens")
     page.wait("document.querySelector('.state-bars') !== null")
+    assert "Computing with both models: layer 1 of 8 …" in page("return said")
     layer, head = page("return [explorer.run.selected.layer, explorer.run.selected.head]")
     assert "Nothing changes" not in page.content()
     page.press_in_view("Find the head that changes most")
