@@ -173,15 +173,12 @@ def texts_of(messages):
 @given(SEEDS, st.booleans())
 def test_shakespeare_tasks_have_right_answers(plays, seed, test):
     draw = Draw(str(seed), plays[test], test)
-    messages = tasks.who_speaks(draw)
-    texts = texts_of(messages)
+    texts = texts_of(tasks.who_speaks(draw))
     passage = texts[0].rpartition("\n\n")[0]
-    for place, (question, answer) in enumerate(zip(texts[::2], texts[1::2])):
+    for question, answer in zip(texts[::2], texts[1::2]):
         line = re.search('Who says "(.*)"', question)[1]
         (block,) = (block for block in passage.split("\n\n") if line in block)
         assert block.startswith(answer + "\n")
-        thinking = messages[2 * place + 1]["content"][0]["thinking"]
-        assert passage.startswith(thinking) and thinking.endswith(line)
     question, answer = texts_of(tasks.next_line(draw))
     passage, _, asked = question.rpartition("\n\n")
     line = re.search('follows "(.*)"', asked)[1]
