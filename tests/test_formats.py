@@ -641,7 +641,7 @@ run = functools.partial(run_command, program=main)  # of python -m checkpoint
 def test_the_convert_command(tmp_path, capsys):
     """The bundled model in both directions, with its tokenizer."""
     code, out, err = run(capsys, "convert", BUNDLED, tmp_path / "m", "--format", "mistral", "--dtype", "fp32")
-    assert (code, out, err) == (0, "", "")
+    assert (code, out, err) == (0, "", f"{tmp_path / 'm'} is written\n")
     left_out = {"model.safetensors", "config.json", "loss.png", "training_log.json", "evaluation.json"}
     others = {path.name for path in BUNDLED.iterdir()} - left_out
     assert {"tekken.json", "tokenizer.json", "chat_template.jinja", "processor_config.json"} <= others
