@@ -588,7 +588,7 @@ TRACED = ["CausalLM", CLASSIFIER, *(pytest.param(task, marks=slow) for task in (
 @newer_torch
 @torch.no_grad()
 @pytest.mark.parametrize("task", TRACED)
-@pytest.mark.parametrize("family", ["ministral", "ministral3"])
+@pytest.mark.parametrize("family", [pytest.param("ministral", marks=slow), "ministral3"])
 def test_models_compile_and_export_whole(family, task):
     """Also with masks and packed texts. Checks of values are not part of the graph. The model itself is unchanged,
     also if it is exported before it has computed anything."""

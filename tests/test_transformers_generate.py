@@ -40,9 +40,10 @@ def draw_models(rng):
 
 def draw_attending_models(rng):
     """A case with padding on the left. Windows of 1 are left out: Transformers' cache is wrong there."""
-    case = draw_case(rng, use_cache=True)
-    while case.ours.config.sliding_window == 1:
-        case = draw_case(rng, use_cache=True)
+    fixed = {"family": rng.choice(["ministral", "ministral3"])}
+    if fixed["family"] == "ministral":
+        fixed["sliding_window"] = rng.choice([2, 3, 5, 8, 16, 64])
+    case = draw_case(rng, use_cache=True, **fixed)
     if case.mask is not None:
         case.mask = case.mask.sort(dim=1).values
     return case
