@@ -166,7 +166,7 @@ def draw_errors(device, dtype, attn_implementation, cases, chunked=True, planted
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("attn_implementation", [pytest.param("eager", marks=pytest.mark.slow), "sdpa"])
 def test_cached_decoding_is_no_further_from_float64(device, dtype, attn_implementation, capsys):
     """The criterion is in tests/errors.py. In 16-bit types most logits are equal to the bit, whatever the chunks."""
     cases = number_of_cases(280)
@@ -211,6 +211,7 @@ def norms_in_16_bits(stack):
     replace(stack, RMSNorm, "forward", lambda _: forward)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize(
     "planted, dtype, attn_implementation",

@@ -70,7 +70,11 @@ FIRST = {  # mistake -> (model, where the trace diverges first)
 }
 
 
-@pytest.mark.parametrize("mistake", FIRST)
+FEW = ("window_plus_1", "yarn_magnitude_1_277", "vision_axes_swapped")
+OTHERS = [pytest.param(mistake, marks=pytest.mark.slow) for mistake in FIRST if mistake not in FEW]
+
+
+@pytest.mark.parametrize("mistake", [*FEW, *OTHERS])
 def test_the_first_divergence_and_its_cause_are_named(capsys, mutated, mistake):
     model, first = FIRST[mistake]
     code, out, _ = diff(capsys, mutated(model, mistake), HERE / model / "float64.safetensors")

@@ -23,6 +23,8 @@ from tests.test_diff import diff
 from tests.test_readme import ROOT
 from tests.test_reference import golden_inputs
 
+pytestmark = pytest.mark.slow
+
 TEXT_MODELS = ("ministral", "ministral3")
 
 

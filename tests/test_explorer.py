@@ -602,7 +602,7 @@ def test_the_policy_forbids_requests_and_scripts(page):
 
 
 @needs_browser
-@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (360, "dark")])
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), pytest.param(360, "dark", marks=pytest.mark.slow)])
 def test_axe_finds_nothing(page, width, scheme):
     axe = pytest.importorskip("axe_core_python", reason="needs axe-core-python")
     script = (Path(axe.__path__[0]) / "axe.min.js").read_text(encoding="utf-8")

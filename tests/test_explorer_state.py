@@ -471,7 +471,10 @@ SMALL_TEXT = """return [...document.querySelectorAll("#view *")]
 
 
 @needs_browser
-@pytest.mark.parametrize(("name", "width", "theme"), [("ministral", 1200, "light"), ("ministral3", 360, "dark")])
+@pytest.mark.parametrize(
+    ("name", "width", "theme"),
+    [pytest.param("ministral", 1200, "light", marks=pytest.mark.slow), ("ministral3", 360, "dark")],
+)
 def test_views_are_accessible(page, name, width, theme):
     page.open(name)
     page.resize(width)

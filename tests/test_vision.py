@@ -187,7 +187,7 @@ def test_one_image_is_bit_identical(device, rng):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("attn_implementation", [pytest.param("eager", marks=pytest.mark.slow), "sdpa"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_several_images_are_no_further_from_float64(device, dtype, attn_implementation, capsys):
     """Transformers attends over one long masked sequence, ours image by image: other sums, so other last bits. The
