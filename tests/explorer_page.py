@@ -25,6 +25,11 @@ MINUS, TIMES = "\N{MINUS SIGN}", " \N{MULTIPLICATION SIGN} "
 PATIENCE = 120  # seconds until a condition that does not come true is an error
 
 
+def slow_in_browser(test):
+    """Mark a test that needs a browser and is slow."""
+    return pytest.mark.slow(needs_browser(test))
+
+
 def percent(share):
     """A share as the page writes it; the blank before the sign does not break a line."""
     if share == 0:

@@ -26,6 +26,7 @@ from tests.explorer_page import (
     needs_browser,
     open_browser,
     percent,
+    slow_in_browser,
 )
 from tokenizer import Tokenizer
 
@@ -176,7 +177,7 @@ def test_the_page_in_firefox(tmp_path):
         page.driver.quit()
 
 
-@needs_browser
+@slow_in_browser
 def test_why_a_cell_is_hidden(page):
     page.open("ministral")
     page.open_view("attention")
@@ -194,7 +195,7 @@ def test_why_a_cell_is_hidden(page):
     assert sum(probabilities) == pytest.approx(1, abs=1e-5)
 
 
-@needs_browser
+@slow_in_browser
 def test_the_last_layer_of_the_lens_is_the_model(page):
     page.open("ministral")
     page.open_view("layers")
@@ -219,7 +220,7 @@ def when_a_token_appears(page, action):
         requestAnimationFrame(frame);""")
 
 
-@needs_browser
+@slow_in_browser
 def test_the_page_stays_responsive(page):
     """The worker computes, not the page; the page draws, and obeys, between two tokens. No number depends on time."""
     page.open("ministral3", is_new=True)
@@ -234,7 +235,7 @@ def test_the_page_stays_responsive(page):
     assert page("return calls") == 0
 
 
-@needs_browser
+@slow_in_browser
 def test_an_answer_is_written_to_its_end(page):
     """A question needs 43 tokens. An answer that is cut at the bound says so."""
     page.open("ministral3", is_new=True)
@@ -262,7 +263,7 @@ def test_an_answer_is_written_to_its_end(page):
     assert page.text("status") == end
 
 
-@needs_browser
+@slow_in_browser
 def test_the_progress_of_a_long_text(page):
     page.open("ministral3", is_new=True)
     page("""globalThis.said = [];
@@ -282,7 +283,7 @@ def test_the_progress_of_a_long_text(page):
     assert words[: len(tokens) + 2] == [["Writing ...", False], *tokens, ["Writing ...", False]]
 
 
-@needs_browser
+@slow_in_browser
 def test_a_map_asks_for_the_theme_once(page):
     """Not for each cell: the maps of a text of 480 tokens have 13 million."""
     page.open("ministral3")
@@ -296,14 +297,14 @@ def test_a_map_asks_for_the_theme_once(page):
     assert 1 <= asked <= 2
 
 
-@needs_browser
+@slow_in_browser
 def test_few_digits_do_not_hide_a_setting(page):
     page.open("ministral3")
     found = page("return arguments[0].map((share) => exactPercent(share))", [0.0001, 0.9, 0.9995, 0])
     assert found == [f"0.01{PERCENT}", f"90{PERCENT}", f"99.95{PERCENT}", f"0{PERCENT}"]
 
 
-@needs_browser
+@slow_in_browser
 def test_the_query_scale_is_said_where_it_acts(page):
     page.open("ministral3", is_new=True)
     page.open_view("attention")
@@ -318,7 +319,7 @@ def test_the_query_scale_is_said_where_it_acts(page):
     assert "query scale" not in page.content()
 
 
-@needs_browser
+@slow_in_browser
 def test_what_is_chosen_while_the_model_writes(page):
     """A second press does nothing. Another example or a question ends the text, and is read."""
     page.open("ministral3", is_new=True)
@@ -338,7 +339,7 @@ def test_what_is_chosen_while_the_model_writes(page):
     assert page.text("status").startswith("Answered with ") and page.errors() == []
 
 
-@needs_browser
+@slow_in_browser
 def test_one_thing_is_not_written_as_many(page):
     page.open("ministral3", is_new=True)
     page.open_view("tokens")
@@ -350,7 +351,7 @@ def test_one_thing_is_not_written_as_many(page):
     assert page.contents(".fact")[0] == "1 token" and len(page.contents(".fact")) == 3  # no mean of no tokens
 
 
-@needs_browser
+@slow_in_browser
 def test_the_bytes_of_the_cache_can_be_computed(page):
     """The card gives the bytes of a token, and says that a sliding layer keeps no more than its window."""
     page.open("ministral", is_new=True)
@@ -362,7 +363,7 @@ def test_the_bytes_of_the_cache_can_be_computed(page):
     assert "1.8 kB for a token in all layers. At 4,096 " in page.contents(".state-card")[1]
 
 
-@needs_browser
+@slow_in_browser
 def test_sampling_shows_what_filter_logits_does(page):
     page.open("ministral3", is_new=True)
     settings = {"temperature": 1.5, "top_k": 20, "top_p": 0.8, "min_p": 0.05}
@@ -394,7 +395,7 @@ def test_sampling_shows_what_filter_logits_does(page):
     assert len(page.contents(".fill")) == sum(text != percent(0) for row in rows for text in row[2:-1])
 
 
-@needs_browser
+@slow_in_browser
 def test_sampling_shows_the_choice_of_the_token_that_has_just_appeared(page):
     page.open("ministral3", is_new=True)
     page.open_view("sampling")
@@ -417,7 +418,7 @@ def test_sampling_shows_the_choice_of_the_token_that_has_just_appeared(page):
     assert "every text begins with it" in page.content()
 
 
-@needs_browser
+@slow_in_browser
 def test_numbers_that_are_not_supported(page):
     page.open("ministral3", is_new=True)
     page.open_view("sampling")
@@ -446,7 +447,7 @@ def test_numbers_that_are_not_supported(page):
     assert len(page.ids()) == 21 and page("return explorer.run.steps[0].settings.temperature") == 0.85
 
 
-@needs_browser
+@slow_in_browser
 def test_the_list_of_examples_and_the_legend_follow_the_text(page):
     page.open("ministral", is_new=True)
     shown = "return document.getElementById('example').selectedOptions[0].textContent"
@@ -472,7 +473,7 @@ def test_the_list_of_examples_and_the_legend_follow_the_text(page):
     assert "Both write the same 11 tokens, </s> included. " in page.content()
 
 
-@needs_browser
+@slow_in_browser
 def test_the_way_to_the_python_lines_and_back(page):
     page.open("ministral")
     page.open_view("attention")
@@ -487,7 +488,7 @@ def test_the_way_to_the_python_lines_and_back(page):
     assert page("return document.getElementById('back').hidden") and page(focused) == "tab-tokens"
 
 
-@needs_browser
+@slow_in_browser
 @pytest.mark.parametrize("name", MODELS)
 def test_attention_opens_on_a_cell_that_shows_something(page, name):
     page.open(name, is_new=True)
@@ -502,7 +503,7 @@ def test_attention_opens_on_a_cell_that_shows_something(page, name):
     assert (legend in page.content(".heads")) == (name == "ministral")
 
 
-@needs_browser
+@slow_in_browser
 def test_one_style_of_numbers(page):
     page.open("ministral")
     found = page("const { number } = explorer.run.help; return arguments[0].map((x) => number(x))",
@@ -514,7 +515,7 @@ def test_one_style_of_numbers(page):
     assert found == [percent(share) for share in shares]
 
 
-@needs_browser
+@slow_in_browser
 def test_nothing_is_cut_off_or_hidden(page):
     """Tokens in the cards of Layers; tabs and settings at the tour's second stop on a phone; hidden cells in dark."""
     page.open("ministral3", is_first_visit=True)
@@ -583,7 +584,7 @@ def test_nothing_of_a_model_or_a_prompt_is_executed(page, tmp_path):
     assert page("return named") == evil  # a special token
 
 
-@needs_browser
+@slow_in_browser
 def test_the_policy_forbids_requests_and_scripts(page):
     page.open("ministral3")
     page(f"""
@@ -623,7 +624,7 @@ def test_axe_finds_nothing(page, width, scheme):
     assert {view: violations for view, violations in found.items() if violations} == {}
 
 
-@needs_browser
+@slow_in_browser
 def test_widths_and_sizes_of_text(page):
     page.open("ministral3")
     smallest = """const isText = ({ nodeType, data }) => nodeType === 3 && data.trim() !== "";
@@ -639,7 +640,7 @@ def test_widths_and_sizes_of_text(page):
     page.resize(1280)
 
 
-@needs_browser
+@slow_in_browser
 def test_the_keyboard_alone(page):
     """Tab reaches everything; arrows choose tabs, tokens, heads and cells; the focus stays where it was."""
     from selenium.webdriver import ActionChains, Keys
@@ -683,7 +684,7 @@ def test_the_keyboard_alone(page):
     assert page("return [explorer.run.selected.query, document.activeElement.textContent]") == [0, "<s>"]
 
 
-@needs_browser
+@slow_in_browser
 def test_the_tour_of_a_first_visit(page):
     from selenium.webdriver import Keys
 

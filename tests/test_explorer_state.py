@@ -25,7 +25,7 @@ from model_types import load_model
 from reference.__main__ import main as reference_main
 from reference.mutants import MUTANTS
 from reference.trace import MODULES, POINTS, record
-from tests.explorer_page import MINUS, MODELS, ROOT, TIMES, needs_browser, open_browser, percent
+from tests.explorer_page import MINUS, MODELS, ROOT, TIMES, needs_browser, open_browser, percent, slow_in_browser
 from tokenizer import Tokenizer
 from training import shapes
 
@@ -250,7 +250,7 @@ def choose_mistake(page, name):
     page.wait("!document.querySelector('.state-lead').textContent.startsWith('Computing')")
 
 
-@needs_browser
+@slow_in_browser
 @pytest.mark.parametrize("window", ["model", "8"])
 def test_cache_view(page, window):
     page.open("ministral")
@@ -280,7 +280,7 @@ def open_demonstration(page):
     page.set("Window", 8)
 
 
-@needs_browser
+@slow_in_browser
 def test_cache_view_with_the_prompt_in_one_step(page):
     open_demonstration(page)
     page.set("The prompt is read", "once")
@@ -299,7 +299,7 @@ def test_cache_view_with_the_prompt_in_one_step(page):
     assert "Layers 1, 2, 3, 5, 6, 7 have a ring of 64 slots" in page.content()
 
 
-@needs_browser
+@slow_in_browser
 def test_a_demonstration_is_of_one_layer(page):
     open_demonstration(page)
     assert "Demonstration" in page.content()
@@ -308,7 +308,7 @@ def test_a_demonstration_is_of_one_layer(page):
     assert page.contents("#view select option:checked")[1] == "none: every position is kept"
 
 
-@needs_browser
+@slow_in_browser
 def test_slots_are_reached_by_arrow_keys(page):
     page.open("ministral")
     page.open_view("cache")
@@ -328,7 +328,7 @@ def numbers(text):
     return float(text.replace("\N{NO-BREAK SPACE}·\N{NO-BREAK SPACE}10", "e"))
 
 
-@needs_browser
+@slow_in_browser
 def test_positions_view(page):
     page.open("ministral3")
     page.open_view("positions")
@@ -353,7 +353,7 @@ def test_positions_view(page):
     )
 
 
-@needs_browser
+@slow_in_browser
 def test_a_position_that_is_not_supported(page):
     page.open("ministral3")
     page.open_view("positions")
@@ -378,7 +378,7 @@ def largest_differences(name, mistake, ids):
     return first, [sizes[f"layers.{layer}.mlp_residual"] for layer in layers] + [sizes["logits"]], text.tolist()
 
 
-@needs_browser
+@slow_in_browser
 @pytest.mark.parametrize("mistake", ["yarn_missing", "yarn_magnitude_1_277"])
 def test_mistakes_view(page, mistake):
     page.open("ministral3")
@@ -389,7 +389,7 @@ def test_mistakes_view(page, mistake):
     assert page.contents(".state-text p")[1] == Tokenizer.from_pretrained(MODELS["ministral3"]).decode(text)
 
 
-@needs_browser
+@slow_in_browser
 def test_mistakes_that_need_a_longer_text(page):
     page.open("ministral")
     choose_mistake(page, "window_plus_1")
@@ -419,7 +419,7 @@ def test_mistakes_that_need_a_longer_text(page):
         f"{with_cache} positions with a cache and {without:,} without."  # fmt: skip
 
 
-@needs_browser
+@slow_in_browser
 def test_image_view(page):
     page.open("ministral3")
     page.open_view("image")
@@ -447,7 +447,7 @@ def test_image_view(page):
     assert shares.max() == max(everywhere)  # the page has found the head that looks at one patch most
 
 
-@needs_browser
+@slow_in_browser
 def test_a_click_on_a_stage_shows_its_lines(page):
     page.open("ministral3")
     page.open_view("sizes")
@@ -470,11 +470,8 @@ SMALL_TEXT = """return [...document.querySelectorAll("#view *")]
     .map((element) => element.outerHTML.slice(0, 200))"""
 
 
-@needs_browser
-@pytest.mark.parametrize(
-    ("name", "width", "theme"),
-    [pytest.param("ministral", 1200, "light", marks=pytest.mark.slow), ("ministral3", 360, "dark")],
-)
+@slow_in_browser
+@pytest.mark.parametrize(("name", "width", "theme"), [("ministral", 1200, "light"), ("ministral3", 360, "dark")])
 def test_views_are_accessible(page, name, width, theme):
     page.open(name)
     page.resize(width)
