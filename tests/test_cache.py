@@ -165,7 +165,7 @@ def draw_errors(device, dtype, attn_implementation, cases, chunked=True, planted
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [*DTYPES[:2], pytest.param(DTYPES[2], marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("attn_implementation", [pytest.param("eager", marks=pytest.mark.slow), "sdpa"])
 def test_cached_decoding_is_no_further_from_float64(device, dtype, attn_implementation, capsys):
     """The criterion is in tests/errors.py. In 16-bit types most logits are equal to the bit, whatever the chunks."""

@@ -519,7 +519,7 @@ def killed_saves(path, model, size):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
-@pytest.mark.parametrize("size", ["5GB", "1KB"])
+@pytest.mark.parametrize("size", ["5GB", pytest.param("1KB", marks=pytest.mark.slow)])
 def test_a_save_that_is_killed_is_the_old_model_the_new_one_or_can_be_finished(saved, size):
     model, path = saved
     model.save_pretrained(path)

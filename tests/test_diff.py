@@ -199,6 +199,7 @@ def test_dumps_as_ports_make_them_are_compared(capsys, tmp_path):
     assert dumped(capsys, tmp_path, {name: mask.long()})[1] == {""}
 
 
+@pytest.mark.slow
 def test_a_wrong_dump_still_diverges(capsys, tmp_path):
     """A mask with one number wrong, last logits of another token, infinities, whole numbers."""
     trace, _ = load(HERE / "ministral" / "bfloat16.safetensors")

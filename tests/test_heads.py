@@ -580,14 +580,14 @@ def traced(model, ids, arguments):
     return [getattr(result, names[0]) for result in results]
 
 
-slow = pytest.mark.slow  # the causal LM has all layers, and CLASSIFIER a head that looks for padding
-CLASSIFIER = "SequenceClassification"
-TRACED = ["CausalLM", CLASSIFIER, *(pytest.param(task, marks=slow) for task in ("", *HEADS) if task != CLASSIFIER)]
+slow = pytest.mark.slow
+CLASSIFIER = "SequenceClassification"  # its head looks for padding
+OTHERS = [pytest.param(task, marks=slow) for task in ("", "CausalLM", *HEADS) if task != CLASSIFIER]
 
 
 @newer_torch
 @torch.no_grad()
-@pytest.mark.parametrize("task", TRACED)
+@pytest.mark.parametrize("task", [CLASSIFIER, *OTHERS])
 @pytest.mark.parametrize("family", [pytest.param("ministral", marks=slow), "ministral3"])
 def test_models_compile_and_export_whole(family, task):
     """Also with masks and packed texts. Checks of values are not part of the graph. The model itself is unchanged,

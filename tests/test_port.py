@@ -113,6 +113,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES)
 def test_other_configurations_agree(port, diff, tmp_path, change):
     name, config = CHANGES[change]

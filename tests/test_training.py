@@ -427,6 +427,7 @@ def _bits(train_text, text):
     return len(text) * ngram_bits_per_byte(train_text, text, min(3, len(text)))
 
 
+@pytest.mark.slow
 def test_the_ngram_model_orders_texts_as_it_should():
     texts = corpus.load()
     train_text, play = "".join(texts["train"][:8]), texts["validation"][0][:20_000]
