@@ -70,7 +70,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip slow tests without --all, unless files or tests are named."""
-    if config.getoption("--all") or any(".py" in argument for argument in config.args):
+    named = [argument for argument in config.args if argument.partition("::")[0].endswith(".py")]
+    if config.getoption("--all") or named:
         return
     for item in items:
         if item.get_closest_marker("slow") is not None:

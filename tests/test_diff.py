@@ -68,8 +68,6 @@ FIRST = {  # mistake -> (model, where the trace diverges first)
     "merger_patch_by_patch": ("mistral3", "projector.merged"),
     "vision_axes_swapped": ("mistral3", "vision.cos"),
 }
-
-
 FEW = ("window_plus_1", "yarn_magnitude_1_277", "vision_axes_swapped")
 OTHERS = [pytest.param(mistake, marks=pytest.mark.slow) for mistake in FIRST if mistake not in FEW]
 
@@ -319,6 +317,8 @@ def test_the_plot(capsys, mutated, tmp_path):
     arguments = [mutated("ministral", "window_plus_1"), HERE / "ministral" / "float64.safetensors"]
     assert diff(capsys, *arguments, "--plot", tmp_path / "out.png")[0] == 1
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+    code, out, err = diff(capsys, *arguments, "--plot", tmp_path / "no" / "out.png")
+    assert code == 2 and out == "" and "error: " in err  # before the work
     code, out, err = diff(capsys, *arguments, "--plot", tmp_path / "out.xyz")
     assert code == 2 and out == "" and "out.xyz: .xyz is not supported; supported: " in err and "png" in err
 
