@@ -32,7 +32,6 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 MEMORY = 8 << 30  # bytes that a mutant may take
-LOG = Path(tempfile.gettempdir()) / f"code_mutants_{os.getpid()}.log"  # of the tests of the last mutant
 # The tests of the models and of generation that start no process, in which the change would not be seen.
 TESTS = (
     "blockwise", "cache", "config", "fast", "generate", "golden", "heads", "parity", "pretrained", "recorded_step",
@@ -282,28 +281,33 @@ class Pass:
 
 
 def forked(action):
-    """What an action returns in a process of its own, or the number of the signal that ended it."""
+    """What an action returns in a process of its own, or the number of the signal that ended it.
+
+    Raises:
+        RuntimeError: the process ended without either; with what it wrote.
+    """
     reading, writing = os.pipe()
     sys.stdout.flush()
-    child = os.fork()
-    if child == 0:
-        try:
-            log = os.open(LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(log, 1)
-            os.dup2(log, 2)
-            limit = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + MEMORY
-            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-            answer = json.dumps(action())
-            with open(writing, "w") as file:
-                file.write(answer)
-        finally:
-            os._exit(0)
-    os.close(writing)
-    with open(reading) as file:
-        answer = file.read()
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    if not answer and not code:
-        raise RuntimeError(LOG.read_text())
+    with tempfile.TemporaryFile() as log:  # it has no name, so nothing of it stays on the disk
+        child = os.fork()
+        if child == 0:
+            try:
+                os.dup2(log.fileno(), 1)
+                os.dup2(log.fileno(), 2)
+                limit = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + MEMORY
+                resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+                answer = json.dumps(action())
+                with open(writing, "w") as file:
+                    file.write(answer)
+            finally:
+                os._exit(0)
+        os.close(writing)
+        with open(reading) as file:
+            answer = file.read()
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if not answer and not code:
+            log.seek(0)
+            raise RuntimeError(log.read().decode(errors="replace"))
     if not answer:
         return code
     return json.loads(answer)
@@ -345,8 +349,9 @@ def main(arguments=None):
         "mutants", hypothesis.settings.get_profile("mutants"), max_examples=options.examples
     )
     files = [f"tests/test_{name}.py" for name in TESTS]
-    given = ["-q", "-s", "-p", "no:cacheprovider", "--hypothesis-profile=mutants", f"--basetemp={LOG}.tests"]
-    return int(pytest.main([*files, "-m", "not slow", *given], plugins=[Pass(options)]))
+    given = ["-q", "-s", "-p", "no:cacheprovider", "--hypothesis-profile=mutants", "-m", "not slow"]
+    with tempfile.TemporaryDirectory() as temporary:
+        return int(pytest.main([*files, *given, f"--basetemp={temporary}/tests"], plugins=[Pass(options)]))
 
 
 if __name__ == "__main__":

@@ -13,9 +13,9 @@ import torch
 if not any(argument.startswith("--weights") for argument in sys.argv):
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing else in the tests may reach the network
 
-# 10 examples by default, 60 with `pytest --all`. Few where the same tests run many times (tests/processors.py). More
+# 10 examples by default, 30 with `pytest --all`. Few where the same tests run many times (tests/processors.py). More
 # with `pytest --hypothesis-profile=thorough`.
-for name, examples in (("default", 10), ("all", 60), ("quick", 5), ("thorough", 200)):
+for name, examples in (("default", 10), ("all", 30), ("quick", 5), ("thorough", 200)):
     hypothesis.settings.register_profile(
         name,
         max_examples=examples,
@@ -56,7 +56,7 @@ logging.getLogger("transformers").addHandler(DeprecationHandler(logging.WARNING)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """The options of this project's tests: published weights are too large to be part of the repository."""
-    more = "slow tests, too (those of a named file always run), and six times the examples"
+    more = "slow tests, too (those of a named file always run), and three times the examples"
     parser.addoption("--all", action="store_true", help=more)
     parser.addoption("--weights-8b-2410", metavar="DIR_OR_HUB_ID", help="Ministral-8B-Instruct-2410")
     parser.addoption("--weights", metavar="DIR_OR_HUB_ID", help="any published Ministral, compared with Transformers")

@@ -3,9 +3,10 @@
 PyTorch, MKL and oneDNN choose their kernels by the instructions of the processor. The variables below hide
 instructions, so one machine runs the kernels of others: without AVX-512, without AVX2, without bfloat16 products. These
 settings run with one thread, one process for each core, with few examples. Before them, the tests of attention and
-products run with two threads and no other process. One line for each setting shows the result.
+products run with two threads and no other process. One line for each setting shows the result. A processor without
+AVX-512 leaves out the settings that hide only that.
 
-Arguments are passed on to pytest. This tries more examples of one file:
+Slow tests run with `--all`. Other arguments are passed on to pytest. This tries more examples of one file:
 
     python -m tests.processors --hypothesis-profile=default tests/test_cache.py
 """
@@ -18,16 +19,17 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
+
 TWO_THREADS = {"OMP_NUM_THREADS": "2"}
 # With one thread all of them: two processes with two threads each on two cores take four times as long.
 SETTINGS: tuple[dict[str, str], ...] = (
     {"ATEN_CPU_CAPABILITY": "default"},
-    {"ATEN_CPU_CAPABILITY": "avx2"},
     {"MKL_ENABLE_INSTRUCTIONS": "AVX2"},
     {"MKL_CBWR": "COMPATIBLE"},
     {"ONEDNN_MAX_CPU_ISA": "SSE41"},
-    {"ONEDNN_MAX_CPU_ISA": "AVX2"},
 )
+WITHOUT_AVX512: tuple[dict[str, str], ...] = ({"ATEN_CPU_CAPABILITY": "avx2"}, {"ONEDNN_MAX_CPU_ISA": "AVX2"})
 NUMERICAL = (
     "parity", "cache", "heads", "vision", "generate", "fast", "blockwise", "products", "reference", "diff", "explain",
 )  # fmt: skip
@@ -51,15 +53,20 @@ def main(arguments: list[str]) -> int:
     """Run pytest under every setting; return 1 if one fails."""
     if not any(argument.startswith("--hypothesis-profile") for argument in arguments):
         arguments = ["--hypothesis-profile=quick", *arguments]
+    if "--all" not in arguments:
+        arguments = [*arguments, "-m", "not slow"]
     in_two_threads = arguments
     if not any(argument.startswith("tests/") for argument in arguments):
         arguments = [*arguments, "-k", LEFT_OUT]
         in_two_threads = [*arguments, *(f"tests/test_{name}.py" for name in WITH_TWO_THREADS)]
         arguments = [*arguments, *(f"tests/test_{name}.py" for name in NUMERICAL)]
     red = report(TWO_THREADS, run(TWO_THREADS, in_two_threads))
+    settings = SETTINGS
+    if torch.backends.cpu.get_cpu_capability() == "AVX512":
+        settings += WITHOUT_AVX512
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = pool.map(lambda setting: run(setting, arguments), SETTINGS)
-        for setting, result in zip(SETTINGS, results):
+        results = pool.map(lambda setting: run(setting, arguments), settings)
+        for setting, result in zip(settings, results):
             red = max(red, report(setting, result))
     return red
 
