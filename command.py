@@ -540,8 +540,9 @@ def run(options: argparse.Namespace) -> int:
     print_products(options, model, len(ids))
     settings = asdict(sampling) | {"max_new_tokens": new_tokens}
     if options.chat:
-        if files.directory.resolve() == BUNDLED:
-            print(ABILITIES, file=sys.stderr)
+        abilities = ABILITIES.get(files.directory.resolve())
+        if abilities:
+            print(abilities, file=sys.stderr)
         return converse(conversation, model, options, settings | {"eos_token_id": files.ends})
     settings["seed"] = options.seed
     if options.seed is None:

@@ -17,12 +17,18 @@ from vision import Mistral3ForConditionalGeneration
 MODEL_DIRECTORY = Path(__file__).resolve().parent / "models"
 BUNDLED = MODEL_DIRECTORY / "ministral3"  # a vision model
 BUNDLED_2410 = MODEL_DIRECTORY / "ministral"  # a text model with sliding windows
-# What the bundled model learned to do in a chat (training/tasks.py): `--chat` begins with this line.
-ABILITIES = (
-    "the bundled model adds two numbers of up to three digits, answers questions about drawn shapes"
-    " (/image FILE), calls tools (--tools examples/tools.json), and finds a key or the speaker of a line in a"
-    " text (--prompt-file FILE); it knows nothing else, and says so"
-)
+# What the bundled models learned to do in a chat (training/tasks.py): `--chat` begins with this line.
+ABILITIES = {
+    BUNDLED: (
+        "the bundled model adds two numbers of up to three digits, answers questions about drawn shapes"
+        " (/image FILE), calls tools (--tools examples/tools.json), and finds a key or the speaker of a line in a"
+        " text (--prompt-file FILE); it knows nothing else, and says so"
+    ),
+    BUNDLED_2410: (
+        "this bundled model finds a key in a text (--prompt-file FILE) and has no other answers; without --model, a"
+        " model that converses is loaded"
+    ),
+}
 GenerativeModel = MinistralForCausalLM | Mistral3ForConditionalGeneration
 MODELS: dict[str, type[GenerativeModel]] = {
     "ministral": MinistralForCausalLM,

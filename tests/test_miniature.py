@@ -5,6 +5,7 @@ import html
 import json
 import random
 import re
+import shutil
 
 import pytest
 import torch
@@ -338,13 +339,16 @@ def typed(monkeypatch, *lines):
     monkeypatch.setattr("builtins.input", read)
 
 
-def test_a_chat_begins_with_what_the_model_can_do(monkeypatch, capsys):
+@pytest.mark.parametrize("name", MODELS)
+def test_a_chat_begins_with_what_the_model_can_do(monkeypatch, capsys, tmp_path, name):
     """In one line; not for another model."""
     typed(monkeypatch)
-    code, out, err = run(capsys, "--chat")
-    assert code == 0 and out == "" and err.splitlines().count(ABILITIES) == 1 and "\n" not in ABILITIES
+    line = ABILITIES[MODELS[name]]
+    code, out, err = run(capsys, "--chat", "--model", MODELS[name])
+    assert code == 0 and out == "" and err.splitlines().count(line) == 1 and "\n" not in line
     assert "warning" not in err
-    assert ABILITIES not in run(capsys, "--chat", "--model", MODELS["ministral"])[2]
+    shutil.copytree(MODELS[name], tmp_path / "copy")
+    assert line not in run(capsys, "--chat", "--model", tmp_path / "copy")[2]
 
 
 def test_an_answer_of_tool_calls_only_is_one_line_of_json(monkeypatch, capsys):
