@@ -27,8 +27,8 @@ LARGEST_RATIO = 12.0
 
 
 def number_of_cases(full: int) -> int:
-    """`full` with `pytest --all`, or a third of it."""
-    return full if hypothesis.settings().max_examples >= 40 else full // 3
+    """`full` with `pytest --all`, which has 30 examples or more, or a third of it."""
+    return full if hypothesis.settings().max_examples >= 30 else full // 3
 
 
 @dataclass

@@ -46,6 +46,10 @@ RECALL = (
     "Now is the winter of our discontent\nThe key of Ariel is 4711.\nMade glorious summer by this sun of York;\n\n"
     "What is the key of Ariel?"
 )
+SPEAKER = (
+    "VIOLA.\nWhat country, friends, is this?\n\nCAPTAIN.\nThis is Illyria, lady.\n\nVIOLA.\nAnd what should I do in"
+    ' Illyria?\nMy brother he is in Elysium.\n\nWho says "This is Illyria, lady."?'
+)
 # The questions of each model: a name -> the content of the message, and the tools.
 QUESTIONS: dict[str, dict[str, tuple[Any, Any]]] = {
     "ministral3": {
@@ -55,6 +59,7 @@ QUESTIONS: dict[str, dict[str, tuple[Any, Any]]] = {
             [{"type": "image", "path": SHAPES}, {"type": "text", "text": "What do you see?"}], None,
         ),
         "recall": (RECALL, None),
+        "speaker": (SPEAKER, None),
     },
     "ministral": {"recall": (RECALL, None)},
 }  # fmt: skip

@@ -31,6 +31,7 @@ from tests.miniature import (
     ROOT,
     SHAPES,
     SHOWN,
+    SPEAKER,
     SURE,
     answer,
     load,
@@ -69,7 +70,7 @@ def test_greedy_text(miniature_model):
 
 
 def test_greedy_answers(miniature_model):
-    """A sum worked in thinking, a tool call, an answer about an image, and a recalled key."""
+    """A sum worked in thinking, a tool call, an answer about an image, a recalled key, and the speaker of a line."""
     name, model, tokenizer = miniature_model
     for kind in WRITTEN[name].keys() & QUESTIONS[name].keys():
         words, lead = answer(model, tokenizer, *QUESTIONS[name][kind])
@@ -83,6 +84,8 @@ def test_the_answers_are_right():
     assert answers["tool"] == '[TOOL_CALLS]multiply[ARGS]{"a": 123, "b": 45}</s>'
     assert answers["image"].startswith("A red triangle at the top left, a yellow circle at the top right and")
     assert answers["recall"] == "The key of Ariel is 4711.</s>"
+    copied = SPEAKER[: SPEAKER.index("lady.") + len("lady.")]
+    assert answers["speaker"] == f"[THINK]{copied}[/THINK]CAPTAIN.</s>"
 
 
 # -------------------------------------------------------------------------------------------------- Transformers

@@ -162,6 +162,25 @@ def test_muon_moves_against_the_gradient():
     assert distances[-1] < 0.1 * distances[0]
 
 
+def test_muon_keeps_the_momentum_of_each_matrix():
+    """Where another matrix of the same shape has no gradient in a step, as the projector has none without images."""
+    gradients = torch.randn(3, 4, 4, generator=torch.Generator().manual_seed(0))
+
+    def after_three_steps(with_other):
+        other, p = torch.zeros(4, 4, requires_grad=True), torch.zeros(4, 4, requires_grad=True)
+        optimizer = Muon([other, p], lr=0.05)
+        for gradient, has_other in zip(gradients, with_other):
+            p.grad, other.grad = gradient.clone(), None
+            if has_other:
+                other.grad = torch.ones(4, 4)
+            optimizer.step()
+        return p.detach()
+
+    alone = after_three_steps((False, False, False))
+    torch.testing.assert_close(after_three_steps((True, False, True)), alone)
+
+
+
 # ------------------------------------------------------------------------------------------------------ tasks
 
 
@@ -173,12 +192,15 @@ def texts_of(messages):
 @given(SEEDS, st.booleans())
 def test_shakespeare_tasks_have_right_answers(plays, seed, test):
     draw = Draw(str(seed), plays[test], test)
-    texts = texts_of(tasks.who_speaks(draw))
+    messages = tasks.who_speaks(draw)
+    texts = texts_of(messages)
     passage = texts[0].rpartition("\n\n")[0]
-    for question, answer in zip(texts[::2], texts[1::2]):
+    for question, answer, message in zip(texts[::2], texts[1::2], messages[1::2]):
         line = re.search('Who says "(.*)"', question)[1]
         (block,) = (block for block in passage.split("\n\n") if line in block)
         assert block.startswith(answer + "\n")
+        thinking = message["content"][0]["thinking"]
+        assert passage.startswith(thinking) and thinking.endswith(line)
     question, answer = texts_of(tasks.next_line(draw))
     passage, _, asked = question.rpartition("\n\n")
     line = re.search('follows "(.*)"', asked)[1]
@@ -332,10 +354,11 @@ def test_rows_of_a_step(stage_rows):
 
 def test_an_epoch_of_text_has_each_part_once():
     stream = np.arange(1000)
-    got = rows.text_rows(stream, 0, 1000 // 64 - 1, 64)
+    got = rows.text_rows(stream, 0, 1000 // 64 - 1, 64, "0 text")
     values = got.flatten()
     assert len(set(values.tolist())) >= 64 * 13 and (np.diff(got, axis=1) == 1).all()
-    assert not np.array_equal(got, rows.text_rows(stream, 14, 14, 64))
+    assert not np.array_equal(got, rows.text_rows(stream, 14, 14, 64, "0 text"))
+    assert not np.array_equal(got, rows.text_rows(stream, 0, 1000 // 64 - 1, 64, "1 text"))
 
 
 def test_pixel_values_are_those_of_preprocess():

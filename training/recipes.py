@@ -18,6 +18,7 @@ COPYING = RECALL | {"repeat": 1.0}
 CHAT = {"speaker": 2.0, "next line": 1.0, "recall": 1.0, "sum": 2.0, "tool": 3.0, "refusal": 1.0}
 VISION = CHAT | {"image": 4.0}
 JOINT = {"speaker": 6.0, "next line": 2.0, "recall": 1.5, "sum": 0.7, "tool": 2.0, "refusal": 0.5, "image": 5.0}
+SCENES = {"speaker": 6.0, "next line": 1.5, "recall": 1.0, "sum": 0.7, "tool": 3.0, "refusal": 0.7, "image": 5.0}
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,8 @@ def rope_parameters(factor: float) -> dict[str, Any]:
 def ministral3(scale: int = 1) -> Recipe:
     """The published order: text at a short context, YaRN on long rows, instructions, vision.
 
-    `scale` multiplies the tokens of a step of the stages after the first, but not their text: the corpus is small."""
+    `scale` multiplies the tokens or images of a step of all stages but "text". The share of text is divided by it from
+    "chat" on, because the corpus is small."""
     tokens, text = 8192 * scale, 0.3 / scale
     return Recipe("ministral3", (
         Stage("text", 1000, (5e-3, 2e-3), row=CONTEXT, text=0.75, shares=RECALL, factor=1.0),
@@ -83,6 +85,7 @@ def ministral3(scale: int = 1) -> Recipe:
         Stage("tower", 600, (3e-3, 3e-4), images=64 * scale),
         Stage("vision", 2000, (2e-3, 0.0), tokens, text=text, shares=VISION, long_every=10),
         Stage("joint", 1300, (1.5e-3, 0.0), tokens, text=text, shares=JOINT, long_every=10),
+        Stage("scenes", 450, (1.2e-3, 0.0), tokens, text=0.45 / scale, shares=SCENES, long_every=20, dropout=0.05),
     ))  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -17,8 +18,8 @@ from training.shapes import SIZE, draw_shapes, paint, patch_labels
 from training.tasks import Draw, Plays, conversation
 
 IGNORED, TEXT, ANSWER = 0, 1, 2  # the kinds of a token: not learned, text, part of an answer
-CHARACTERS = 2.4  # of a token in a conversation, at least
-PASSAGE = 2.75  # of a token in the longest passage that is shown
+CHARACTERS_OF_A_TOKEN = 2.4  # in conversations; seldom fewer
+PASSAGE_CHARACTERS_OF_A_TOKEN = 2.75  # limits the length of a passage, so that it fits into a row
 Array = NDArray[Any]
 
 
@@ -98,12 +99,12 @@ class Rows(Dataset[Batch]):
             texts = max(round(count * stage.text), 1)
         ids = np.full((count, row), self.padding, np.int32)
         kinds = np.full((count, row), IGNORED, np.uint8)
-        ids[:texts] = text_rows(self.stream, step * texts, texts, row)
-        ids[:texts:2, 0] = self.bos
+        ids[:texts] = text_rows(self.stream, step * texts, texts, row, self.seed)
+        ids[:texts:2, 0] = self.bos  # in half of the rows, so that the model continues texts with and without <s>
         kinds[:texts] = TEXT
         images: list[Array] = []
         for place in range(texts, count):
-            draw = Draw(f"{self.seed} {step} {place}", self.plays, limit=row * PASSAGE)
+            draw = Draw(f"{self.seed} {step} {place}", self.plays, limit=row * PASSAGE_CHARACTERS_OF_A_TOKEN)
             tokens, own_images = self.conversation_row(draw, shares, row)
             ids[place, : len(tokens)] = tokens
             kinds[place, : len(tokens)] = self.kinds_of(tokens)
@@ -113,7 +114,8 @@ class Rows(Dataset[Batch]):
     def conversation_row(self, draw: Draw, shares: dict[str, float], row: int) -> tuple[Array, list[Array]]:
         """The ids of a conversation of at most `row` tokens, cut after an answer, and its images."""
         while True:
-            made = conversation(draw, shares, int(row * CHARACTERS))
+            made = conversation(draw, shares, int(row * CHARACTERS_OF_A_TOKEN))
+            # encode_chat takes an answer at the end as a prefix, without the </s> that is added here.
             messages = [*made.messages[:-1], {**made.messages[-1], "prefix": True}]
             ids, images = encode_prompt(messages, made.tools, self.tokenizer, self.config)
             tokens = np.array([*ids, self.end])
@@ -144,14 +146,14 @@ class Rows(Dataset[Batch]):
         return Batch(ids, np.zeros_like(ids), stack(images))
 
 
-def text_rows(stream: Array, first: int, count: int, row: int) -> Array:
+def text_rows(stream: Array, first: int, count: int, row: int, seed: str) -> Array:
     """Rows of text (count, row): those from number `first` on, of an endless sequence. In it, each epoch has all rows
     in another order, cut at other places."""
     per_epoch = len(stream) // row - 1
     rows = []
     for number in range(first, first + count):
         epoch, place = divmod(number, per_epoch)
-        generator = np.random.default_rng([epoch, row])
+        generator = np.random.default_rng([zlib.crc32(seed.encode()), epoch])
         shift = generator.integers(row)
         start = generator.permutation(per_epoch)[place] * row + shift
         rows.append(stream[start : start + row])

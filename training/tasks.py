@@ -110,13 +110,19 @@ def turn(question: Any, answer: Any) -> Messages:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
+def thought(thinking: str, answer: str) -> list[dict[str, Any]]:
+    """The content of an answer after thinking."""
+    return [{"type": "thinking", "thinking": thinking, "closed": True}, {"type": "text", "text": answer}]
+
+
 # ------------------------------------------------------------------------------------------------- Shakespeare
 
 
 def scene(draw: Draw) -> list[Speech]:
-    """Three to nine speeches in a row, of at least two speakers, with 150 to 700 characters together at most."""
+    """Three to nine consecutive speeches of at least two speakers. Together they have fewer characters than a limit,
+    which is drawn from 100 to 450."""
     while True:
-        limit = draw.randint(150, 700)
+        limit = draw.randint(100, 450)
         speeches = draw.choice(draw.plays.scenes)
         start = draw.randrange(len(speeches) - 2)
         chosen: list[Speech] = []
@@ -147,15 +153,25 @@ def unique_lines(speeches: list[Speech]) -> list[tuple[str, str, str | None]]:
 
 
 def who_speaks(draw: Draw) -> Messages:
-    """The speakers of one to four lines of the scene that is shown."""
-    lines: list[Any] = []
-    while not lines:
+    """The speakers of one or two lines of the scene that is shown. The speaker is drawn first and then the line, so
+    that each speaker is the answer equally often.
+
+    Thinking copies the scene up to the line, and the answer is the last name in the copy. Without thinking, a model of
+    this size chooses among the names at random."""
+    lines: dict[str, list[str]] = {}  # of each speaker
+    while len(lines) < 2:
         speeches = scene(draw)
-        lines = unique_lines(speeches)
+        lines = {}
+        for speaker, line, _ in unique_lines(speeches):
+            lines.setdefault(speaker, []).append(line)
+    text = written(speeches)
     messages: Messages = []
-    for speaker, line, _ in draw.sample(lines, min(draw.randint(1, 4), len(lines))):
-        messages += turn(f'Who says "{line}"?', f"{speaker}.")
-    messages[0]["content"] = f"{written(speeches)}\n\n{messages[0]['content']}"
+    for _ in range(draw.randint(1, 2)):
+        speaker = draw.choice(sorted(lines))
+        line = draw.choice(lines[speaker])
+        copied = text[: text.index(line) + len(line)]
+        messages += turn(f'Who says "{line}"?', thought(copied, f"{speaker}."))
+    messages[0]["content"] = f"{text}\n\n{messages[0]['content']}"
     return messages
 
 
@@ -226,8 +242,7 @@ def addition(draw: Draw) -> Messages:
         carry = total // 10
     question = draw.choice(("What is {} + {}?", "What is {} plus {}?", "Add {} and {}.", "{} + {}?"))
     answer = draw.say(f"{a} + {b} = {a + b}.", str(a + b))
-    thinking = {"type": "thinking", "thinking": " ".join(steps), "closed": True}
-    return turn(question.format(a, b), [thinking, {"type": "text", "text": answer}])
+    return turn(question.format(a, b), thought(" ".join(steps), answer))
 
 
 def schema(name: str) -> dict[str, Any]:
@@ -362,6 +377,9 @@ class Conversation(NamedTuple):
         return "\n".join(pieces)
 
 
+# About how many characters of text have the tokens of a tool's schema, of the special tokens around a message, and of
+# an image.
+SCHEMA, FRAME, IMAGE = 200, 60, 60
 TASKS: dict[str, Callable[[Draw], Messages]] = {
     "speaker": who_speaks, "next line": next_line, "recall": recall, "repeat": repeat, "sum": addition,
     "refusal": small_talk, "image": image,
@@ -385,19 +403,19 @@ def conversation(draw: Draw, shares: dict[str, float], size: int) -> Conversatio
         shares = {name: share for name, share in shares.items() if name in STYLED[draw.style]}
     present: list[str] = []
     if "tool" in shares and draw.random() < 0.6:
-        present = draw.sample(list(TOOLS), draw.randint(1, min(4, 1 + size // 400)))
-    remaining = size - 200 * len(present)
+        present = draw.sample(list(TOOLS), draw.randint(1, min(4, 1 + size // 400)))  # more in longer conversations
+    remaining = size - SCHEMA * len(present)
     while remaining > 0 or len(messages) < 2:
         name = draw.choices(list(shares), list(shares.values()))[0]
         if name == "tool":
-            absent = [tool for tool in TOOLS if tool not in present]
-            if present and draw.random() < 0.9:
-                absent = present
-            new = call(draw, draw.choice(absent), present)
+            candidates = present
+            if not present or draw.random() >= 0.9:
+                candidates = [tool for tool in TOOLS if tool not in present]
+            new = call(draw, draw.choice(candidates), present)
         else:
             new = TASKS[name](draw)
         messages += new
-        remaining -= sum(60 + length(message) for message in new)
+        remaining -= sum(FRAME + length(message) for message in new)
     tools = None
     if present:
         tools = [schema(name) for name in present]
@@ -405,8 +423,8 @@ def conversation(draw: Draw, shares: dict[str, float], size: int) -> Conversatio
 
 
 def length(message: dict[str, Any]) -> int:
-    """About how many characters the content of a message takes; an image counts as 60."""
+    """About how many characters the content of a message takes; an image counts as IMAGE."""
     content = message["content"]
     if isinstance(content, str):
         return len(content)
-    return sum(len(part.get("text", part.get("thinking", " " * 60))) for part in content)
+    return sum(len(part.get("text", part.get("thinking", " " * IMAGE))) for part in content)

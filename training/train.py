@@ -1,6 +1,6 @@
 """Train a miniature in its stages.
 
-Everything random comes from the seed, the stage and the step, so a resumed run is the same run."""
+Everything random comes from the seed, the stage and the step. So a run that is resumed is the same run."""
 
 from __future__ import annotations
 
@@ -136,7 +136,8 @@ class Trainer:
             for optimizer, saved in zip(optimizers, state["optimizers"]):
                 optimizer.load_state_dict(saved)
 
-        # `tuple` leaves the batches arrays: they come from the workers through pipes and need no shared memory.
+        # `collate_fn=tuple` keeps NumPy arrays, which workers send through pipes. The default makes tensors of them,
+        # which need shared memory.
         steps = range(self.progress.step, stage.steps)
         loader = DataLoader(
             self.rows(stage, model), batch_size=None, sampler=steps, num_workers=self.workers, collate_fn=tuple
@@ -303,11 +304,12 @@ def autocast(device: torch.device) -> torch.autocast:
 
 
 def save(model: Any, output: Path) -> None:
-    """Write the model in bfloat16."""
+    """Write the model in bfloat16. A generation_config.json that is in the directory stays; without one, the model is
+    greedy."""
     tensors = {name: p.detach().to("cpu", torch.bfloat16) for name, p in model.named_parameters()}
     copy = type(model)(model.config).to(torch.bfloat16)
-    copy.load_state_dict(tensors, strict=False)
-    copy.generation_config = GenerationConfig.from_pretrained(output)  # its settings were chosen by hand
+    copy.load_state_dict(tensors, strict=False)  # a tied output projection has no entry of its own
+    copy.generation_config = GenerationConfig.from_pretrained(output)
     copy.save_pretrained(output)
 
 
