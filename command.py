@@ -284,7 +284,7 @@ def choose_format(options: argparse.Namespace, directory: Path) -> tuple[bool, s
         return knows_chats(options.model, directory)
     if options.image:
         return True, "--image"
-    return False, "a bundled model continues text, unless an option for chats, such as --chat, is given"
+    return False, "a bundled model continues text, unless --chat or another option for chats is given"
 
 
 def is_bundled(model: str) -> bool:
