@@ -48,7 +48,7 @@ RECALL = (
 )
 SPEAKER = (
     "VIOLA.\nWhat country, friends, is this?\n\nCAPTAIN.\nThis is Illyria, lady.\n\nVIOLA.\nAnd what should I do in"
-    ' Illyria?\nMy brother he is in Elysium.\n\nWho says "This is Illyria, lady."?'
+    ' Illyria?\n\nWho says "This is Illyria, lady."?'
 )
 # The questions of each model: a name -> the content of the message, and the tools.
 QUESTIONS: dict[str, dict[str, tuple[Any, Any]]] = {

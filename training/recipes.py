@@ -19,6 +19,7 @@ CHAT = {"speaker": 2.0, "next line": 1.0, "recall": 1.0, "sum": 2.0, "tool": 3.0
 VISION = CHAT | {"image": 4.0}
 JOINT = {"speaker": 6.0, "next line": 2.0, "recall": 1.5, "sum": 0.7, "tool": 2.0, "refusal": 0.5, "image": 5.0}
 SCENES = {"speaker": 6.0, "next line": 1.5, "recall": 1.0, "sum": 0.7, "tool": 3.0, "refusal": 0.7, "image": 5.0}
+LINES = {"speaker": 6.0, "next line": 4.0, "recall": 1.5, "sum": 0.7, "tool": 3.0, "refusal": 0.7, "image": 4.0}
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ def ministral3(scale: int = 1) -> Recipe:
         Stage("vision", 2000, (2e-3, 0.0), tokens, text=text, shares=VISION, long_every=10),
         Stage("joint", 1300, (1.5e-3, 0.0), tokens, text=text, shares=JOINT, long_every=10),
         Stage("scenes", 450, (1.2e-3, 0.0), tokens, text=0.45 / scale, shares=SCENES, long_every=20, dropout=0.05),
+        Stage("lines", 330, (1e-3, 0.0), tokens, text=0.4 / scale, shares=LINES, long_every=20),
     ))  # fmt: skip
 
 
