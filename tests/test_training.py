@@ -539,6 +539,7 @@ def test_wrong_use_of_the_command_is_one_line(tmp_path, monkeypatch, capsys):
         (["--output", str(tmp_path / "no.tar.gz")], "no.tar.gz' is no directory; give one"),
         (["evaluate", "--json", str(tmp_path / "none" / "x.json")], "x.json cannot be written"),
         (["--scale", "0"], "--scale 0 is not supported; supported: 1 and above"),
+        (["--quick", "--scale", "2"], "--quick and --scale 2: "),
         (["evaluate", "--count", "0"], "--count 0 is not supported; supported: 1 and above"),
         (["corpus", str(tmp_path / "no.tar.gz")], "is damaged or no package"),
         (["--quick", "--output", str(tmp_path / "quick")], "state.pt is damaged (UnpicklingError); remove it"),

@@ -20,14 +20,15 @@ from training.train import Trainer
 def main() -> int:
     """The command line; returns the exit code."""
     parser = Parser(prog="python -m training", description=__doc__)
-    parser.add_argument("--kind", choices=("ministral3", "ministral", "twin"), default="ministral3")
+    recipe = parser.add_mutually_exclusive_group()
+    recipe.add_argument("--kind", choices=("ministral3", "ministral", "twin"), default="ministral3")
+    recipe.add_argument("--quick", action="store_true", help="a small model that adds, in five minutes")
     parser.add_argument("--output", help="directory of the model and of the state (default: runs/KIND)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--scale", type=int, default=1, metavar="N", help="N times the tokens in a step, for a GPU")
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that make the rows")
     parser.add_argument("--compile", action="store_true", help="use torch.compile")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="a small model that adds, in five minutes")
     commands = parser.add_subparsers(dest="command", metavar="")
     measure = commands.add_parser("evaluate", help="held-out plays and tasks, with baselines")
     measure.add_argument("--model", type=Path, default=Path("models/ministral3"))
@@ -69,10 +70,12 @@ def train(options: argparse.Namespace, device: torch.device) -> None:
     """Train the kind of model that was chosen.
 
     Raises:
-        ValueError: the output is a file or has no name.
+        ValueError: the output is a file or has no name; a scale for the quick recipe.
     """
     name = options.kind
     if options.quick:
+        if options.scale != 1:
+            raise ValueError(f"--quick and --scale {options.scale}: a step of --quick has one size; give one of the two")
         name = "quick"
         recipe = recipes.quick()
     elif options.kind == "ministral3":
