@@ -75,7 +75,7 @@ def train(options: argparse.Namespace, device: torch.device) -> None:
     name = options.kind
     if options.quick:
         if options.scale != 1:
-            raise ValueError(f"--quick and --scale {options.scale}: a step of --quick has one size; give one of the two")
+            raise ValueError(f"--quick and --scale {options.scale}: --quick has one size of steps; give one of them")
         name = "quick"
         recipe = recipes.quick()
     elif options.kind == "ministral3":
