@@ -17,7 +17,7 @@ from checkpoint import replace_file
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = (
-    'python generate.py "To be, or not to be" --dtype float32 --seed 26',
+    'python generate.py "To be, or not to be" --dtype float32 --seed 8',
     'python generate.py --show-thinking "What is 247 + 385?"',
     'python generate.py --tools examples/tools.json "What is 123 times 45?"',
     'python generate.py --image examples/shapes.png "What do you see?"',

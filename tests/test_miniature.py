@@ -322,7 +322,7 @@ def test_the_recording_shows_the_commands_and_outputs_of_the_readme(monkeypatch)
     for line, shown in sections.items():
         shown = re.sub(r"\n+", "\n", shown).removesuffix("...")
         if "--seed" in line:
-            assert miniature.output(f"{line} --max-new-tokens 50").startswith(shown)
+            assert miniature.output(f"{line} --max-new-tokens 80").startswith(shown)
         else:
             assert shown.strip() in page
     shown = re.findall(r"<text[^>]*>(.*?)</text>", drawn)
