@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from explorer import screenshots
 from explorer.__main__ import LIMIT, assemble, main
@@ -558,6 +559,11 @@ def test_nothing_of_a_model_or_a_prompt_is_executed(page, tmp_path):
         encoded = base64.b64encode(text.encode()).decode()
         tekken["vocab"][rank] = {"rank": rank, "token_bytes": encoded, "token_str": text}
     (model / "tekken.json").write_text(json.dumps(tekken))
+    weights = load_file(model / "model.safetensors")
+    single_bytes = len(tekken["special_tokens"]) + 256
+    weights["model.language_model.embed_tokens.weight"][:single_bytes] = 0  # so that it writes other tokens
+    (model / "model.safetensors").unlink()  # a link
+    save_file(weights, model / "model.safetensors")
     config = json.loads((model / "config.json").read_text())
     config |= {"architectures": [script], "__proto__": {"hidden_size": 1}, evil: evil}
     (model / "config.json").write_text(json.dumps(config))
