@@ -14,7 +14,7 @@ W + (alpha / r) B A replaces W, and the model has its old shape and speed. Sourc
 The task is the spelling of 1623. The bundled model was trained on a modern edition. The printers of Shakespeare's time
 used the letters u, v, i and j in another way: "vpon my soule, I haue iudged". The adapter is trained on the training
 plays in this spelling, and tested on parts of two plays that neither the model nor the adapter has seen. In modern
-spelling the model needs 1.757 bits per byte for them. This is the target: only the spelling differs.
+spelling the model needs 1.761 bits per byte for them. This is the target: only the spelling differs.
 
 DIR is a directory that PEFT reads. `python -m checkpoint merge DIR models/ministral3 OUT` writes the merged model.
 """
