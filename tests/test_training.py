@@ -114,7 +114,7 @@ def test_the_tower_learns_what_patches_show(trainer, tmp_path, monkeypatch):
     run = trainer(replace(TINY, stages=(stage,)))
     run.run()
     first, *_, last, _ = run.progress.log
-    assert last["answers"] < 0.75 * first["answers"]
+    assert last["patches"] < 0.75 * first["patches"]
     model = load_model(tmp_path / "run", torch.float32)
     pixels = rows.pixel_values(torch.from_numpy(run.rows(stage, model)[0].images))
     with torch.no_grad():

@@ -5,6 +5,7 @@ Everything random comes from the seed, the stage and the step. So a run that is 
 from __future__ import annotations
 
 import io
+import math
 import pickle
 import time
 from dataclasses import asdict, dataclass, field
@@ -33,6 +34,7 @@ from training.vocabulary import as_v3, learn
 LOG_EVERY = 100  # steps
 SAVE_EVERY = 30  # seconds
 VALIDATE_EVERY = 500  # steps
+LOSSES = ("text", "answers", "patches")  # the last one is that of the vision tower, which learns alone
 
 
 @dataclass
@@ -161,14 +163,14 @@ class Trainer:
                 saved = time.monotonic()
 
     def step(self, stage: Stage, module: nn.Module, optimizers: list[Any], batch: Batch) -> Tensor:
-        """One update. Returns the losses of text and of answers (2,)."""
+        """One update. Returns the losses of text and of answers (2,), or for the tower that of the patches (1,)."""
         step = self.progress.step
         module.train()
         torch.manual_seed(self.recipe.seed * 1_000_003 + self.progress.stage * 100_000 + step)
         with autocast(self.device):
             if stage.images:
                 logits = module(pixel_values(batch.images)).float()
-                losses = F.cross_entropy(logits, batch.ids.flatten()).expand(2)
+                losses = F.cross_entropy(logits, batch.ids.flatten())[None]
             else:
                 arguments: dict[str, Any] = {"use_cache": False, "return_dict": True}
                 if len(batch.images):
@@ -183,12 +185,14 @@ class Trainer:
         now = time.monotonic()
         self.progress.seconds += now - self.last
         self.last = now
-        text, answers = losses
+        names: tuple[str, ...] = LOSSES[:2]
+        if stage.images:
+            names = LOSSES[2:]
         step, seconds = self.progress.step, round(self.progress.seconds)
-        entry = {"stage": stage.name, "step": step, "text": text, "answers": answers, "seconds": seconds}
+        entry = {"stage": stage.name, "step": step, **dict(zip(names, losses)), "seconds": seconds}
         self.progress.log.append(entry)
-        line = f"{self.recipe.kind} {stage.name} {step}/{stage.steps}: text {text:.3f}, answers {answers:.4f}"
-        say(f"{line}, {steps_per_second:.2f} steps/s, {seconds} s")
+        shown = "".join(f"{name} {loss:.4f}, " for name, loss in zip(names, losses))
+        say(f"{self.recipe.kind} {stage.name} {step}/{stage.steps}: {shown}{steps_per_second:.2f} steps/s, {seconds} s")
 
     @torch.no_grad()
     def validate(self, model: Any) -> None:
@@ -320,14 +324,15 @@ def draw_curves(log: list[dict[str, Any]], path: Path) -> None:
     except ImportError:
         print(f"{path} is not drawn: it needs Matplotlib")
         return
-    entries = [entry for entry in log if "text" in entry]
+    entries = [entry for entry in log if "seconds" in entry]
     figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
-    for name in ("text", "answers"):
-        axes.plot(range(len(entries)), [entry[name] for entry in entries], label=name)
+    for name in LOSSES:
+        values = [entry.get(name, math.nan) for entry in entries]
+        axes.plot(range(len(entries)), values, label=name)
     for place, entry in enumerate(entries):
         if place == 0 or entries[place - 1]["stage"] != entry["stage"]:
             axes.axvline(place, color="grey", linewidth=0.5)
-            axes.text(place, 0.02, f" {entry['stage']}", transform=axes.get_xaxis_transform())
+            axes.text(place, 0.02, entry["stage"], rotation=90, transform=axes.get_xaxis_transform())
     axes.set(xlabel=f"steps / {LOG_EVERY}", ylabel="loss", yscale="log")
     axes.legend()
     replace_file(path, lambda temporary: figure.savefig(temporary, format="png"))
