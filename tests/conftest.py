@@ -24,7 +24,7 @@ for name, examples in (("default", 10), ("all", 30), ("quick", 5), ("thorough", 
         print_blob=True,
     )
 # The same examples every time: whether a mistake is found must not depend on the draw.
-hypothesis.settings.register_profile("mutants", hypothesis.settings.get_profile("default"), max_examples=20,
+hypothesis.settings.register_profile("mutants", hypothesis.settings.get_profile("default"), max_examples=40,
                                      phases=[hypothesis.Phase.generate], database=None, derandomize=True)  # fmt: skip
 hypothesis.settings.load_profile("default")
 

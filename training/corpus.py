@@ -17,7 +17,7 @@ from pathlib import Path
 
 CORPUS = Path(__file__).with_name("shakespeare.json.xz")
 VALIDATION = ("tempest",)  # measured during training
-TEST = ("hamlet", "twelfth_night")  # not trained on; only words and speakers' names of them are known to the tasks
+TEST = ("hamlet", "twelfth_night")  # not trained on; the tasks know their words and their speakers' names
 EDITORIAL = re.compile(r"^(by William Shakespeare|THE END)\n", re.MULTILINE)
 
 

@@ -58,7 +58,10 @@ class Muon(torch.optim.Optimizer):
         """Update parameters of one shape by their gradients, with the settings of their group."""
         lr, momentum = group["lr"], group["momentum"]
         gradients = [cast(Tensor, p.grad) for p in params]
-        averages = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
+        for p in params:
+            if "momentum" not in self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+        averages = [self.state[p]["momentum"] for p in params]
         torch._foreach_lerp_(averages, gradients, 1 - momentum)
         updates = orthogonalize(torch.stack(torch._foreach_lerp(gradients, averages, momentum)))
         torch._foreach_mul_(params, 1 - lr * group["weight_decay"])

@@ -377,8 +377,8 @@ class Conversation(NamedTuple):
         return "\n".join(pieces)
 
 
-# About how many characters of text have the tokens of a tool's schema, of the special tokens around a message, and of
-# an image.
+# The length of text, in characters, that has about as many tokens as a tool's schema, as the special tokens around a
+# message, and as an image.
 SCHEMA, FRAME, IMAGE = 200, 60, 60
 TASKS: dict[str, Callable[[Draw], Messages]] = {
     "speaker": who_speaks, "next line": next_line, "recall": recall, "repeat": repeat, "sum": addition,

@@ -34,7 +34,8 @@ from training.vocabulary import as_v3, learn
 LOG_EVERY = 100  # steps
 SAVE_EVERY = 30  # seconds
 VALIDATE_EVERY = 500  # steps
-LOSSES = ("text", "answers", "patches")  # the last one is that of the vision tower, which learns alone
+LOSSES: tuple[str, ...] = ("text", "answers")
+TOWER_LOSSES: tuple[str, ...] = ("patches",)  # of the vision tower, which learns alone
 
 
 @dataclass
@@ -185,9 +186,9 @@ class Trainer:
         now = time.monotonic()
         self.progress.seconds += now - self.last
         self.last = now
-        names: tuple[str, ...] = LOSSES[:2]
+        names = LOSSES
         if stage.images:
-            names = LOSSES[2:]
+            names = TOWER_LOSSES
         step, seconds = self.progress.step, round(self.progress.seconds)
         entry = {"stage": stage.name, "step": step, **dict(zip(names, losses)), "seconds": seconds}
         self.progress.log.append(entry)
@@ -326,7 +327,7 @@ def draw_curves(log: list[dict[str, Any]], path: Path) -> None:
         return
     entries = [entry for entry in log if "seconds" in entry]
     figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
-    for name in LOSSES:
+    for name in LOSSES + TOWER_LOSSES:
         values = [entry.get(name, math.nan) for entry in entries]
         axes.plot(range(len(entries)), values, label=name)
     for place, entry in enumerate(entries):
